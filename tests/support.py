@@ -1,0 +1,426 @@
+"""What the tests stand on: a scripted upstream, a relay, and a raw client. Real sockets, no sleeps: everything waits for something."""
+import json
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import aiproxy
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(os.path.dirname(HERE), "aiproxy.py")
+PATIENCE = 20       # seconds until a wait that ought to end at once is called a failure: generous, for slow machines
+CHAT = "/v1/chat/completions"
+OK = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"ok":true}'
+EVENT_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def event(text):
+    return b"data: " + text.encode() + b"\n\n"
+
+
+class Received:
+    """One request as the upstream received it, and the connection to answer it on."""
+
+    def __init__(self, connection, number):
+        self.connection, self.number = connection, number       # number: the how-manieth connection to this upstream
+        self.head = self.body = b""
+        self.whole = False
+
+    @property
+    def line(self):
+        return self.head.split(b"\r\n")[0].decode("latin-1")
+
+    def fields(self, name):
+        """All values of a header field, in order."""
+        return [value.strip().decode("latin-1") for line in self.head.split(b"\r\n")[1:] for key, _, value in [line.partition(b":")] if key.lower() == name.lower().encode()]
+
+    def field(self, name):
+        values = self.fields(name)
+        assert len(values) <= 1, values
+        return values[0] if values else None
+
+    def send(self, data):
+        self.connection.sendall(data)
+
+    def wait_closed(self, timeout=PATIENCE):
+        """Seconds until the other side hung up; None if it did not."""
+        begin = time.monotonic()
+        self.connection.settimeout(timeout)
+        try:
+            while self.connection.recv(65536):
+                pass
+        except socket.timeout:
+            return None
+        except OSError:
+            pass
+        return time.monotonic() - begin
+
+    def reset(self):
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.close()
+
+    def close(self):
+        """Hang up; over TLS without close_notify, as a dying server does."""
+        raw = self.connection
+        try:
+            socket.socket.shutdown(raw, socket.SHUT_RDWR) if not isinstance(raw, ssl.SSLSocket) else None
+        except OSError:
+            pass
+        raw.close()
+
+
+class Upstream:
+    """An HTTP/1.1 server on a free port. `answer(received)` is called for each request; what it raises is kept in `errors`.
+
+    Set `answer` to a function, or to bytes that are sent as they are. `received` has every request, `all_bytes` every byte that came.
+    """
+
+    def __init__(self, tls=None, answer=OK):
+        self.answer, self.received, self.errors, self.all_bytes, self.connections = answer, [], [], b"", 0
+        self.tls, self.arrived = tls, threading.Condition()
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(128)
+        self.port = self.listener.getsockname()[1]
+        self.url = "%s://%s:%d" % ("https" if tls else "http", "localhost" if tls else "127.0.0.1", self.port)
+        self.open = []
+
+    def __enter__(self):
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self.listener.close()
+        for connection in self.open:
+            try:
+                connection.close()
+            except OSError:
+                pass
+
+    def accept(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connections += 1
+            threading.Thread(target=self.serve, args=(connection, self.connections), daemon=True).start()
+
+    def serve(self, connection, number):
+        try:
+            if self.tls:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            self.open.append(connection)
+            rest = b""
+            while True:
+                received = Received(connection, number)
+                rest = self.read_request(received, rest)
+                if rest is None:
+                    return
+                if callable(self.answer):
+                    self.answer(received)
+                else:
+                    received.send(self.answer)
+        except OSError:
+            pass
+        except Exception as error:      # kept for the test to see: a thread's own exception would be lost
+            self.errors.append(error)
+            connection.close()
+
+    def read_request(self, received, data):
+        """Reads one request; the bytes behind it, or None if the connection ended."""
+        def more():
+            piece = received.connection.recv(65536)
+            self.all_bytes += piece
+            if not piece:
+                raise ConnectionResetError()
+            return piece
+        announced = False
+        try:
+            while b"\r\n\r\n" not in data:
+                data += more()
+            received.head, _, data = data.partition(b"\r\n\r\n")
+            with self.arrived:
+                self.received.append(received)
+                self.arrived.notify_all()
+                announced = True
+            if received.field("transfer-encoding") == "chunked":
+                while True:
+                    while b"\r\n" not in data:
+                        data += more()
+                    size, _, data = data.partition(b"\r\n")
+                    size = int(size, 16)
+                    while len(data) < size + 2:
+                        data += more()
+                    received.body += data[:size]
+                    data = data[size + 2:]
+                    if not size:
+                        break
+            else:
+                length = int(received.field("content-length") or 0)
+                while len(data) < length:
+                    data += more()
+                    received.body = data[:length]
+                received.body, data = data[:length], data[length:]
+            received.whole = True
+            return data
+        except OSError:
+            return None
+
+    def wait_for(self, count=1):
+        """The count-th request, as soon as its head has come."""
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.received) >= count, PATIENCE), "the upstream received %d requests" % len(self.received)
+            return self.received[count - 1]
+
+
+class Relay:
+    """An aiproxy Server in this process, on a free port."""
+
+    def __init__(self, **settings):
+        environ = {"AIPROXY_PORT": "0", "AIPROXY_LOG": "off"}
+        environ.update({name if name.startswith(("CLOUDFLARE_", "PORT", "FC_")) else "AIPROXY_" + name: str(value) for name, value in settings.items()})
+        self.settings = aiproxy.Settings(environ)
+        self.server = aiproxy.Server(self.settings)
+        self.records = []
+        self.recorded = threading.Condition()
+        self.server.access_log.write = self.record
+        self.address = self.server.server_address[:2]
+        self.url = "http://127.0.0.1:%d" % self.address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    def record(self, record):
+        with self.recorded:
+            self.records.append(record.as_dict())
+            self.recorded.notify_all()
+
+    def wait_for_record(self, count=1):
+        """The count-th line of the log, as a dict."""
+        with self.recorded:
+            assert self.recorded.wait_for(lambda: len(self.records) >= count, PATIENCE), "%d records" % len(self.records)
+            return self.records[count - 1]
+
+    def client(self):
+        return Client(self.address)
+
+    def ask(self, method="GET", path="/v1/models", body=None, fields=(), version="HTTP/1.1"):
+        """One request on a connection of its own; its Reply, read to the end."""
+        with self.client() as client:
+            client.request(method, path, body, fields, version)
+            return client.read_reply(method)
+
+    def chat(self, body=b'{"model":"m","messages":[]}', key="ck-alice", fields=()):
+        return self.ask("POST", CHAT, body, ([("Authorization", "Bearer " + key)] if key else []) + list(fields))
+
+    def close(self):
+        self.server.shutdown()
+        self.server.socket.close()
+
+
+class Reply:
+    """An answer as a client read it. `complete` is False where its framing says that something is missing."""
+
+    def __init__(self, head):
+        lines = head.split(b"\r\n")
+        self.raw_head, self.status_line = head, lines[0].decode("latin-1")
+        self.status = int(lines[0].split(b" ")[1])
+        self.fields = [(name.decode("latin-1").lower(), value.strip().decode("latin-1")) for name, _, value in (line.partition(b":") for line in lines[1:])]
+        self.body, self.complete = b"", False
+
+    def all(self, name):
+        return [value for key, value in self.fields if key == name.lower()]
+
+    def get(self, name, default=None):
+        values = self.all(name)
+        return values[0] if values else default
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def code(self):
+        return self.json["error"]["code"]
+
+
+class Client:
+    """A raw client: it sends the bytes it is given and reads answers by the book."""
+
+    def __init__(self, address, receive_buffer=None):
+        self.sock = socket.socket()
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(address)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.data = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.sock.close()
+
+    def send(self, data):
+        self.sock.sendall(data)
+
+    def request(self, method="GET", path="/v1/models", body=None, fields=(), version="HTTP/1.1"):
+        names = {name.lower() for name, _ in fields}
+        lines = ["%s %s %s" % (method, path, version)] + ([] if "host" in names else ["Host: 127.0.0.1:8000"]) + ["%s: %s" % field for field in fields]
+        if body is not None and not names & {"content-length", "transfer-encoding"}:
+            lines.append("Content-Length: %d" % len(body))
+        self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
+
+    def more(self):
+        """Read what comes next; False at the end."""
+        piece = self.sock.recv(65536)
+        self.data += piece
+        return bool(piece)
+
+    def read_until(self, mark):
+        """All bytes up to and with `mark`, as soon as they are there."""
+        while mark not in self.data:
+            assert self.more(), "ended before %r: %r" % (mark, self.data[-200:])
+        front, _, self.data = self.data.partition(mark)
+        return front + mark
+
+    def read_exactly(self, count):
+        while len(self.data) < count:
+            if not self.more():
+                return None
+        front, self.data = self.data[:count], self.data[count:]
+        return front
+
+    def read_head(self):
+        """The head of the next answer that is not interim."""
+        while True:
+            reply = Reply(self.read_until(b"\r\n\r\n")[:-4])
+            if reply.status >= 200 or reply.status == 101:
+                return reply
+
+    def read_reply(self, method="GET"):
+        """The next answer with its body. A reset or an early end leaves it incomplete."""
+        reply = self.read_head()
+        try:
+            self.read_body(reply, method)
+        except ConnectionError:
+            reply.complete = False
+        return reply
+
+    def read_body(self, reply, method="GET"):
+        if method == "HEAD" or reply.status in (204, 304):
+            reply.complete = True
+        elif reply.get("transfer-encoding") == "chunked":
+            while True:
+                piece = self.read_chunk()
+                if not piece:
+                    reply.complete = piece == b""
+                    return
+                reply.body += piece
+        elif reply.get("content-length") is not None:
+            length = int(reply.get("content-length"))
+            while len(self.data) < length and self.more():
+                pass
+            reply.body, self.data = self.data[:length], self.data[length:]
+            reply.complete = len(reply.body) == length
+        else:
+            while self.more():
+                pass
+            reply.body, self.data, reply.complete = self.data, b"", True
+
+    def read_chunk(self):
+        """One chunk's data, b"" for the last chunk, None if the connection ended."""
+        while b"\r\n" not in self.data:
+            if not self.more():
+                return None
+        size, _, self.data = self.data.partition(b"\r\n")
+        data = self.read_exactly(int(size, 16) + 2)
+        assert data is None or data.endswith(b"\r\n")
+        return data if data is None else data[:-2]
+
+    def ended(self):
+        """True when the other side has closed and nothing more was sent; waits for it."""
+        try:
+            return not self.more()
+        except ConnectionError:
+            return True
+
+
+def run_program(*arguments, env=None, timeout=PATIENCE):
+    """The finished process of `aiproxy.py ARGUMENTS` under this Python, with only `env` of settings."""
+    return subprocess.run([sys.executable, PROGRAM, *arguments], env=clean_environ(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout, universal_newlines=True)
+
+
+def clean_environ(env=None):
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("AIPROXY_", "CLOUDFLARE_")) and name.lower() not in ("http_proxy", "https_proxy", "no_proxy", "port")}
+    environ.update({"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **(env or {})})
+    return environ
+
+
+class Program:
+    """aiproxy.py as a process of its own, on a free port that its banner tells."""
+
+    def __init__(self, *arguments, env=None):
+        self.process = subprocess.Popen([sys.executable, PROGRAM, *arguments], env=clean_environ({"AIPROXY_PORT": "0", **(env or {})}), stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, universal_newlines=True, encoding="utf-8")
+        self.banner = ""
+        self.errors, self.lines = [], []
+        self.news = threading.Condition()
+        threading.Thread(target=self.collect, args=(self.process.stderr, self.errors), daemon=True).start()
+        threading.Thread(target=self.collect, args=(self.process.stdout, self.lines), daemon=True).start()
+        found = self.wait_for_line(self.errors, r"on (http://\S+:(\d+))")
+        self.url, self.address = found.group(1), ("127.0.0.1", int(found.group(2)))
+
+    def collect(self, stream, lines):
+        for line in stream:
+            with self.news:
+                lines.append(line)
+                self.news.notify_all()
+
+    def wait_for_line(self, lines, pattern):
+        def search():
+            return next((match for match in (re.search(pattern, line) for line in lines) if match), None)
+        with self.news:
+            assert self.news.wait_for(search, PATIENCE), "%r is not in %r" % (pattern, lines)
+            return search()
+
+    def stop(self, number=15):
+        """Send a signal; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.kill()
+        self.process.wait()
+
+
+_CERTIFICATES = {}
+
+
+def make_certificate(folder, name="localhost", days=1, ip="127.0.0.1", key="good"):
+    """A self-signed certificate for `name`, made with the openssl program: paths of the certificate and its key."""
+    certificate, private = os.path.join(folder, key + ".pem"), os.path.join(folder, key + ".key")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", str(days), "-subj", "/CN=" + name, "-keyout", private, "-out", certificate,
+                    "-addext", "subjectAltName=DNS:%s,IP:%s" % (name, ip)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return certificate, private
+
+
+def server_tls(certificate, private):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, private)
+    return context
