@@ -12,13 +12,17 @@ Chunk: a piece of HTTP's chunked coding. To refuse: to answer with an error of o
 Start reading at Handler.handle_one_request and scroll down: the file is in the order in which a request travels.
 RFC 9110 is HTTP's meaning, RFC 9112 its bytes on the wire.
 """
+import base64
 import collections
+import datetime
+import email.utils
 import errno
 import hmac
 import http.client
 import http.server
 import itertools
 import json
+import math
 import os
 import queue
 import re
@@ -55,12 +59,20 @@ KNOBS = (  # variable, default, what it means and in which unit; an empty value 
     ("AIPROXY_OPEN", "", "1: serve a hidden key without client keys to more than this machine, knowingly"),
     ("AIPROXY_HOST", "127.0.0.1", "address to listen on"),
     ("AIPROXY_PORT", "8000", "port to listen on; where it is not set, PORT and FC_SERVER_PORT are understood"),
+    ("AIPROXY_RATE", "", "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; empty: no limit, or"
+                         " 60/min with AIPROXY_OPEN"),
+    ("AIPROXY_MAX_TOKENS", "", "most output tokens a request may ask for, and what one that names none gets; empty: no limit"),
+    ("AIPROXY_MAX_CHARS", "", "most characters of prompt text in a request; 0: no limit; empty: 131072 for workers-ai, else none"),
     ("AIPROXY_MAX_BODY", "32MB", "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     ("AIPROXY_MAX_CONNECTIONS", "1024", "clients served at once; above it 503"),
+    ("AIPROXY_MAX_PER_CLIENT", "64", "connections from one client address, this machine's own excepted; above it 503"),
     ("AIPROXY_CONNECT_TIMEOUT", "10", "seconds to connect to the upstream, TLS included"),
     ("AIPROXY_TIMEOUT", "600", "seconds of upstream silence, also between events; there is no limit in total"),
     ("AIPROXY_GRACE", "8", "seconds that running requests get at SIGTERM"),
     ("AIPROXY_LOG", "text", "one line per request on stdout: text, json or off"),
+    ("CLOUDFLARE_ACCOUNT_ID", "", "for workers-ai: the account"),
+    ("CLOUDFLARE_API_TOKEN", "", "for workers-ai: the provider key, a token with Workers AI Read and Edit"),
+    ("CLOUDFLARE_API_BASE_URL", "https://api.cloudflare.com/client/v4", "for workers-ai: where Cloudflare's API is"),
 )
 DEFAULTS = {name: default for name, default, _ in KNOBS}
 
@@ -73,11 +85,19 @@ MAX_FIELDS, MAX_LINE, MAX_HEAD = 100, 16384, 65536      # fields, bytes a line, 
 MAX_CHUNK_LINE, MAX_TRAILER = 4096, 8192    # a chunk's size line with its extensions; all trailer fields
 MAX_DEPTH = 100             # nesting of a JSON body: far above any schema, far below any parser's stack
 MAX_INTERIM = 20            # 1xx answers before the real one
+CATALOGUE_SECONDS, CATALOGUE_RETRY = 600, 30    # a model list that was read, or could not be, is asked for again after
+MAX_ANSWER = 64 << 20       # of an answer that has to be translated as a whole
 POOL_SIZE, POOL_SECONDS = 100, 30   # idle upstream connections; below the 60 s after which providers close theirs
 LINGER_SECONDS, LINGER_BYTES = 2, 4 << 20   # how long a refused client may go on sending, so that it can read why
 HOLD_BYTES, HOLD_SECONDS = 65536, 0.5   # a body this small is read whole before the upstream hears of it
+USAGE_BYTES = 4096          # of an answer, kept from where its last `usage` begins
 PEEK_BYTES = 65536          # of an error answer, searched for the provider key before it may pass
+TLS_RECORD = 16384          # the most that TLS sends as one piece, readable only when whole (RFC 8446 section 5.1)
 PIECE = 65536               # bytes moved at a time
+SPARE_SECONDS = 5           # a thread without a client is kept this long
+MAX_BUCKETS = 10000         # clients whose rate is remembered; about 3 MB
+KEY_COOLDOWN = 60           # seconds a provider key rests after a 402, 403 or 429 that names no time
+KEY_SPENT = (401, 402, 403, 429)    # what an upstream says when another key may fare better
 EARLY_BYTES = 65536         # of a next request that are taken in while an answer is still running
 
 # ---- Tables: what the protocols fix --------------------------------------------------------------------------------
@@ -97,7 +117,13 @@ PROVIDERS = {  # To add a provider, add a row: base URL as its SDK has it, the f
     "groq": ("https://api.groq.com/openai/v1", "Authorization", OPENAI_PATHS),
     "mistral": ("https://api.mistral.ai/v1", "Authorization", OPENAI_PATHS),
     "ollama": ("http://127.0.0.1:11434", "", OPENAI_PATHS),     # no field: it wants no key
+    "workers-ai": (DEFAULTS["CLOUDFLARE_API_BASE_URL"], "Authorization", OPENAI_PATHS),    # and the account: see Settings
 }
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")     # how requests name the most output tokens
+LIMITS_BY_PATH = {      # the names that count on a path, the one that all providers take first; elsewhere nothing is added
+    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"), "/v1/completions": ("max_tokens",), "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",)}
+LOOKED_AT = ("model", "n", "best_of") + TOKEN_LIMITS
 INFERENCE_PATHS = OPENAI_PATHS + ANTHROPIC_PATHS
 
 KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")     # where a client may carry its key
@@ -128,6 +154,8 @@ STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")        # section 5; no folding, no bare CR or LF
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")     # section 7.1
 CHUNK_LINE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?)?\r?")
+USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
+ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.I)                       # section 3.2.2
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")   # RFC 9110 section 7.2
 LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 would make another path of it.
@@ -186,7 +214,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(Refusal(500, "internal_error", "The proxy failed on this request. Its log says where."))
         finally:
             if self.record.method or self.record.status:
-                self.server.access_log.write(self.record)
+                self.server.log.write(self.record)
         self.close_connection = self.close_connection or self.server.closing
 
     def start_record(self):
@@ -195,6 +223,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.cors = self.cors_fields(None)
         self.head_sent = False
         self.record = Record(self.client_address[0])
+        self.address = network_of(self.client_address[0])
 
     def wait_for_request(self):
         """The head of the next request. A silent kept-alive client is let go after IDLE_SECONDS, or when room is needed."""
@@ -233,16 +262,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_host()                                   # 403
         self.check_origin()                                 # 403
         self.check_client_key()                             # 400 401
-        self.check_path()                                   # 400 404 405
+        if self.settings.hidden:
+            self.path = openai_form(self.path)
+        if self.is_model_list() and (self.settings.models or self.settings.workers):    # 404 502
+            return self.answer_models()
+        self.check_path()                                   # 404 405
         if self.method == "OPTIONS" and self.settings.hidden:
             return self.answer(204, [(b"Allow", ", ".join(allowed_methods(self.path, self.settings.paths)).encode())])
-        if self.settings.models and self.is_model_list():   # 404
-            return self.answer_models()
-        prefix = self.read_body()                           # 408 413 415
-        if self.model_rules_apply():
-            prefix, self.record.model = resolve_model(prefix, self.settings)    # 400 403
+        if self.websocket:
+            self.query, self.record.model = resolve_query_model(self.query, self.settings)     # 400 403
+        self.check_rate()                                   # 429
+        prefix, call = self.read_body(), None               # 408 413 415
+        if self.body_rules_apply():
+            prefix, self.record.model, call = apply_body_rules(prefix, self.path, self.settings)       # 400 403
+        if call:
+            return self.relay_translated(call)              # 502 504, and Cloudflare's own
         answer = self.open_upstream(prefix)                 # 502 504
-        self.relay(answer)
+        return self.relay(answer)
 
     # -- the head: is it well formed, and do we speak its version and method?
 
@@ -254,11 +290,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.path = target.partition("?")[0]
         if major != b"1":
             raise Refusal(505, "version_not_supported", "This proxy speaks HTTP/1.1.")
-        for name in ONCE:
-            if len(self.head.all(name)) > 1:
-                raise Refusal(400, "bad_request", "The field %s stands there twice." % name.decode())
+        twice = [name.decode() for name in ONCE if len(self.head.all(name)) > 1]
+        if twice:
+            raise Refusal(400, "bad_request", "The field %s stands there twice." % twice[0])
         self.body = request_body(self.head, self.version, self.client)
         self.cors = self.cors_fields(self.head.get(b"origin"))
+        forwarded = self.head.elements(b"x-forwarded-for")
+        if forwarded and LOOPBACK.fullmatch(self.address):      # a proxy of our own in front, which knows
+            self.record.client = forwarded[-1].decode("latin-1")
+            self.address = network_of(self.record.client)
         host = self.head.get(b"host")
         if host is None and self.version >= (1, 1) or host is not None and not HOST.fullmatch(host):
             raise Refusal(400, "bad_request", "The request needs one valid Host field.")
@@ -269,7 +309,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if target == "*" and self.method == "OPTIONS":
             self.path = target
             return
-        absolute = re.match(r"https?://([^/?#]*)(.*)", target, re.I)    # RFC 9112 section 3.2.2
+        absolute = ABSOLUTE_FORM.fullmatch(target)
         if absolute:
             if host is None or absolute.group(1).encode().lower() != host.lower():
                 raise Refusal(400, "bad_request", "The authority in the request target is not the Host field.")
@@ -279,6 +319,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.path = self.path
         if self.path[:1] != "/" or self.path[:2] == "//" or "#" in query or BAD_ESCAPE.search(self.path) or DOT_SEGMENT.search(self.path):
             raise Refusal(400, "bad_request", "The request target is not a plain path: no //, no dot segments, no fragment.")
+        self.websocket = self.method == "GET" and self.version >= (1, 1) and self.body.done and is_websocket(self.head)
         expect = self.head.get(b"expect", b"").lower()
         if expect and self.version >= (1, 1) and expect != b"100-continue":
             raise Refusal(417, "expectation_failed", "The only expectation understood is 100-continue.")
@@ -299,7 +340,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/":
             about = {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
                      "client_key_needed": bool(self.settings.client_keys or not self.settings.hidden and self.settings.wants_key)}
-        self.answer(200, body=about)
+        self.answer_json(200, about)
 
     # -- who is asking, and from where
 
@@ -333,21 +374,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name is None:
             raise Refusal(401, "invalid_api_key", "Incorrect client key." if self.head.get(b"authorization") else
                           "A client key is needed: send it as Authorization: Bearer.", WWW_Authenticate="Bearer")
-        self.record.client = name
+        self.record.client = self.address = name
+
+    def check_rate(self):
+        """429 once the client has used up its AIPROXY_RATE; the fields are OpenAI's."""
+        bucket = self.server.buckets and self.server.buckets.take(self.address, time.monotonic())
+        if bucket:
+            wait_seconds, full_seconds, count = bucket
+            raise Refusal(429, "rate_limit_exceeded", "Too many requests: AIPROXY_RATE allows %s. Try again in %.1f seconds." % (self.settings.rate_shown, wait_seconds),
+                          Retry_After=math.ceil(wait_seconds), x_ratelimit_limit_requests=count, x_ratelimit_remaining_requests=0,
+                          x_ratelimit_reset_requests=duration(full_seconds))
 
     # -- for what
 
     def check_path(self):
         """404 and 405 unless AIPROXY_PATHS lets the path through: exactly the one that is sent up."""
         settings = self.settings
-        if settings.hidden:
-            self.path = openai_form(self.path)
         if settings.paths is not None:
             methods = allowed_methods(self.path, settings.paths)
             if not methods:
                 raise Refusal(404, "not_found", "There is nothing at this path. What may be called is set by AIPROXY_PATHS.")
             if self.method not in methods and not (self.method == "OPTIONS" and settings.hidden):
                 raise Refusal(405, "method_not_allowed", "This path takes %s." % ", ".join(methods), Allow=", ".join(methods))
+        if settings.workers and (self.method, self.path) not in [("POST", path) for path in WORKERS_PATHS] and self.method != "OPTIONS":
+            raise Refusal(404, "not_found", "Workers AI serves POST %s and GET /v1/models here." % ", ".join(WORKERS_PATHS))
         if settings.upstream.map_path(self.path) is None:
             raise Refusal(404, "not_found", "The upstream's base URL has a path, so only /v1/... can be called.")
 
@@ -358,21 +408,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The allow-list in OpenAI's form, or one entry of it. SDKs send the slashes of an id as %2F."""
         wanted = urllib.parse.unquote(self.path[len("/v1/models/"):])
         items = [{"id": name, "object": "model", "created": self.server.started, "owned_by": "aiproxy"} for name in self.settings.models_shown]
+        if self.settings.workers:
+            items = self.server.catalogue.items(self.read_catalogue, items if self.settings.models else None)
         if not wanted:
-            return self.answer(200, body={"object": "list", "data": items})
+            return self.answer_json(200, {"object": "list", "data": items})
         for item in items:
             if item["id"] == wanted:
-                return self.answer(200, body=item)
+                return self.answer_json(200, item)
         raise Refusal(404, "model_not_found", "The model %s does not exist or you may not use it." % json.dumps(wanted[:200]), param="model")
 
-    def model_rules_apply(self):
-        """With a hidden key every POST must name an allowed model; a transparent relay looks at the inference paths only."""
+    def read_catalogue(self):
+        """All pages of Cloudflare's own list. Refusal 502 or 504."""
+        pages = []
+        while not pages or pages[-1] and len(pages) < 50:
+            answer = self.open_upstream(b"", "/ai/models/search?per_page=50&page=%d" % (len(pages) + 1), "GET")
+            try:
+                pages.append(read_catalogue_page(answer.status, self.read_whole(answer), self.settings.never_shown))
+            except Refusal as refusal:
+                self.tell_operator(refusal)
+                raise
+            finally:
+                answer.close(reusable=True)
+        return list(itertools.chain(*pages))
+
+    def body_rules_apply(self):
+        """Must the body be read? With a hidden key that of every POST, in a transparent relay those on the inference paths."""
         settings = self.settings
-        return bool(settings.models or settings.default_model) and self.method == "POST" and (settings.hidden or self.path in INFERENCE_PATHS)
+        rules = settings.models or settings.default_model or settings.max_tokens or settings.max_chars or settings.workers
+        return bool(rules) and self.method == "POST" and (settings.hidden or self.path in INFERENCE_PATHS)
 
     def read_body(self):
         """What must be held of the body: all of it for the model rules or if it is small, else its beginning (self.body.done tells)."""
-        hold, body = self.model_rules_apply(), self.body
+        hold, body = self.body_rules_apply(), self.body
         if hold and self.head.get(b"content-encoding", b"identity").lower() != b"identity":
             raise Refusal(415, "unsupported_encoding", "The body must not be compressed here: its model has to be read.", Accept_Encoding="identity")
         body.limit = self.settings.max_body if hold or self.settings.hidden else None
@@ -384,29 +451,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
             piece = body.read_some()
             pieces.append(piece)
             held += len(piece)
-            if piece or body.done:
-                continue
-            if not hold and (held >= HOLD_BYTES or time.monotonic() >= until):
+            if body.done or not hold and (held >= HOLD_BYTES or time.monotonic() >= until):
                 break
-            body.wait(None if hold else until - time.monotonic())
+            if not piece:
+                body.wait(None if hold else until - time.monotonic())
         return b"".join(pieces)
 
     # -- to the upstream
 
-    def open_upstream(self, prefix):
-        """The upstream's answer, its head read. 502 or 504 if there is none; UpstreamFailed never leaves this method."""
+    def open_upstream(self, prefix, target="", method=""):
+        """The upstream's answer, its head read. 502 or 504 if there is none. With several keys the next is tried if one is refused."""
         settings = self.settings
-        fields = upstream_fields(self.head, settings, self.model_rules_apply())
-        request = UpstreamRequest(settings.upstream.url + settings.upstream.map_path(self.path) + self.query, self.method, fields, prefix, self)
+        url = settings.upstream.url + (settings.upstream.base + target if target else settings.upstream.map_path(self.path) + self.query)
+        fields = upstream_fields(self.head, settings, self.body_rules_apply(), self.websocket)
+        keys = self.server.key_ring.order(time.monotonic()) if settings.keys else [None]
+        keys = keys if self.body.done else keys[:1]     # a body that is streamed cannot be sent twice
+        for place in keys:
+            key = [] if place is None else [key_field(settings.keys[place], settings.key_header)]
+            request = UpstreamRequest(url, method or self.method, fields + key, prefix, self)
+            try:
+                answer = self.server.opener.open(request, timeout=settings.timeout)
+            except UpstreamFailed as failed:
+                code, what = failed.args
+                raise Refusal(504 if code == "upstream_timeout" else 502, code, what, **({"x_should_retry": "false"} if code == "upstream_tls_error" else {}))
+            self.record.upstream_status = answer.status
+            if place is None or answer.status not in KEY_SPENT:
+                break
+            self.server.key_ring.set_aside(place, answer, time.monotonic(), self.server.log.warn)
+            if place != keys[-1]:
+                answer.close()
         try:
-            answer = self.server.opener.open(request, timeout=settings.timeout)
-        except UpstreamFailed as failed:
-            code, what = failed.args
-            self.record.outcome = code
-            raise Refusal(504 if code == "upstream_timeout" else 502, code, what, **({"x_should_retry": "false"} if code == "upstream_tls_error" else {}))
-        self.record.upstream_status = answer.status
-        try:
-            if settings.hidden and answer.status >= 400:
+            if settings.hidden and answer.status >= 400 and not settings.workers:
                 self.check_for_key(answer)
         except BaseException:
             answer.close()
@@ -418,7 +493,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer.status != 401 and not any(key in answer.peek(PEEK_BYTES) for key in self.settings.keys):
             return
         self.record.outcome = "upstream_credentials_rejected"
-        self.server.warn("the upstream answered %d and rejected or repeated the provider key" % answer.status)
+        self.server.log.warn("the upstream answered %d and rejected or repeated the provider key" % answer.status)
         raise Refusal(502, "upstream_credentials_rejected", "The upstream rejected the proxy's own credentials. Its operator must mend AIPROXY_KEY.",
                       x_should_retry="false")
 
@@ -428,51 +503,128 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the head of the answer and what is here of its body; the rest is the relay loop's."""
         if answer.status == 101:
             return self.tunnel(answer)
-        keep = self.version >= (1, 1) and b"close" not in self.head.tokens(b"connection") and self.body.done and not self.server.closing
-        bodiless = answer.body is None
-        chunked = not bodiless and answer.body.length is None and self.version >= (1, 1)
-        fields = self.downstream_fields(answer)
-        if chunked:
-            fields.append((b"Transfer-Encoding", b"chunked"))
-        elif answer.length is not None and answer.status not in (204, 205):
-            fields.append((b"Content-Length", b"%d" % answer.length))
-        if not keep and not chunked:        # a chunked answer never says so: Node's fetch would take a cut for the end
-            fields.append((b"Connection", b"close"))
-        stream = Stream(self, answer, chunked)
+        stream = None
         try:
-            self.start_answer(answer.status, answer.reason, fields, stream.begin())
+            keep, bodiless = not self.wants_close(), answer.body is None
+            chunked = not bodiless and answer.body.length is None and self.version >= (1, 1)
+            fields = self.downstream_fields(answer)
+            if chunked:
+                fields.append((b"Transfer-Encoding", b"chunked"))
+            elif answer.length is not None and answer.status != 204:
+                fields.append((b"Content-Length", b"%d" % answer.length))
+            if not keep and not chunked:    # a chunked answer never says so: Node's fetch would take a cut for the end
+                fields.append((b"Connection", b"close"))
+            stream = Stream(self, answer, chunked)
+            first = stream.begin()
+            if stream.ending == "ok":       # all of it is here: the connection is free for others before the client has read a byte
+                answer.close(reusable=self.body.done)
+            self.start_answer(answer.status, self.reason(answer), fields, first)
             self.record.first_byte()
             if not stream.ending:
                 self.server.relay_loop.run(stream)
         finally:
-            self.record.outcome, self.record.bytes = stream.ending or "client_gone", stream.bytes
-            answer.close(reusable=stream.ending == "ok" and self.body.done)
+            answer.close(reusable=stream is not None and stream.ending == "ok" and self.body.done)
+            self.record.outcome = stream.ending if stream and stream.ending else "client_gone"
+        self.record.bytes = stream.bytes
+        self.record.prompt_tokens, self.record.completion_tokens = stream.usage.counts()
         if stream.ending == "ok":
             self.close_connection = not keep
         else:
             self.reset_on_close = self.version < (1, 1) and answer.length is None     # a plain end would look like the end
 
-    def downstream_fields(self, answer):
+    def relay_translated(self, call):
+        """An answer of Workers AI in OpenAI's format, each event as it arrives. Errors before the first byte are Refusals."""
+        answer = self.open_upstream(call.body, call.path)
+        try:
+            if answer.status != 200:
+                after = answer.head.get(b"retry-after")
+                raise translate_error(answer.status, self.read_whole(answer), call.secrets, **({"retry_after": after.decode("latin-1")} if after else {}))
+            translator = (ResponsesTranslator if call.kind == "responses" else StreamTranslator)(call) if call.stream else None
+            if translator and answer.kind not in (b"application/json", b"text/html"):      # gpt-oss may answer whole, an edge with a page
+                return self.relay_events(answer, translator)
+            body = self.read_whole(answer)
+            content = translator.whole(body) if translator else json.dumps(translate_answer(call, body)).encode()
+            usage = UsageWatch()
+            usage.see(b"", body)
+            self.record.prompt_tokens, self.record.completion_tokens = usage.counts()
+            fields = self.downstream_fields(answer, translated=True) + [(b"Content-Type", b"text/event-stream" if translator else b"application/json")]
+            return self.answer(200, fields, content)
+        except Refusal as refusal:
+            self.tell_operator(refusal)
+            raise
+        finally:
+            answer.close(reusable=True)
+
+    def tell_operator(self, refusal):
+        if refusal.code in OPERATOR_ERRORS:
+            self.server.log.warn("%s: %s" % (refusal.code, refusal.message))
+
+    def read_whole(self, answer):
+        """The body of an answer. Refusal 502 or 504 if it is cut off or too large, for then it cannot be read."""
+        try:
+            return answer.peek(MAX_ANSWER, whole=True)
+        except socket.timeout:
+            raise Refusal(504, "upstream_timeout", "The upstream fell silent in the middle of its answer.")
+        except OSError:
+            raise Refusal(502, "upstream_bad_response", "The upstream broke off in the middle of its answer.")
+
+    def relay_events(self, answer, translator):
+        """A stream: this thread reads it, for it has more to do than to move bytes."""
+        chunked = self.version >= (1, 1)
+        fields = self.downstream_fields(answer, translated=True) + [(b"Content-Type", b"text/event-stream; charset=utf-8")]
+        self.start_answer(200, b"OK", fields + [(b"Transfer-Encoding", b"chunked") if chunked else (b"Connection", b"close")], b"")
+        while not translator.done:
+            try:
+                piece = answer.read_piece()
+                events = translator.feed(piece) if piece else translator.end()
+            except OSError as error:
+                code, what = ("upstream_timeout", "fell silent") if isinstance(error, socket.timeout) else ("upstream_died", "broke off")
+                events = translator.end(Refusal(502, code, "The upstream %s in the middle of this answer." % what))
+            if answer.body.done:
+                answer.close(reusable=True)
+            if events:
+                self.record.first_byte()
+                self.record.bytes += len(events)
+                self.client.send(chunk(events, chunked))
+        usage = translator.usage or {}
+        self.record.prompt_tokens, self.record.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        self.record.outcome = translator.failed or "ok"
+        self.reset_on_close = bool(translator.failed) and not chunked
+        if not translator.failed and chunked:
+            self.client.send(b"0\r\n\r\n")
+            self.close_connection = self.wants_close()
+            answer.read_rest()
+
+    def wants_close(self):
+        return self.version < (1, 1) or b"close" in self.head.tokens(b"connection") or not self.body.done or self.server.closing
+
+    def downstream_fields(self, answer, translated=False):
         """End-to-end fields as they came, and the few that we add."""
-        hidden = self.settings.hidden
-        fields = [(name, value) for name, value in answer.head.fields if passes_down(name.lower(), value, answer.dropped, self.settings)]
+        fields = downstream_fields(answer.head, self.settings)
+        if translated:                          # the body is another one
+            fields = [field for field in fields if not field[0].lower().startswith(b"content-") and field[0].lower() not in (b"etag", b"last-modified")]
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
-            fields.append((b"Date", self.date_time_string().encode()))
-        upstream_id = answer.head.get(b"x-request-id") or answer.head.get(b"request-id")
-        if upstream_id:
-            self.record.id = upstream_id.decode("latin-1")[:200]
-        if answer.head.get(b"x-request-id") is None or hidden and any(key in upstream_id for key in self.settings.keys):
+            fields.append((b"Date", self.server.date()))
+        ids = {name.lower(): value for name, value in fields if name.lower() in (b"x-request-id", b"request-id")}
+        if ids:
+            self.record.id = (ids.get(b"x-request-id") or ids[b"request-id"]).decode("latin-1")[:200]
+        if b"x-request-id" not in ids:
             fields.append((b"x-request-id", self.record.id.encode("latin-1")))
         if answer.events:
-            fields.append((b"X-Accel-Buffering", b"no"))            # nginx in front would hold events back
+            if answer.head.get(b"x-accel-buffering") is None:
+                fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
             if answer.head.get(b"cache-control") is None:
                 fields.append((b"Cache-Control", b"no-cache"))
         return fields + self.cors + self.expose(name for name, _ in fields)
 
+    def reason(self, answer):
+        """The reason phrase as it came, unless the provider key stands in it."""
+        return answer.reason if not any(word in answer.reason for word in self.settings.never_down) else b""
+
     def tunnel(self, answer):
         """A WebSocket: after the 101, bytes both ways until either side closes."""
-        fields = [(name, value) for name, value in answer.head.fields if passes_down(name.lower(), value, answer.dropped, self.settings)]
-        self.start_answer(101, answer.reason, fields + [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")] + self.cors, b"")
+        fields = downstream_fields(answer.head, self.settings)
+        self.start_answer(101, self.reason(answer), fields + [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")] + self.cors, b"")
         self.record.first_byte()
         job = Tunnel(self.client, answer.wire, self.settings.timeout)
         try:
@@ -490,14 +642,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = b"".join([b"HTTP/1.1 %d %b\r\n" % (status, reason)] + [b"%b: %b\r\n" % field for field in fields])
         self.client.send(head + b"\r\n" + body)
 
-    def answer(self, status, fields=(), body=None, outcome="ok"):
-        """An answer of our own; `body` goes out as JSON. The connection lives on if the request was read to its end."""
-        content = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
-        keep = outcome == "ok" and self.version >= (1, 1) and b"close" not in self.head.tokens(b"connection") and self.body.done
-        lines = list(fields) + [(b"Date", self.date_time_string().encode()), (b"x-request-id", self.record.id.encode())]
-        lines += self.cors + self.expose(name for name, _ in lines)
-        if body is not None:
-            lines.append((b"Content-Type", b"application/json"))
+    def answer_json(self, status, body, fields=(), outcome="ok"):
+        """An answer of our own."""
+        self.answer(status, list(fields) + [(b"Content-Type", b"application/json")], json.dumps(body).encode(), outcome)
+
+    def answer(self, status, fields=(), content=b"", outcome="ok"):
+        """An answer that is here as a whole. The connection lives on if all is well and the request was read to its end."""
+        keep = outcome == "ok" and not self.wants_close()
+        lines = list(fields)
+        if not any(name == b"Date" for name, _ in lines):       # else they are the upstream's, and complete
+            lines += [(b"Date", self.server.date()), (b"x-request-id", self.record.id.encode())]
+            lines += self.cors + self.expose(name for name, _ in lines)
         if status != 204:
             lines.append((b"Content-Length", b"%d" % len(content)))
         if not keep:
@@ -513,11 +668,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head_sent:
             return
         self.version = getattr(self, "version", (1, 1))
-        kind = "rate_limit_error" if refusal.status == 429 else "invalid_request_error" if refusal.status < 500 else "server_error"
-        error = {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
         outcome = self.record.outcome or refusal.code
         try:
-            self.answer(refusal.status, refusal.fields, {"error": error}, outcome)
+            self.answer_json(refusal.status, {"error": error_object(refusal)}, refusal.fields, outcome)
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
 
@@ -541,22 +694,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         limits = {name.lower() for name in names if b"ratelimit-" in name.lower()}
         return [(b"Access-Control-Expose-Headers", b", ".join(EXPOSED + tuple(sorted(limits))))]
 
-    def hang_up(self):
-        """Give up an idle connection from another thread, which wakes our own, unless a request has just arrived."""
-        try:
-            if not self.client.wait_readable(0):
-                self.connection.shutdown(socket.SHUT_RDWR)
-        except (OSError, ValueError):
-            pass                            # it has closed by itself meanwhile
-
     def finish(self):
         """Close as the answer needs it: a reset for a cut HTTP/1.0 answer, a linger where bytes are still coming, else at once."""
         if self.reset_on_close:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif self.head_sent and not self.client.ended and (self.client.buffer or self.body is None or not self.body.done or self.client.receive()):
             self.server.relay_loop.linger(socket.socket(fileno=self.connection.detach()))
-        self.client.close()
-        self.server.forget(self)
 
 
 # ---- Who is asking: client keys and origins ------------------------------------------------------------------------
@@ -564,14 +707,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def carried_keys(head):
     """The different keys that a request carries, as a set of bytes; `openai-insecure-api-key.KEY` is how browsers' WebSockets do it."""
-    keys = {head.get(name) for name in KEY_FIELDS[1:]}
+    keys = {value for name in KEY_FIELDS[1:] for value in head.all(name)}
     scheme, _, credential = head.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
         keys.add(credential.strip())
     for protocol in head.elements(b"sec-websocket-protocol"):
         if protocol.startswith(b"openai-insecure-api-key."):
             keys.add(protocol.partition(b".")[2])
-    return keys - {None, b""}
+    return keys - {b""}
 
 
 def find_client(key, client_keys):
@@ -593,6 +736,45 @@ def origin_allowed(origin, head, settings):
         return True
     host = head.get(b"host", b"") if head is not None else b""     # our own start page, on a loopback address
     return origin == b"http://" + host and LOOPBACK.fullmatch(re.sub(r":[0-9]*\Z", "", host.decode("latin-1"))) is not None
+
+
+def network_of(address):
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, which a single household has whole."""
+    try:
+        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+    except (OSError, ValueError):
+        return address[:64]
+    if packed[:12] == b"\0" * 10 + b"\xff\xff":                 # an IPv4 address as an IPv6 socket has it
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return address if LOOPBACK.fullmatch(address) else socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8))
+
+
+class Buckets:
+    """Token buckets, one a client: `count` requests at once, refilled evenly over `period` seconds. The longest unused are forgotten."""
+
+    def __init__(self, count, period):
+        self.count, self.speed = count, count / period
+        self.levels, self.lock = collections.OrderedDict(), threading.Lock()       # client: (tokens, when)
+
+    def take(self, client, now):
+        """None if a token was there, else seconds until the next one, seconds until all are back, and how many there are."""
+        with self.lock:
+            tokens, since = self.levels.pop(client, (self.count, now))
+            tokens = min(self.count, tokens + (now - since) * self.speed)
+            allowed = tokens >= 1
+            self.levels[client] = (tokens - 1 if allowed else tokens, now)
+            if len(self.levels) > MAX_BUCKETS:
+                self.levels.popitem(last=False)
+            return None if allowed else ((1 - tokens) / self.speed, (self.count - tokens) / self.speed, self.count)
+
+
+def duration(seconds):
+    """As OpenAI writes it in x-ratelimit-reset-*: 20ms, 1s, 6m0s, 1h0m0s."""
+    if seconds <= 0.999:
+        return "%dms" % math.ceil(seconds * 1000)
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return ("%dh" % hours if hours else "") + ("%dm" % minutes if hours or minutes else "") + "%ds" % seconds
 
 
 def preflight_fields(head, settings):
@@ -642,31 +824,77 @@ def segment_is_plain(segment):
     return SEGMENT.fullmatch(decoded) is not None and not any(part in ("", ".", "..") for part in decoded.split("/"))
 
 
-def resolve_model(body, settings):
-    """The body to send up and the model that the client named. Only the bytes of the model's value may differ. Refusal 400 or 403."""
+def apply_body_rules(body, path, settings):
+    """The body to send up, the model that the client named, and for Workers AI the Call. Only what a setting changes differs. Refusal 400 or 403."""
     text, members = parse_members(body)
-    named = [member for member in members if member[0] == "model"]
-    if any(key != "model" and key.casefold() == "model" for key, *_ in members) or len(named) > 1:
-        raise Refusal(400, "invalid_model", "The body must hold `model` once, in lower case.", param="model")
-    if named:
-        _, model, start, end = named[0]
-        if not isinstance(model, str) or not model:
-            raise Refusal(400, "invalid_model", "`model` must be a string that is not empty.", param="model")
-        sent = model
-    elif settings.default_model:
-        model, sent = settings.default_model, None
-        start = end = text.index("{") + 1
-    else:
+    values = {name: value for name, value, _, _ in members}
+    for name in values:
+        if name not in LOOKED_AT and name.casefold() in LOOKED_AT:      # some parsers would take it for the real one
+            raise Refusal(400, "invalid_" + ("model" if name.casefold() == "model" else "parameter"), "`%s` must be written in lower case." % name.casefold())
+    model = resolve_model(values, settings)
+    real = settings.aliases.get(model, model)
+    if settings.max_chars:
+        check_characters(values, settings.max_chars)
+    changes = limit_tokens(values, path, settings) if settings.max_tokens else {}
+    if settings.workers:
+        return b"", model, translate_request(path, body, text, members, real, model, settings.never_shown, changes)
+    if real and real != values.get("model"):
+        changes["model"] = real
+    return edit_members(body, text, members, changes), model, None
+
+
+def resolve_model(values, settings):
+    """The model that a request names, or the default one. Refusal 400 or 403."""
+    model = values.get("model", settings.default_model or None)
+    if model is None and "model" not in values:
+        if not settings.models and not settings.workers:
+            return ""
         raise Refusal(400, "missing_model", "Missing required parameter: `model`.", param="model")
+    if not isinstance(model, str) or not model:
+        raise Refusal(400, "invalid_model", "`model` must be a string that is not empty.", param="model")
+    check_model(model, settings)
+    return model
+
+
+def limit_tokens(values, path, settings):
+    """What AIPROXY_MAX_TOKENS adds to a request that names no limit; 400 for one that asks for more, all its answers together."""
+    answers, many = 1, "n"
+    for name in ("n", "best_of") + TOKEN_LIMITS:
+        value = values.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+            raise Refusal(400, "invalid_parameter", "`%s` must be a whole number." % name, param=name)
+        if name in TOKEN_LIMITS and value * answers > settings.max_tokens:
+            raise Refusal(400, "invalid_parameter", "`%s` asks for %d output tokens%s; AIPROXY_MAX_TOKENS allows %d." % (
+                name, value, " in each of %d answers" % answers if answers > 1 else "", settings.max_tokens), param=name)
+        if name not in TOKEN_LIMITS and value > answers:
+            answers, many = int(value), name
+    if answers > settings.max_tokens:
+        raise Refusal(400, "invalid_parameter", "`%s` asks for more answers than AIPROXY_MAX_TOKENS allows tokens." % many, param=many)
+    names = LIMITS_BY_PATH.get(path, ())
+    if not names or any(values.get(name) is not None for name in names):
+        return {}
+    newest = settings.upstream.host == "api.openai.com"         # whose newer models refuse max_tokens
+    return {names[-1 if newest else 0]: settings.max_tokens // answers}
+
+
+def resolve_query_model(query, settings):
+    """The same for a WebSocket, whose model stands in the query: the query to send up and the model named."""
+    named = [value for name, value in urllib.parse.parse_qsl(query[1:]) if name.casefold() == "model"]
+    if not settings.models:
+        return query, ",".join(named)
+    if len(named) != 1:
+        raise Refusal(400, "missing_model" if not named else "invalid_model", "The query must hold `model` once.", param="model")
+    check_model(named[0], settings)
+    return re.sub(r"(?i)([?&])[^&=]*=[^&]*", lambda part: part.group(0) if urllib.parse.unquote_plus(part.group(0)[1:].partition("=")[0]).casefold() != "model" else
+                  part.group(1) + "model=" + urllib.parse.quote(settings.aliases[named[0]], ""), query), named[0]
+
+
+def check_model(model, settings):
+    """403 unless the model is on the list."""
     if settings.models and model not in settings.models:
         raise Refusal(403, "model_not_allowed", "Model not allowed. Allowed models are: %s." % ", ".join(settings.models_shown), param="model")
-    real = settings.models.get(model, model)
-    if real == sent:
-        return body, model
-    value = json.dumps(real, ensure_ascii=False)
-    if sent is None:
-        value = '"model": ' + value + (", " if members else "")
-    return (text[:start] + value + text[end:]).encode(), model
 
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -699,7 +927,9 @@ def parse_members(body):
                     break
         if text[closing:closing + 1] != "}" or WHITESPACE.match(text, closing + 1).end() != len(text):
             raise ValueError("it does not end where it should")
-        names = [name for name, *_ in members if name != "model"]
+        names = [name for name, *_ in members]
+        if names.count("model") > 1:
+            raise Refusal(400, "invalid_model", "The body must hold `model` once.", param="model")
         if len(set(names)) != len(names):
             raise ValueError("a name stands there twice")
         return text, members
@@ -751,10 +981,9 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_int=bound
 # ---- What goes up and what comes down ------------------------------------------------------------------------------
 
 
-def upstream_fields(head, settings, is_json):
-    """The header fields of the request to the upstream, Host first, its key last. The client's own key never is among them."""
+def upstream_fields(head, settings, is_json, websocket):
+    """The header fields of the request to the upstream, Host first, all but the provider key. The client's own key never is among them."""
     dropped = head.tokens(b"connection")        # fields that the client named as meant for this hop
-    socket_upgrade = is_websocket(head)
     fields = [(b"Host", settings.upstream.netloc)]
     for name, value in head.fields:
         low = name.lower().replace(b"_", b"-")  # CGI-like servers take Content_Length for Content-Length
@@ -762,10 +991,14 @@ def upstream_fields(head, settings, is_json):
             continue
         if low in KEY_FIELDS and (settings.hidden or settings.client_keys):
             continue
-        if low.startswith(b"sec-websocket-") and (socket_upgrade or not settings.hidden):
-            if low == b"sec-websocket-protocol" and settings.client_keys:
-                value = b", ".join(p for p in head.elements(low) if not p.startswith(b"openai-insecure-api-key."))
+        if low.startswith(b"sec-websocket-") and (websocket or not settings.hidden):
+            if low == b"sec-websocket-protocol" and (settings.hidden or settings.client_keys):
+                value = b", ".join(part for part in map(bytes.strip, value.split(b",")) if not part.startswith(b"openai-insecure-api-key."))
+            if not value:
+                continue
         elif settings.hidden and low not in UP_WITH_HIDDEN_KEY:
+            continue
+        if low == b"accept-encoding" and settings.workers:
             continue
         if low == b"accept-encoding" and settings.hidden:   # error answers are searched for the key: only what we can decode
             value = b", ".join(part for part in head.elements(low) if re.match(rb"(?:x-)?gzip|deflate|identity", part)) or b"identity"
@@ -774,12 +1007,15 @@ def upstream_fields(head, settings, is_json):
         fields.append((name, value))
     if is_json:
         fields.append((b"Content-Type", b"application/json"))
-    if socket_upgrade:
+    if settings.workers:                        # what is translated must be readable, and no event held back in a compressor
+        fields.append((b"Accept-Encoding", b"identity"))
+    if websocket:
         fields += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-    if settings.hidden:
-        key = next(settings.key_turn)
-        fields.append((settings.key_header.encode(), b"Bearer " + key if settings.key_header.lower() == "authorization" else key))
     return fields
+
+
+def key_field(key, name):
+    return name.encode(), b"Bearer " + key if name.lower() == "authorization" else key
 
 
 def is_websocket(head):
@@ -787,14 +1023,76 @@ def is_websocket(head):
     return [token.lower() for token in head.elements(b"upgrade")] == [b"websocket"] and b"upgrade" in head.tokens(b"connection")
 
 
-def passes_down(name, value, dropped, settings):
-    """May this field of the upstream's answer come down?"""
-    if name in NEVER_DOWN or name in dropped or name.startswith(b"access-control-"):
-        return False
-    return not settings.hidden or name not in NEVER_DOWN_WITH_HIDDEN_KEY and not any(key in value for key in settings.keys)
+def downstream_fields(head, settings):
+    """The fields of the upstream's answer that come down: as they came, repeated ones repeated, in order."""
+    dropped = head.tokens(b"connection")
+    fields = []
+    for field in head.fields:
+        low = field[0].lower()
+        if low in NEVER_DOWN or low in dropped or low.startswith(b"access-control-"):
+            continue
+        if settings.hidden and (low in NEVER_DOWN_WITH_HIDDEN_KEY or any(word in field[1] for word in settings.never_down)):
+            continue
+        fields.append(field)
+    return fields
 
 
 # ---- From where: the upstream, kept alive --------------------------------------------------------------------------
+
+
+class KeyRing:
+    """Several provider keys, used in turn. One that was refused rests; it is named by its place, never by its text."""
+
+    def __init__(self, count):
+        self.rests, self.turn, self.lock = [0.0] * count, 0, threading.Lock()       # until when each rests
+
+    def order(self, now):
+        """The places of the keys to try, each once: those that do not rest, in turn; if all rest, the one that is ready first."""
+        with self.lock:
+            ready = [place for place, until in enumerate(self.rests) if until <= now]
+            self.turn += 1
+            start = self.turn % len(ready) if ready else 0
+            return ready[start:] + ready[:start] or [self.rests.index(min(self.rests))]
+
+    def set_aside(self, place, answer, now, warn):
+        """Let a key rest: for the Retry-After of the answer, for ever after a 401."""
+        with self.lock:
+            known_bad = self.rests[place] == math.inf
+            self.rests[place] = math.inf if answer.status == 401 else now + retry_after(answer.head.get(b"retry-after", b""))
+        if answer.status == 401 and not known_bad and len(self.rests) > 1:
+            warn("the upstream rejected key %d of %d (401); it is set aside" % (place + 1, len(self.rests)))
+
+
+def retry_after(value):
+    """Seconds out of a Retry-After, a number or a date (RFC 9110 section 10.2.3); KEY_COOLDOWN for anything else, a day at most."""
+    try:
+        text = value.decode("latin-1")
+        seconds = int(text) if re.fullmatch("[0-9]{1,9}", text) else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        seconds = KEY_COOLDOWN
+    return min(max(seconds, 0), 86400)
+
+
+class Catalogue:
+    """Workers AI's model list, kept for CATALOGUE_SECONDS. When it cannot be read: the last one, else the configured one, else the error."""
+
+    def __init__(self, settings):
+        self.names, self.only = settings.aliases, bool(settings.models)
+        self.last, self.until, self.failure, self.lock = None, 0, None, threading.Lock()
+
+    def items(self, read, configured):
+        """The items of OpenAI's list; `read` asks Cloudflare."""
+        with self.lock:
+            if time.monotonic() >= self.until:
+                try:
+                    self.last = translate_catalogue(read(), time.strftime("%Y-%m-%d", time.gmtime()), self.names, self.only)
+                    self.until, self.failure = time.monotonic() + CATALOGUE_SECONDS, None
+                except Refusal as refusal:
+                    self.until, self.failure = time.monotonic() + CATALOGUE_RETRY, refusal
+        found = self.last if self.last is not None else configured
+        if found is None:
+            raise self.failure
+        return found
 
 
 class UpstreamRequest(urllib.request.Request):
@@ -805,14 +1103,14 @@ class UpstreamRequest(urllib.request.Request):
         self.fields, self.prefix = fields, prefix
         self.client, self.body = handler.client, handler.body
         self.bodiless = method == "HEAD"
-        self.websocket = is_websocket(handler.head)
+        self.websocket = handler.websocket
         if not self.body.done:
             framing = (b"Transfer-Encoding", b"chunked") if self.body.length is None else (b"Content-Length", b"%d" % self.body.length)
         elif prefix or method in ("POST", "PUT", "PATCH"):
             framing = (b"Content-Length", b"%d" % len(prefix))
         else:
             framing = None
-        self.chunked = not self.body.done and self.body.length is None
+        self.chunked, self.whole = not self.body.done and self.body.length is None, False      # whole: all of it has been sent
         self.framing = [framing] if framing else []
 
     def encode_head(self):
@@ -838,6 +1136,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)     # not create_default_context: that would honour SSLKEYLOGFILE
             self.tls.load_default_certs()
             self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
+            self.tls.set_alpn_protocols(["http/1.1"])
 
     def http_open(self, request):
         return self.exchange(request)
@@ -880,11 +1179,11 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def close_old(self, now):
         """Close what has been idle too long; called by the relay loop."""
-        while self.idle and now - self.idle[0][1] >= POOL_SECONDS:
-            try:
+        try:
+            while now - self.idle[0][1] >= POOL_SECONDS:
                 self.idle.popleft()[0].close()
-            except IndexError:
-                return
+        except IndexError:
+            pass                            # none left
 
     def connect(self, request):
         """A new connection, through a CONNECT tunnel where ProxyHandler asks for one; TLS verified by the default rules."""
@@ -912,7 +1211,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             raise UpstreamFailed("upstream_tls_error", "The upstream does not speak TLS as it should (%s)." % (error.reason or "handshake failed"))
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             connection.close()
-            raise UpstreamFailed("upstream_unreachable", "The upstream cannot be reached: %s." % (getattr(error, "strerror", None) or type(error).__name__))
+            raise UpstreamFailed("upstream_unreachable", "The upstream cannot be reached: %s." % (getattr(error, "strerror", None) or str(error) or type(error).__name__))
         connection.wire = Wire(connection.sock)
         return connection
 
@@ -924,7 +1223,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         while True:
             while data:
                 try:
-                    sent = wire.send_some(data)
+                    sent = wire.send_some(data[:TLS_RECORD] if untouched else data)     # of more, TLS may send some and then fail
                 except OSError:
                     if untouched:
                         return False
@@ -940,6 +1239,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                     if wire in ready and self.answered(wire):
                         return True
             if body.done:
+                request.whole = True
                 return True
             piece = body.read_some()
             if not piece and not body.done:
@@ -958,9 +1258,10 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             return True
         if data:
             wire.buffer += data
-        while wire.buffer.startswith((b"HTTP/1.1 10", b"HTTP/1.0 10")) and b"\r\n\r\n" in wire.buffer:
+        interim = b"HTTP/1.1 1"
+        while wire.buffer.startswith(interim) and b"\r\n\r\n" in wire.buffer:
             wire.buffer = wire.buffer.partition(b"\r\n\r\n")[2]
-        return data == b"" or bool(wire.buffer)
+        return data == b"" or bool(wire.buffer) and not wire.buffer.startswith(interim[:len(wire.buffer)])
 
 
 def connect_within(address, deadline):
@@ -990,26 +1291,26 @@ class Answer:
                 self.head = self.wire.read_head(STATUS_LINE, self.more)
                 minor, status, reason = self.head.start
                 self.status, self.reason = int(status), reason or b""
-                if self.status >= 200 or self.status == 101 and request.websocket:
+                if self.status >= 200 or self.status == 101 and request.websocket and is_websocket(self.head):
                     break
                 if self.status == 101:
                     raise BadHead(502, "it switched protocols unasked")
             else:
                 raise BadHead(502, "it sent interim answers only")
             self.body = answer_body(self.head, self.status, request.bodiless)
+            self.length = self.body.length if self.body else content_length(self.head)
         except BadHead as bad:
             raise UpstreamFailed("upstream_bad_response", "The upstream's answer cannot be read: %s" % bad.args[0])
-        self.length = self.body.length if self.body else content_length(self.head) if request.bodiless or self.status == 304 else None
-        self.dropped = self.head.tokens(b"connection")
-        self.reusable = minor != b"0" and b"close" not in self.dropped
-        kind = self.head.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        self.events = kind == b"text/event-stream"
+        self.reusable = minor != b"0" and b"close" not in self.head.tokens(b"connection") and request.whole
+        self.kind = self.head.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        self.events = self.kind == b"text/event-stream"
         self.coded = self.head.get(b"content-encoding", b"identity").lower() != b"identity"
 
     def more(self):
         """Wait for more of the head, the client in view."""
+        deadline = time.monotonic() + self.timeout
         while True:
-            ready = wait(self.timeout, (self.wire, READ), (self.client, READ if self.client.watched else 0))
+            ready = wait(deadline - time.monotonic(), (self.wire, READ), (self.client, READ if self.client.watched else 0))
             if not ready:
                 raise socket.timeout()
             if self.client in ready:
@@ -1019,31 +1320,77 @@ class Answer:
                     raise ConnectionResetError()
                 return
 
-    def peek(self, size):
-        """Up to `size` decoded bytes of the body, kept in `held` to be relayed; gzip and deflate are undone for the look."""
+    def read_piece(self):
+        """The next decoded bytes of the body, b"" at its end. OSError if it is cut off or breaks the rules."""
         body = self.body
-        while body is not None and not body.done and not body.broken and len(self.held) < size:
+        while body is not None and not body.done:
             if not self.wire.buffer:
                 try:
                     self.more()
-                except OSError:             # the relay will meet the same end, and tell the client
-                    break
+                except ConnectionResetError:
+                    if body.at_end():
+                        body.done, self.reusable = True, False
+                        break
+                    raise
             data, self.wire.buffer = self.wire.buffer, b""
-            self.held += body.feed(data)
-        for form in (47, -15) if self.coded else ():    # zlib's own words: gzip or zlib; deflate without its wrapper, as some send it
-            try:
-                return zlib.decompressobj(form).decompress(self.held, size * 8)
-            except zlib.error:
+            piece = body.feed(data)
+            if body.broken and not piece:
+                raise ConnectionAbortedError(body.broken)
+            if piece:
+                return piece
+        return b""
+
+    def read_rest(self):
+        """Read what is left of a body that nobody needs, if it comes at once: then the connection can be used again."""
+        self.timeout = 0.25
+        try:
+            while self.connection and self.read_piece():
                 pass
-        return self.held
+        except (OSError, ClientGone):
+            pass
+
+    def peek(self, size, whole=False):
+        """Up to `size` decoded bytes of the body, kept in `held` to be relayed; gzip and deflate are undone for the look.
+
+        With `whole` it is the entire body: OSError if it is cut off or larger. Without, the relay will meet the same end and tell the client."""
+        try:
+            while len(self.held) < size:
+                piece = self.read_piece()
+                if not piece:
+                    break
+                self.held += piece
+        except OSError:
+            if whole:
+                raise
+        if whole and len(self.held) >= size:
+            raise OSError("too large")
+        return self.held + inflate(self.held, size * 8) if self.coded and not whole else self.held
 
     def close(self, reusable=False):
         """Give the connection back if the exchange came to its clean end, else close it: the upstream stops working for us."""
+        connection, self.connection = self.connection, None
         spent = self.body is None or self.body.done and not self.body.surplus
-        if reusable and self.reusable and spent and not self.wire.buffer:
-            self.pool.keep(self.connection)
-        else:
-            self.connection.close()
+        if connection and reusable and self.reusable and spent and not self.wire.buffer:
+            self.pool.keep(connection)
+        elif connection:
+            connection.close()
+
+
+def inflate(data, most):
+    """What is readable of compressed data, `most` bytes of it: gzip, zlib, or deflate without its wrapper, as some send it. b"" for other codings."""
+    for form in (47, -15):                  # zlib's own words for the first two, and for the last
+        plain, rest = b"", data
+        try:
+            while rest and len(plain) < most:
+                decoder = zlib.decompressobj(form)
+                for start in range(0, len(rest), 64):       # in small pieces, so that an error costs little of what came before it
+                    plain += decoder.decompress(rest[start:start + 64], most)
+                rest = decoder.unused_data  # gzip may have several members
+        except zlib.error:
+            pass
+        if plain:
+            return plain
+    return b""
 
 
 # ---- The relay loop ------------------------------------------------------------------------------------------------
@@ -1056,10 +1403,10 @@ class RelayLoop(threading.Thread):
     take is kept (one piece), and its upstream is not read until it is gone.
     """
 
-    def __init__(self, every_second):
+    def __init__(self, every_tick, warn):
         super().__init__(daemon=True, name="relay-loop")
         self.selector = selectors.DefaultSelector()
-        self.jobs, self.inbox, self.every_second, self.stopping = set(), collections.deque(), every_second, False
+        self.jobs, self.inbox, self.every_tick, self.warn, self.stopping = set(), collections.deque(), every_tick, warn, False
         self.bell, self.button = socket.socketpair()
         self.bell.setblocking(False)
         self.button.setblocking(False)
@@ -1103,7 +1450,7 @@ class RelayLoop(threading.Thread):
                 tick = now
                 for job in list(self.jobs):
                     self.guard(*((job.stop,) if self.stopping else (job.on_tick, now)))
-                self.guard(self.every_second, now)
+                self.guard(self.every_tick, now)
 
     def guard(self, step, *args):
         """A fault in one job ends that job, not the loop that all share."""
@@ -1111,7 +1458,7 @@ class RelayLoop(threading.Thread):
             step(*args)
         except Exception as error:
             job = getattr(step, "__self__", None)
-            print("aiproxy: fault in the relay loop: %s" % fault_place(error), file=sys.stderr, flush=True)
+            self.warn("fault in the relay loop: " + fault_place(error))
             if job in self.jobs:
                 job.finish("internal_error")
 
@@ -1154,7 +1501,7 @@ class Stream(Job):
         super().__init__(handler.client, answer.wire, handler.settings.timeout)
         self.body, self.held, self.chunked = answer.body, answer.held, chunked
         self.tells = answer.events and not answer.coded and answer.length is None   # may a cut be told by an event?
-        self.pending, self.tail = b"", b"\n\n"
+        self.pending, self.tail, self.usage = b"", b"\n\n", UsageWatch()
 
     def begin(self):
         """What is already here, framed for the client: often the whole body, and the loop is never needed."""
@@ -1201,8 +1548,7 @@ class Stream(Job):
 
     def frame(self, body):
         self.bytes += len(body)
-        if self.tells and body:
-            self.tail = (self.tail + body)[-4:]
+        self.tail = self.usage.see(self.tail, body)
         return chunk(body, self.chunked)
 
     def cut(self, outcome):
@@ -1245,7 +1591,8 @@ class Stream(Job):
                 self.on_upstream(READ)
 
     def stop(self):
-        self.send_down(self.cut("shutdown"))
+        if not self.ending:
+            self.send_down(self.cut("shutdown"))
         self.finish("shutdown")
 
     def on_tick(self, now):
@@ -1254,6 +1601,38 @@ class Stream(Job):
                 self.finish("client_stalled")
         elif now - self.heard > self.timeout:
             self.send_down(self.cut("upstream_timeout"))
+
+
+class UsageWatch:
+    """The token counts in an answer, read as it passes: from its first and its last `usage`, for Anthropic's events share them out."""
+
+    def __init__(self):
+        self.found = []                     # the beginnings of up to two such objects
+
+    def see(self, tail, body):
+        """Take note of `body`, which follows on `tail`; the tail to give with the next."""
+        self.found = [part + body if len(part) < USAGE_BYTES else part for part in self.found]
+        window = tail + body
+        if b'"usage"' in window:
+            new = [window[match.end() - 1:] for match in USAGE_OBJECT.finditer(window) if match.end() > len(tail)]
+            self.found = (self.found + new)[:1] + (self.found + new)[1:][-1:]
+        return window[-32:]
+
+    def counts(self):
+        """(prompt tokens, completion tokens), None for what was not told."""
+        counts = {}
+        for part in self.found:
+            try:
+                text = part.decode("utf-8", "replace")
+                check_depth(text)           # a parser recurses, and a thread's stack is small
+                usage = json.JSONDecoder().raw_decode(text)[0]
+            except ValueError:
+                continue
+            for name, other in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
+                count = usage.get(name, usage.get(other))
+                if isinstance(count, int) and not isinstance(count, bool):
+                    counts[name] = count
+        return counts.get("prompt_tokens"), counts.get("completion_tokens")
 
 
 class Tunnel(Job):
@@ -1306,6 +1685,7 @@ class Linger:
     """A refused client may still be sending. Closed at once, its unread bytes would make a reset that eats our answer (RFC 9112 section 9.6)."""
 
     def __init__(self, sock):
+        sock.setblocking(False)
         self.wire, self.bytes = Wire(sock), 0
 
     def start(self):
@@ -1354,18 +1734,19 @@ class BadHead(Exception):
 
 def wait(timeout, *wants):
     """Sleep until one of `wants`, pairs of wire and READ | WRITE, is ready; a list of those wires, empty after `timeout` seconds."""
-    wires = {wire.fd: wire for wire, mask in wants if mask}
     for wire, mask in wants:
         if mask & READ and wire.pending():
             return [wire]
-    if not hasattr(select, "poll"):         # Windows
-        readable, writable, _ = select.select([w.sock for w, m in wants if m & READ], [w.sock for w, m in wants if m & WRITE], [], max(0, timeout))
-        return [wires[sock.fileno()] for sock in {*readable, *writable}]
-    poll = select.poll()
-    for wire, mask in wants:
-        if mask:
-            poll.register(wire.fd, (select.POLLIN if mask & READ else 0) | (select.POLLOUT if mask & WRITE else 0))
-    return [wires[fd] for fd, _ in poll.poll(max(0, timeout) * 1000)]
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for wire, mask in wants:
+            if mask:
+                poll.register(wire.fd, (0, select.POLLIN, select.POLLOUT, select.POLLIN | select.POLLOUT)[mask])
+        ready = [fd for fd, _ in poll.poll(max(0, timeout) * 1000)]
+    else:                                   # Windows
+        readable, writable, _ = select.select([w.fd for w, m in wants if m & READ], [w.fd for w, m in wants if m & WRITE], [], max(0, timeout))
+        ready = readable + writable
+    return [wire for wire, _ in wants if wire.fd in ready]
 
 
 class Wire:
@@ -1447,11 +1828,10 @@ class Wire:
         searched = 0
         while True:
             end = self.buffer.find(b"\r\n\r\n", max(0, searched - 3))
-            block = self.buffer if end < 0 else self.buffer[:end]
             if end < 0 or end > MAX_LINE:
-                check_begun(block, first_line)
+                check_begun(self.buffer if end < 0 else self.buffer[:end], searched, first_line)
             if end >= 0:
-                self.buffer = self.buffer[end + 4:]
+                block, self.buffer = self.buffer[:end], self.buffer[end + 4:]
                 return parse_head(block, first_line)
             searched = len(self.buffer)
             more()
@@ -1460,14 +1840,19 @@ class Wire:
         self.sock.close()
 
 
-def check_begun(block, first_line):
-    """BadHead if the beginning of a head is already beyond saving, so that nobody waits for an end that may never come."""
-    line, newline, _ = block.partition(b"\r\n")
-    if len(line) > MAX_LINE:
+BARE_LF = re.compile(rb"(?<!\r)\n")
+
+
+def check_begun(block, searched, first_line):
+    """BadHead if the beginning of a head is already beyond saving, so that nobody waits for an end that may never come.
+
+    Only what is new since `searched` is looked at: a head that comes byte by byte must not cost its square."""
+    line_end = block.find(b"\r\n")
+    if line_end > MAX_LINE or line_end < 0 and len(block) > MAX_LINE:
         raise BadHead(414, "The first line is longer than %d bytes." % MAX_LINE)
-    if newline and not first_line.fullmatch(line):
+    if line_end + 2 > searched and line_end >= 0 and not first_line.fullmatch(block, 0, line_end):
         raise BadHead(400, "The first line is malformed.")
-    if re.search(rb"(?<!\r)\n", block):
+    if BARE_LF.search(block, max(0, searched - 1)):
         raise BadHead(400, "A line ends in a bare LF.")
     if len(block) > MAX_HEAD:
         raise BadHead(431, "The head is larger than %d bytes." % MAX_HEAD)
@@ -1481,14 +1866,16 @@ def parse_head(block, first_line):
         raise BadHead(400, "The first line is malformed.")
     if len(lines) > MAX_FIELDS + 1:
         raise BadHead(431, "There are more than %d header fields." % MAX_FIELDS)
+    if len(block) > MAX_LINE and max(map(len, lines)) > MAX_LINE:
+        raise BadHead(431, "A header field is longer than %d bytes." % MAX_LINE)
     head = Head(start.groups())
     for line in lines[1:]:
         field = FIELD_LINE.fullmatch(line)
         if not field:
             raise BadHead(400, "A header field is malformed.")
-        if len(line) > MAX_LINE:
-            raise BadHead(431, "A header field is longer than %d bytes." % MAX_LINE)
-        head.add(field.group(1), field.group(2).strip(b" \t"))
+        name, value = field.group(1), field.group(2).strip(b" \t")
+        head.fields.append((name, value))
+        head.by_name.setdefault(name.lower(), []).append(value)
     return head
 
 
@@ -1499,10 +1886,6 @@ class Head:
 
     def __init__(self, start):
         self.start, self.fields, self.by_name = start, [], {}
-
-    def add(self, name, value):
-        self.fields.append((name, value))
-        self.by_name.setdefault(name.lower(), []).append(value)
 
     def get(self, name, default=None):
         values = self.by_name.get(name)
@@ -1524,7 +1907,7 @@ def content_length(head):
     values = head.all(b"content-length")
     if not values:
         return None
-    if len(values) > 1 or not re.fullmatch(rb"[0-9]{1,18}", values[0]):
+    if len(values) > 1 or len(values[0]) > 18 or not values[0].isdigit():
         raise BadHead(400, "Content-Length must be one number.")
     return int(values[0])
 
@@ -1712,6 +2095,683 @@ def chunk(data, chunked):
     return b"%x\r\n%b\r\n" % (len(data), data) if chunked and data else data
 
 
+# ---- Cloudflare Workers AI, in OpenAI's format ---------------------------------------------------------------------
+# Values in, values out, no sockets. Workers AI has four shapes of answers and as many of events, by model and by route. All of
+# them are read into one normal form, Choice (the shapes stand at read_answer), and all that a client gets is written from it.
+# To follow a request: translate_request, then translate_answer or StreamTranslator, or translate_error.
+
+WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replaces them all
+    "deepseek-r1": "@cf/deepseek-ai/deepseek-r1-distill-qwen-32b",
+    "gpt-oss-120b": "@cf/openai/gpt-oss-120b",
+    "gpt-oss-20b": "@cf/openai/gpt-oss-20b",
+    "llama-4-scout": "@cf/meta/llama-4-scout-17b-16e-instruct",
+    "qwen2.5-coder": "@cf/qwen/qwen2.5-coder-32b-instruct",
+    "gemma-3": "@cf/google/gemma-4-26b-a4b-it",     # gemma-3-12b-it was retired on 2026-05-30; Cloudflare names this one instead
+    "gemma-4": "@cf/google/gemma-4-26b-a4b-it",
+    "glm-4.7-flash": "@cf/zai-org/glm-4.7-flash",
+    "kimi-k2.6": "@cf/moonshotai/kimi-k2.6",
+}
+WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's own 256 cuts answers off in mid-sentence
+
+# What the client calls: the kind of its answer, and the path under /accounts/{id} that is asked. Cloudflare's own OpenAI routes are
+# the way in: they take messages, tools, images and unknown fields as OpenAI has them, name the model in the body, and stream every text
+# model; /ai/run wants other schemas by model and does not stream gpt-oss. /ai/v1/completions is documented nowhere, so a prompt goes up
+# as one user message: /ai/run with `prompt` would put it into the same chat template, and gpt-oss takes no `prompt` there at all.
+WORKERS_PATHS = {
+    "/v1/chat/completions": ("chat", "/ai/v1/chat/completions"),
+    "/v1/completions": ("text", "/ai/v1/chat/completions"),
+    "/v1/embeddings": ("embeddings", "/ai/v1/embeddings"),
+    "/v1/responses": ("responses", "/ai/v1/responses"),
+}
+
+PARAMETERS = {  # type, least, most: the widest that any current model takes (cloudflare-docs, src/content/workers-ai-models/*.json)
+    "stream": ("boolean", None, None),
+    "stream_options": ("object", None, None),
+    "max_tokens": ("integer", 1, None),
+    "max_completion_tokens": ("integer", 1, None),
+    "temperature": ("number", 0, 5),
+    "top_p": ("number", 0, 2),
+    "top_k": ("integer", 1, 50),
+    "frequency_penalty": ("number", -2, 2),
+    "presence_penalty": ("number", -2, 2),
+    "repetition_penalty": ("number", 0, 2),
+    "seed": ("integer", 1, 9999999999),
+}
+PROMPT_MEMBERS = ("messages", "prompt", "suffix", "input", "instructions", "system", "tools", "functions", "response_format", "text")
+NOT_PROMPT = frozenset((    # strings below those that are no text, or none that a model reads
+    "role", "type", "id", "call_id", "tool_call_id", "status", "detail", "format", "url", "image_url", "image", "data", "file_data", "file_id",
+    "filename", "encrypted_content"))
+
+CLOUDFLARE_ERRORS = {code: answer for codes, *answer in (   # Cloudflare's codes: our status (0: theirs, if it is a 5xx), our code
+    ((5007, 3042), 404, "model_not_found"),
+    ((3003, 3039, 5004, 5005, 5006, 5019, 8001, 8007), 400, "invalid_request"),
+    ((3006,), 413, "request_too_large"),
+    ((3023, 3041, 5016, 5018, 5035), 403, "permission_denied"),
+    ((3021, 3040), 429, "rate_limit_exceeded"),
+    ((3036, 4006), 429, "insufficient_quota"),              # 3036 in the docs, 4006 on the wire; mends at midnight UTC
+    ((3007, 3008), 504, "upstream_timeout"),
+    ((10000, 9106), 502, "upstream_credentials_rejected"),  # our token, so no 401: the client's key is fine
+    ((7000, 7001, 7003), 502, "upstream_misconfigured"),    # no such route or account
+    ((8005, 7009), 0, "upstream_error"),
+) for code in codes}
+STATUS_ERRORS = {   # the same by status, for what carries no code of that table
+    401: (502, "upstream_credentials_rejected"), 403: (403, "permission_denied"), 404: (404, "not_found"), 408: (504, "upstream_timeout"),
+    410: (404, "model_not_found"), 413: (413, "request_too_large"), 429: (429, "rate_limit_exceeded")}
+OPERATOR_ERRORS = {     # nothing that the client could mend: what it reads in place of Cloudflare's words, and the log with it
+    "upstream_credentials_rejected": "Cloudflare rejected the proxy's API token. CLOUDFLARE_API_TOKEN must be valid and allow Workers AI Read and Edit.",
+    "upstream_misconfigured": "Cloudflare knows no such account or route. CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
+}
+NO_RETRY = frozenset(("insufficient_quota",)) | frozenset(OPERATOR_ERRORS)      # the SDKs retry 429 and 5xx unless told
+FINISH_REASONS = {"length": "length", "model_length": "length", "max_output_tokens": "length", "content_filter": "content_filter",
+                  "tool_calls": "tool_calls", "function_call": "tool_calls"}     # all others are a stop
+MAX_EVENT = 16 << 20        # bytes of one event: far above any answer, so that a stream without line ends does not fill the memory
+
+MODEL_NAME = re.compile(r"(?!.*\.\.)@?[A-Za-z0-9][A-Za-z0-9._:+-]*(?:/[A-Za-z0-9][A-Za-z0-9._:+-]*)*")
+UUID = re.compile(r"\s*\(?\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b\)?", re.I)
+LINE_END = re.compile(rb"\r\n|\n|\r")
+
+Call = collections.namedtuple("Call", (    # one request: what goes up, and what its answer needs on its way back
+    "kind", "path", "body",                 # chat, text, embeddings or responses; the path under /accounts/{id}; bytes
+    "model", "id", "created",               # what the answer shows: the name that the client used, an id, seconds
+    "stream", "include_usage", "base64",    # what the client asked for
+    "secrets"))                             # what no error may show: the account id, the token
+Choice = collections.namedtuple("Choice", "index text reasoning refusal tool_calls finish logprobs")    # the normal form
+
+# -- what goes up
+
+
+def translate_request(path, body, text, members, model, shown, secrets=(), changes=()):
+    """The Call for a client's body, with what parse_members makes of it. `model` is the real one, `shown` the client's, `changes` what settings want. Refusal 400.
+
+    Bytes stay as the client sent them, but for `model`, a max_tokens that is missing, and a prompt, which becomes messages.
+    """
+    kind, upstream_path = WORKERS_PATHS[path]
+    asked = {name: value for name, value, *_ in members if value is not None}      # null counts as absent
+    if not safe_model(model):
+        raise Refusal(400, "invalid_model", "`model` is not a model's name: %s." % shorten(model), param="model")
+    check_parameters(asked, kind)
+    changes = dict(changes) if asked.get("model") == model else dict(changes, model=model)
+    if kind in ("chat", "text") and not ("max_tokens" in asked or "max_completion_tokens" in asked):
+        changes["max_tokens"] = min(WORKERS_MAX_TOKENS, changes.get("max_tokens", WORKERS_MAX_TOKENS))
+    if kind == "text":
+        prompt = asked["prompt"] if isinstance(asked["prompt"], str) else asked["prompt"][0]
+        changes["prompt"] = [{"role": "user", "content": prompt}]
+    body = edit_members(body, text, members, changes, {"prompt": "messages"} if kind == "text" else {})
+    return Call(kind, upstream_path, body, shown, os.urandom(12).hex(), int(time.time()), asked.get("stream") is True and kind != "embeddings",
+                asked.get("stream_options", {}).get("include_usage") is True, asked.get("encoding_format") == "base64", tuple(secrets))
+
+
+def edit_members(body, text, members, changes, names={}):
+    """`body` with the values of the members in `changes` replaced, new ones put in front, those in `names` renamed: no other byte differs."""
+    if not changes:
+        return body
+    pieces, done = [], 0
+    for name, _, start, end in members:     # between two values stand a comma, the name and a colon
+        between = text[done:start]
+        pieces.append(re.sub('"[^"]*"', json.dumps(names[name]), between) if name in names else between)
+        pieces.append(json.dumps(changes[name]) if name in changes else text[start:end])
+        done = end
+    text = "".join(pieces) + text[done:]
+    held = {name for name, *_ in members}
+    front = ", ".join("%s: %s" % (json.dumps(name), json.dumps(value)) for name, value in changes.items() if name not in held)
+    at = text.index("{") + 1
+    return (text[:at] + front + (", " if front and members else "") + text[at:]).encode()
+
+
+def check_parameters(asked, kind):
+    """400 for a parameter that no model takes. The message says which, what it got, and what it takes. Unknown ones pass."""
+    for name, (form, least, most) in PARAMETERS.items():
+        value = asked.get(name)
+        if value is not None and not fits(value, form, least, most):
+            limits = "" if least is None else " of at least %d" % least if most is None else " from %d to %d" % (least, most)
+            article = "an" if form[0] in "aio" else "a"
+            refuse_parameter(name, value, "true or false" if form == "boolean" else "%s %s%s" % (article, form, limits))
+    messages, prompt = asked.get("messages"), asked.get("prompt")
+    if kind == "chat" and not (isinstance(messages, list) and messages):
+        refuse_parameter("messages", messages, "an array that is not empty")
+    if kind == "text" and not (isinstance(prompt, str) or isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str)):
+        refuse_parameter("prompt", prompt, "a string, or an array of one: Workers AI completes one text at a time, and takes no token numbers")
+    if kind == "text" and messages is not None:
+        refuse_parameter("messages", messages, "nothing here: it belongs to /v1/chat/completions")
+
+
+def fits(value, form, least, most):
+    if form in ("boolean", "object"):
+        return isinstance(value, bool if form == "boolean" else dict)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or form == "integer" and value != int(value):    # 1.0 is the integer 1
+        return False
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def refuse_parameter(name, value, takes):
+    got = "is missing" if value is None else "got %s" % shorten(value)
+    raise Refusal(400, "invalid_parameter", "`%s` %s; it takes %s." % (name, got, takes), param=name)
+
+
+def shorten(value):
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_characters(values, most):
+    """400 for a prompt of more than `most` characters, all the text of a request together."""
+    count = prompt_characters({name: values[name] for name in PROMPT_MEMBERS if name in values})
+    if count > most:
+        raise Refusal(400, "invalid_parameter", "The request holds %d characters of text; AIPROXY_MAX_CHARS allows %d." % (count, most))
+
+
+def prompt_characters(value):
+    """Characters of all text in a JSON value, images and audio not counted."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(prompt_characters(inner) for name, inner in value.items() if not (isinstance(inner, str) and name in NOT_PROMPT))
+    return sum(map(prompt_characters, value)) if isinstance(value, list) else 0
+
+
+def safe_model(name):
+    """True for a name that stays in its place in any URL: no empty or dot segment, no `?`, `#`, `%` or space."""
+    return len(name) <= 200 and MODEL_NAME.fullmatch(name) is not None
+
+
+# -- what comes down: every shape into the normal form
+
+
+def read_json(data):
+    """What Cloudflare sent, parsed. Refusal 502 if that cannot be done."""
+    try:
+        text = data.decode() if isinstance(data, bytes) else data
+        check_depth(text)
+        return json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        raise unreadable()
+
+
+def unreadable():
+    return Refusal(502, "upstream_bad_response", "Cloudflare's answer could not be read.")
+
+
+def unwrap(data, secrets, needed=None):
+    """The answer or event without Cloudflare's envelope. Refusal if it is an error in any form, or lacks the member that is needed."""
+    if not isinstance(data, dict):
+        raise unreadable()
+    if (data.get("success") is False or data.get("errors") and data.get("success") is not True or data.get("error") and data.get("object") != "response"
+            or data.get("type") == "error" or data.get("object") == "error"):
+        raise translate_error(200, data, secrets)
+    if "result" in data:
+        return unwrap(data["result"], secrets, needed)
+    if needed and not data.get(needed) and data.get(needed) != []:
+        raise unreadable()
+    return data
+
+
+def read_answer(data, secrets=()):
+    """The choices and the usage of an answer, whole or one event of it. The shapes (cloudflare/workerd, types/defines/ai.d.ts):
+
+    legacy     {"response": text, number, object or null, "tool_calls": [{"name", "arguments": object}]}, also as events
+    OpenAI     {"choices": [{"message" or "delta" or "text"}]}, bare from /ai/v1, in an envelope from /ai/run, as chunk objects
+    both       in one event, with the same text: choices go first (cloudflare/ai#615: reading both doubles every word)
+    Responses  {"output": [reasoning, message and function_call items]}, from gpt-oss
+    """
+    data = unwrap(data, secrets)
+    usage = openai_usage(data.get("usage"))
+    if isinstance(data.get("output"), list):
+        return [read_output(data, secrets)], usage
+    listed = dicts(data.get("choices"))
+    if not listed and ("response" in data or "tool_calls" in data or "finish_reason" in data):
+        listed = [{}]
+    native = Choice(0, as_text(data.get("response")), "", "", as_list(data.get("tool_calls")), read_finish(data.get("finish_reason")), None)
+    choices = [read_choice(choice, number) for number, choice in enumerate(listed)]
+    return [Choice(*(one or other for one, other in zip(choice, native))) for choice in choices[:1]] + choices[1:], usage
+
+
+def read_whole(body, secrets):
+    """The same of a whole answer in bytes. An event may say nothing (only padding, only usage); an answer may not."""
+    choices, usage = read_answer(read_json(body), secrets)
+    if not choices:
+        raise unreadable()
+    return choices, usage
+
+
+def read_choice(choice, number):
+    said = as_dict(choice.get("delta") or choice.get("message"))
+    content = said.get("content", choice.get("text"))       # `text` where the model was given a prompt
+    if isinstance(content, list):
+        content = "".join(as_text(part.get("text")) for part in dicts(content))
+    reasoning = said.get("reasoning_content") or said.get("reasoning")     # gemma-4 uses the short name
+    index = choice.get("index")
+    return Choice(index if isinstance(index, int) else number, as_text(content), reasoning if isinstance(reasoning, str) else "", as_text(said.get("refusal")),
+                  as_list(said.get("tool_calls")), read_finish(choice.get("finish_reason")), choice.get("logprobs"))
+
+
+def read_output(data, secrets):
+    """A Responses object as one choice. Items need not have `content`: a function_call has none."""
+    if data.get("error") or data.get("status") == "failed":
+        raise translate_error(200, data, secrets)
+    items = dicts(data["output"])
+    parts = [(item.get("type"), part) for item in items for part in dicts(item.get("content")) + dicts(item.get("summary"))]
+    return Choice(0, "".join(as_text(part.get("text")) for kind, part in parts if kind == "message"),
+                  "".join(as_text(part.get("text")) for kind, part in parts if kind == "reasoning"),
+                  "".join(as_text(part.get("refusal")) for kind, part in parts),
+                  [item for item in items if item.get("type") == "function_call"], read_finish(as_dict(data.get("incomplete_details")).get("reason")), None)
+
+
+def as_text(value):
+    """JSON mode puts an object into `response`, llama-4 a number: both are text to the client."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def as_list(value):
+    return value if isinstance(value, list) else []
+
+
+def as_dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def dicts(value):
+    return [item for item in as_list(value) if isinstance(item, dict)]
+
+
+def read_finish(reason):
+    if reason == "error":
+        raise Refusal(502, "upstream_bad_response", "The model broke off with an error.")
+    return FINISH_REASONS.get(reason, "stop") if isinstance(reason, str) and reason else None
+
+
+def openai_usage(usage):
+    """OpenAI's counts out of either naming, or None: zeros mean that Cloudflare did not count, and a guess would be worse than none."""
+    counts = {}
+    for name, value in as_dict(usage).items():
+        name = name.replace("input_", "prompt_").replace("output_", "completion_")
+        if isinstance(value, dict if name.endswith("_details") else int) and name.startswith(("prompt_tokens", "completion_tokens", "total_tokens")):
+            counts[name] = value
+    if not any(value for value in counts.values() if isinstance(value, int)):
+        return None
+    counts.setdefault("total_tokens", counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0))
+    return counts
+
+
+def number_calls(calls, begun, call_id, empty=""):
+    """Tool calls as OpenAI has them. `begun` lists those of earlier events: a call shows its id and name once, then only arguments."""
+    for call in dicts(calls):
+        function = as_dict(call.get("function")) or call        # llama-3.3 and Responses are flat
+        ident, name, arguments = (as_text(text) for text in (call.get("call_id") or call.get("id"), function.get("name"), function.get("arguments")))
+        place = call.get("index")
+        if not (ident or name or arguments):
+            continue        # the null sentinel after a call (workers-ai-provider, streaming.ts)
+        same = [number for number, (known, at) in enumerate(begun) if
+                (ident == known if ident else not name) or place is not None and place == at and not (ident and known)]
+        if not same:
+            begun.append((ident, place))
+            yield {"index": len(begun) - 1, "id": ident or "call_%s_%d" % (call_id, len(begun)), "type": "function",
+                   "function": {"name": name, "arguments": arguments or empty}}
+        elif arguments:
+            yield {"index": same[-1], "function": {"arguments": arguments}}
+
+
+# -- the normal form written as OpenAI's objects
+
+
+def translate_answer(call, body):
+    """A whole answer with status 200 as the object that OpenAI would have sent. Refusal 502 if it cannot be read, or what an error in it says."""
+    if call.kind == "responses":
+        return relabel_response(unwrap(read_json(body), call.secrets, "output"), call)
+    if call.kind == "embeddings":
+        return embeddings_object(unwrap(read_json(body), call.secrets, "data"), call)
+    choices, usage = read_whole(body, call.secrets)
+    return completion_object(call, [whole_choice(call, choice) for choice in choices], usage)
+
+
+def completion_object(call, choices, usage, chunk=""):
+    """chat.completion, chat.completion.chunk or text_completion, whose whole and chunk are one form."""
+    prefix, name = ("cmpl-", "text_completion") if call.kind == "text" else ("chatcmpl-", "chat.completion" + chunk)
+    answer = {"id": prefix + call.id, "object": name, "created": call.created, "model": call.model, "choices": choices}
+    return dict(answer, usage=usage) if usage or chunk and call.include_usage else answer
+
+
+def whole_choice(call, choice):
+    calls = list(number_calls(choice.tool_calls, [], call.id, "{}"))
+    message = dict({"role": "assistant", "content": None if calls else "", "refusal": None}, **said(choice, calls))
+    for one in calls:
+        del one["index"]        # only deltas number them
+    return choice_object(call, choice.index, "message", message, finish_reason(choice.finish, calls), choice.logprobs)
+
+
+def said(choice, calls):
+    """What a message or a delta holds of a choice."""
+    fields = {"content": choice.text, "reasoning_content": choice.reasoning, "refusal": choice.refusal, "tool_calls": calls}
+    return {name: value for name, value in fields.items() if value}
+
+
+def choice_object(call, index, form, message, finish, logprobs=None):
+    if call.kind == "text":     # no place for reasoning, and chat's logprobs are not its
+        return {"index": index, "text": message.get("content") or "", "logprobs": None, "finish_reason": finish}
+    return {"index": index, form: message, "logprobs": logprobs, "finish_reason": finish}
+
+
+def finish_reason(finish, calls):
+    """Some models end with `stop`, or with nothing, after a tool call; agents look for tool_calls."""
+    return "tool_calls" if calls and finish in (None, "stop") else finish or "stop"
+
+
+def embeddings_object(data, call):
+    """OpenAI's list, from that or from the legacy {"shape", "data": [[...]]}. Node's SDK asks for base64 and decodes floats to zeros."""
+    rows = [row.get("embedding") if isinstance(row, dict) else row for row in as_list(data.get("data"))]
+    try:
+        if call.base64:
+            rows = [row if isinstance(row, str) else base64.b64encode(struct.pack("<%df" % len(row), *row)).decode() for row in rows]
+    except (struct.error, OverflowError, TypeError):
+        raise unreadable()
+    if not rows or not all(isinstance(row, (list, str)) for row in rows):
+        raise unreadable()
+    answer = {"object": "list", "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)], "model": call.model}
+    usage = openai_usage(data.get("usage")) or {}
+    usage.pop("completion_tokens", None)
+    return dict(answer, usage=usage) if usage else answer
+
+
+def relabel_response(data, call):
+    """A Responses object or event with the client's name for the model, and no secret in its error."""
+    data = dict(data, **({"model": call.model} if "model" in data else {}))
+    if isinstance(data.get("error"), dict):
+        data["error"] = dict(data["error"], message=clean_message(data["error"].get("message"), call.secrets))
+    if isinstance(data.get("response"), dict):
+        data["response"] = relabel_response(data["response"], call)
+    return data
+
+
+# -- streams
+
+
+def render_event(data, name=""):
+    """One event in bytes, ASCII because a delta may hold half a surrogate pair. Never `id:` or `retry:`, which openai-python stumbles over."""
+    return ("event: %s\ndata: %s\n\n" % (name, json.dumps(data)) if name else "data: %s\n\n" % json.dumps(data)).encode()
+
+
+def error_object(refusal):
+    """OpenAI's error form, in a body or as an event."""
+    kind = "rate_limit_error" if refusal.status == 429 else "invalid_request_error" if refusal.status < 500 else "server_error"
+    return {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
+
+
+class EventReader:
+    """Events out of bytes as they come (WHATWG HTML, 9.2.6): any line end, comments, `data:` without a space and on several lines."""
+
+    def __init__(self):
+        self.line, self.after_cr, self.name, self.data, self.size = b"", False, "", [], 0
+
+    def feed(self, piece):
+        """The events that `piece` completes, as (name, data)."""
+        events = []
+        lines = LINE_END.split(piece[1:] if self.after_cr and piece[:1] == b"\n" else piece)
+        self.after_cr = piece[-1:] == b"\r"
+        lines[0] = self.line + lines[0]
+        self.line = lines.pop()
+        for line in lines:
+            field, _, value = line.decode("utf-8", "replace").partition(":")
+            value = value[1:] if value[:1] == " " else value
+            if field == "data":
+                self.data.append(value)
+                self.size += len(value)
+            elif field == "event":
+                self.name = value
+            elif not line:
+                if self.data:
+                    events.append((self.name, "\n".join(self.data)))
+                self.name, self.data, self.size = "", [], 0
+        if self.size + len(self.line) > MAX_EVENT:
+            raise unreadable()
+        return events
+
+
+class StreamTranslator:
+    """Cloudflare's events in, OpenAI's out, each as soon as it is there. `done`: the client has all it will get; `failed`: the error's code."""
+
+    def __init__(self, call):
+        self.call, self.events = call, EventReader()
+        self.begun = {}             # by a choice's index: its tool calls, and whether it has its finish_reason
+        self.usage = self.failed = None
+        self.done = False
+
+    def feed(self, piece):
+        """The bytes for the client that `piece` brings about. What cannot be read, and any error in it, ends the stream with an error event."""
+        out = []
+        try:
+            for name, data in self.events.feed(piece):
+                if data and not self.done:
+                    out += self.translate(name, data)
+        except Refusal as refusal:
+            out.append(self.fail(refusal))
+        return b"".join(out)
+
+    def end(self, reason=None):
+        """The last bytes, at the end of the upstream's body. `reason` is the Refusal to show when the connection broke."""
+        out = b""
+        if not reason:      # a last event may lack its blank line; half an event, which cannot be read, is none
+            try:
+                out = b"".join(part for name, data in self.events.feed(b"\n\n") if data and not self.done for part in self.translate(name, data))
+            except Refusal as refusal:
+                reason = refusal
+        if self.done:
+            return out
+        if self.is_complete():
+            return out + b"".join(self.finish())
+        return out + self.fail(reason or Refusal(502, "upstream_bad_response", "The upstream broke off in the middle of this answer."))
+
+    def whole(self, body):
+        """A whole JSON answer as the events of a stream: gpt-oss may answer so. Refusal as in translate_answer, nothing being sent yet."""
+        choices, self.usage = read_whole(body, self.call.secrets)
+        return b"".join([self.chunk(part) for choice in choices for part in self.parts(choice, "{}")] + self.finish())
+
+    def translate(self, name, data):
+        """The events in bytes that one event is worth."""
+        if data.strip() == "[DONE]":
+            return self.finish()
+        choices, usage = read_answer(read_json(data), self.call.secrets)
+        self.usage = usage or self.usage        # of two finish chunks the second has zeros
+        return [self.chunk(part) for choice in choices for part in self.parts(choice)]
+
+    def parts(self, choice, empty=""):
+        """The choices of its chunk objects: the role first, then what is new, then the finish_reason, once."""
+        known = self.begun.get(choice.index)
+        if known is None:
+            known = self.begun[choice.index] = {"calls": [], "finish": None}
+            if self.call.kind == "chat":
+                yield self.part(choice.index, {"role": "assistant", "content": "", "refusal": None})
+        delta = said(choice, list(number_calls(choice.tool_calls, known["calls"], self.call.id, empty)))
+        if delta if self.call.kind == "chat" else choice.text:
+            yield self.part(choice.index, delta, logprobs=choice.logprobs)
+        if choice.finish and not known["finish"]:
+            known["finish"] = finish_reason(choice.finish, known["calls"])
+            yield self.part(choice.index, {}, known["finish"])
+
+    def part(self, index, delta, finish=None, logprobs=None):
+        return choice_object(self.call, index, "delta", delta, finish, logprobs)
+
+    def chunk(self, *parts, usage=None):
+        return render_event(completion_object(self.call, list(parts), usage, ".chunk"))
+
+    def is_complete(self):
+        return bool(self.begun) and all(known["finish"] for known in self.begun.values())
+
+    def finish(self):
+        """What closes a stream that the upstream ended well: legacy ones give no finish_reason."""
+        if not self.begun:
+            raise unreadable()
+        self.done = True
+        out = [self.chunk(self.part(index, {}, finish_reason(None, known["calls"]))) for index, known in self.begun.items() if not known["finish"]]
+        if self.call.include_usage and self.usage:
+            out.append(self.chunk(usage=self.usage))
+        return out + [b"data: [DONE]\n\n"]
+
+    def fail(self, refusal):
+        """One error event, the last one: both official SDKs raise it, while they swallow Cloudflare's own. Never a finish, never [DONE]."""
+        self.done, self.failed = True, refusal.code
+        return render_event({"error": error_object(refusal)})
+
+
+class ResponsesTranslator(StreamTranslator):
+    """/v1/responses: events pass as they come, with the client's name for the model."""
+
+    LAST = ("response.completed", "response.incomplete", "response.failed")
+    complete = False
+
+    def translate(self, name, data):
+        if data.strip() == "[DONE]":
+            return self.finish()
+        event = relabel_response(unwrap(read_json(data), self.call.secrets, "type"), self.call)
+        self.complete = self.complete or event["type"] in self.LAST
+        self.usage = openai_usage(as_dict(event.get("response")).get("usage")) or self.usage
+        return [render_event(event, name)]
+
+    def is_complete(self):
+        return self.complete
+
+    def finish(self):
+        if not self.complete:
+            raise unreadable()
+        self.done = True        # Responses streams have no [DONE]
+        return []
+
+    def fail(self, refusal):
+        super().fail(refusal)
+        error = error_object(refusal)       # `error` is what the SDKs raise, the rest is how Responses say it
+        return render_event(dict(error, type="error", error=error), "error")
+
+    def whole(self, body):
+        """The events that OpenAI would have sent: Workers AI has the Responses API "only non-streaming" (cloudflare-docs#32116)."""
+        response = translate_answer(self.call, body)
+        events = [("response.created", {"response": dict(response, status="in_progress", output=[], usage=None)})]
+        for number, item in enumerate(dicts(response["output"])):
+            events += item_events({"output_index": number, "item_id": item.get("id")}, item)
+        status = "response.%s" % response.get("status")
+        events.append((status if status in self.LAST else self.LAST[0], {"response": response}))
+        self.done = True
+        return b"".join(render_event(dict(event, type=name, sequence_number=number), name) for number, (name, event) in enumerate(events))
+
+
+def item_events(place, item):
+    """The events of one item of a Responses object."""
+    empty = {"content": [], "arguments": ""}
+    begun = dict(item, status="in_progress", **{name: value for name, value in empty.items() if item.get(name)})
+    yield "response.output_item.added", {"output_index": place["output_index"], "item": begun}
+    for number, part in enumerate(dicts(item.get("content"))):
+        kind = part.get("type") if part.get("type") in ("reasoning_text", "refusal") else "output_text"
+        text, where = "refusal" if kind == "refusal" else "text", dict(place, content_index=number)
+        yield "response.content_part.added", dict(where, part=dict(part, **{text: ""}))
+        yield "response.%s.delta" % kind, dict(where, delta=part.get(text), logprobs=[])
+        yield "response.%s.done" % kind, dict(where, logprobs=[], **{text: part.get(text)})
+        yield "response.content_part.done", dict(where, part=part)
+    if item.get("type") == "function_call":
+        yield "response.function_call_arguments.delta", dict(place, delta=item.get("arguments"))
+        yield "response.function_call_arguments.done", dict(place, arguments=item.get("arguments"))
+    yield "response.output_item.done", {"output_index": place["output_index"], "item": item}
+
+
+# -- errors
+
+
+def translate_error(status, body, secrets=(), **fields):
+    """The Refusal for Cloudflare's error, in bytes or parsed: by its code, else by its status. `fields` go with it (retry_after="5").
+
+    Forms: the envelope {"success": false, "errors": [{"code", "message"}]}, OpenAI's {"error": {...}}, a bare object, HTML, nothing.
+    """
+    if isinstance(body, bytes):
+        try:
+            body = read_json(body)
+        except Refusal:
+            body = None
+    said = error_said(body)
+    number, message = said.get("code"), clean_message(said.get("message"), secrets)
+    number = int(number) if re.fullmatch(r"[0-9]{3,5}", str(number)) else 0
+    if number not in CLOUDFLARE_ERRORS:
+        inside = [int(code) for code in re.findall(r"\b([0-9]{4,5}):", message) if int(code) in CLOUDFLARE_ERRORS]    # "3040: Capacity ..."
+        number = inside[0] if inside else number
+    if status < 400 <= number < 600:
+        status = number         # vLLM's {"object": "error", "code": 400} inside a 200
+    name = said.get("code") if isinstance(said.get("code"), str) and not said["code"].isdigit() else None
+    ours, code = CLOUDFLARE_ERRORS.get(number) or STATUS_ERRORS.get(status) or (
+        (502, name or "upstream_bad_response") if status < 400 else (status, name or ("invalid_request" if status < 500 else "upstream_error")))
+    message = OPERATOR_ERRORS.get(code) or message or "Cloudflare answered with status %d and no reason that could be read." % status
+    param = said.get("param") if isinstance(said.get("param"), str) else "model" if code == "model_not_found" else None
+    if code in NO_RETRY:
+        fields["x_should_retry"] = "false"
+    return Refusal(ours or (status if status >= 500 else 502), code, message, param, **fields)
+
+
+def error_said(body):
+    """The object in an error body that has the code and the message, {} if there is none."""
+    said = body
+    if isinstance(body, dict):
+        errors = dicts(body.get("errors"))
+        known = [error for error in errors if str(error.get("code")) in map(str, CLOUDFLARE_ERRORS)]
+        said = (known + errors + [body.get("error") or body])[0]
+    return {"message": said} if isinstance(said, str) else as_dict(said)
+
+
+def clean_message(message, secrets):
+    """Cloudflare's words without `AiError:`, JSON around them, uuids and what must stay here."""
+    message = as_text(message)
+    for _ in range(4):      # prefixes and JSON may be nested: AiError: AiError: {"object": "error", "message": ...}
+        message = re.sub(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+\s*", "", UUID.sub("", message))
+        if message[:1] != "{":
+            break
+        try:
+            inner = error_said(json.loads(message[:message.rindex("}") + 1]))
+        except (ValueError, RecursionError):
+            break
+        message = as_text(inner.get("message")) or message
+    for secret in filter(None, secrets):
+        message = re.sub(re.escape(secret), "***", message, flags=re.I)
+    return message.strip()[:2000]
+
+
+# -- the model list
+
+
+def read_catalogue_page(status, body, secrets=()):
+    """The items of one page of models/search; an empty list is the end. Refusal if it cannot be read."""
+    if status != 200:
+        raise translate_error(status, body, secrets)
+    data = read_json(body)
+    if not isinstance(data, dict) or data.get("success") is False or not isinstance(data.get("result"), list):
+        raise translate_error(200, body, secrets)
+    return dicts(data["result"])
+
+
+def translate_catalogue(items, today, names, only_names):
+    """The items of OpenAI's model list out of all pages: `names` (shown name to model) first, aliases before others, then the rest.
+
+    With `only_names`, an allow-list, there is no rest. `today` is YYYY-MM-DD in UTC: a model is gone on its deprecation date.
+    """
+    models = {}
+    for item in items:      # pages may overlap: by name, which is OpenAI's id; Cloudflare's `id` is a uuid
+        task = as_text(as_dict(item.get("task")).get("name"))
+        told = {as_text(one.get("property_id")): one.get("value") for one in dicts(item.get("properties"))}
+        gone = as_text(told.get("planned_deprecation_date"))[:10]
+        # The query's task= matches a display label exactly and finds nothing when that drifts, so tasks are told apart here.
+        if isinstance(item.get("name"), str) and re.sub(r"\W", "", task).lower() in ("textgeneration", "textembeddings") and not (gone and gone <= today):
+            metadata = {"description": item.get("description"), "task": task, "context_window": told.get("context_window"),
+                        "planned_deprecation_date": told.get("planned_deprecation_date")}
+            models.setdefault(item["name"], {"object": "model", "created": seconds(item.get("created_at")), "owned_by": "cloudflare", "permission": [],
+                                             "root": item["name"], "parent": None,
+                                             "metadata": {name: value for name, value in metadata.items() if value is not None}})
+    shown = dict(sorted(names.items(), key=lambda pair: pair[0] == pair[1]))
+    if not only_names:
+        shown.update((name, name) for name in models)
+    return [dict(id=name, **models[model]) for name, model in shown.items() if model in models]
+
+
+def seconds(text):
+    """Unix seconds of "2025-08-05 10:49:53.265", which is UTC without saying so; 0 if it is none."""
+    try:
+        when = datetime.datetime.strptime(as_text(text)[:19].replace("T", " "), "%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return 0
+    return int(when.replace(tzinfo=datetime.timezone.utc).timestamp())
+
+
 # ---- Reading the settings ------------------------------------------------------------------------------------------
 
 
@@ -1729,15 +2789,22 @@ class Settings:
                 return parse(text)
             except ValueError as error:
                 got = "got something that is not shown here because it may be secret" if secret else "got %r" % text
-                raise SettingError("%s: %s; it takes %s" % (name, got, str(error) if " " in str(error) and secret else takes))
+                raise SettingError("%s: %s; it takes %s" % (name, got, takes or error))
 
         self.host = read("AIPROXY_HOST", parse_name, "an address or a host name")
         self.port = read(next((name for name in ("AIPROXY_PORT", "PORT", "FC_SERVER_PORT") if environ.get(name, "").strip()), "AIPROXY_PORT"),
                          lambda text: parse_number(text, int, 0, 65535), "a port number, 0 to 65535")
         self.upstream = read("AIPROXY_UPSTREAM", Upstream, "one of %s, or a base URL such as https://host or https://host/v1, without "
-                             "user info, query or fragment" % ", ".join(PROVIDERS), secret="@" in environ.get("AIPROXY_UPSTREAM", ""))
-        self.keys = read("AIPROXY_KEY", parse_keys, "", secret=True)
-        self.hidden, self.key_turn = bool(self.keys), itertools.cycle(self.keys)
+                             "user info, query or fragment" % ", ".join(PROVIDERS), secret=re.search("[@?#]", environ.get("AIPROXY_UPSTREAM", "")))
+        self.workers = self.upstream.name == "workers-ai"
+        self.keys = read("CLOUDFLARE_API_TOKEN" if self.workers else "AIPROXY_KEY", parse_keys, "", secret=True)
+        self.account = read("CLOUDFLARE_ACCOUNT_ID", parse_account, "the id of an account: letters and digits") if self.workers else ""
+        if self.workers:
+            if not self.account or not self.keys:
+                raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit")
+            self.upstream = read("CLOUDFLARE_API_BASE_URL", lambda text: Upstream(text, "/accounts/" + self.account), "a base URL",
+                                 secret=re.search("[@?#]", environ.get("CLOUDFLARE_API_BASE_URL", "")))
+        self.hidden = bool(self.keys)
         self.key_header = read("AIPROXY_KEY_HEADER", parse_field_name, "a header field's name") or self.upstream.key_header
         self.wants_key = self.upstream.wants_key
         self.client_keys = read("AIPROXY_CLIENT_KEYS", parse_client_keys, "", secret=True)
@@ -1746,13 +2813,21 @@ class Settings:
         self.paths = read("AIPROXY_PATHS", parse_paths, "PATH, METHOD PATH or * PATH, comma-separated, or * alone")
         self.origins = read("AIPROXY_ORIGINS", parse_origins, "* or origins, comma-separated, exactly as browsers send them: https://app.example, without a path")
         self.open = read("AIPROXY_OPEN", parse_switch, "1, true, yes, on or 0, false, no, off")
+        self.rate_shown = environ.get("AIPROXY_RATE", "").strip() or ("60/min" if self.open else "")
+        self.rate = read("AIPROXY_RATE", lambda text: parse_rate(text or self.rate_shown), "a rate such as 20/s, 60/min, 100/h or 1000/day")
+        self.max_tokens = read("AIPROXY_MAX_TOKENS", lambda text: parse_number(text or "0", int, 0, 10 ** 9), "a number of tokens")
+        self.max_per_client = read("AIPROXY_MAX_PER_CLIENT", lambda text: parse_number(text, int, 1, 1000000), "a number from 1")
         self.max_body = read("AIPROXY_MAX_BODY", parse_size, "a size such as 32MB")
         self.max_connections = read("AIPROXY_MAX_CONNECTIONS", lambda text: parse_number(text, int, 1, 1000000), "a number from 1")
         self.connect_timeout = read("AIPROXY_CONNECT_TIMEOUT", lambda text: parse_number(text, float, 0.001, 86400), "seconds, more than 0")
         self.timeout = read("AIPROXY_TIMEOUT", lambda text: parse_number(text, float, 0.001, 86400), "seconds, more than 0")
         self.grace = read("AIPROXY_GRACE", lambda text: parse_number(text, float, 0, 86400), "seconds")
         self.log = read("AIPROXY_LOG", lambda text: parse_choice(text, ("text", "json", "off")), "text, json or off")
-        self.models_shown = list(self.models)
+        self.max_chars = read("AIPROXY_MAX_CHARS", lambda text: parse_number(text or ("131072" if self.workers else "0"), int, 0, 10 ** 12), "a number of characters")
+        self.aliases = self.models or (WORKERS_ALIASES if self.workers else {})     # name to model; an allow-list only if it is `models`
+        self.models_shown = list(self.aliases)
+        self.never_shown = (self.account,) * bool(self.account) + tuple(key.decode() for key in self.keys)
+        self.never_down = [word.encode() for word in self.never_shown]
         if self.hidden and self.paths is None:
             self.paths = [("POST", path) for path in self.upstream.paths] + [("GET", "/v1/models"), ("GET", "/v1/models/*")]
         must_present = bool(self.client_keys) or not self.hidden and self.wants_key
@@ -1763,7 +2838,7 @@ class Settings:
     def check_safe(self):
         """SettingError for a combination that would be open by accident, or cannot work."""
         if self.guarded_by_loopback and not LOOPBACK.fullmatch(self.host):
-            raise SettingError("AIPROXY_KEY is hidden and AIPROXY_HOST=%s lets others reach it, but no client key is asked for. Set one of:\n"
+            raise SettingError("A provider key is hidden and AIPROXY_HOST=%s lets others reach it, but no client key is asked for. Set one of:\n"
                                "  AIPROXY_CLIENT_KEYS=name=%s   (what clients must send)\n"
                                "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
                                "  AIPROXY_OPEN=1   (anyone may spend the key)" % (self.host, os.urandom(18).hex()))
@@ -1779,14 +2854,16 @@ class Settings:
 
     def secrets(self):
         """All keys that must never be seen, as bytes."""
-        return list(self.keys) + [key for _, key in self.client_keys]
+        return self.never_down + [key for _, key in self.client_keys]
 
 
 class Upstream:
     """Where requests go: a row of PROVIDERS or a base URL. ValueError if it is neither."""
 
-    def __init__(self, text):
-        url, self.key_header, self.paths = PROVIDERS.get(text.lower(), (text, None, None))
+    def __init__(self, text, below=""):
+        """`below` is added to the path and not shown to anybody."""
+        self.name = text.lower()
+        url, self.key_header, self.paths = PROVIDERS.get(self.name, (text, None, None))
         parts = urllib.parse.urlsplit(url)
         clean = re.fullmatch(r"https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", url, re.I)
         if not clean or not parts.hostname or "//" in parts.path or DOT_SEGMENT.search(parts.path):
@@ -1795,7 +2872,7 @@ class Upstream:
         self.scheme, self.host = parts.scheme, host
         self.port = parts.port or {"https": 443, "http": 80}[parts.scheme]
         self.loopback = LOOPBACK.fullmatch(host) is not None
-        self.base = parts.path.rstrip("/")
+        self.base, self.shown = parts.path.rstrip("/") + below, url.rstrip("/")
         netloc = ("[%s]" % host if ":" in host else host) + (":%d" % parts.port if parts.port else "")
         self.netloc, self.url = netloc.encode(), "%s://%s" % (parts.scheme, netloc)
         if self.key_header is None:         # a base URL of a provider that we know wants its key as that row says
@@ -1811,11 +2888,21 @@ class Upstream:
         return self.base + path[3:] if path == "/v1" or path.startswith("/v1/") else None
 
 
-PLACEHOLDER = re.compile(r"<.*>|.*(your|my).{0,20}key.*|.*api[-_ ]?key.*|.*你的.*|(sk-)?(x{3,}|\.{3,}|\*{3,}|…)|change[-_ ]?me|replace[-_ ]?me|placeholder|todo|none|null", re.I)
+PLACEHOLDER = re.compile(r"<.*>|(sk-)?your[-_ ].*|(sk-)?your(api)?key.*|.*你的.*|(sk-)?(x{3,}|\.{3,}|\*{3,}|…)|api[-_ ]?key|change[-_ ]?me|replace[-_ ]?me|placeholder|todo", re.I)
+
+
+def parse_account(text):
+    if text and (PLACEHOLDER.fullmatch(text) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text)):
+        raise ValueError()
+    return text
 
 
 def parse_list(text):
-    return [item.strip() for item in text.split(",") if item.strip()]
+    """The items of a comma-separated list. ValueError if there is text but no item: a list that is meant must not count as none."""
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if text and not items:
+        raise ValueError("a list with something between its commas")
+    return items
 
 
 def check_key(key):
@@ -1894,6 +2981,14 @@ def parse_number(text, kind, least, most):
     if not least <= number <= most:
         raise ValueError()
     return number
+
+
+def parse_rate(text):
+    """(requests, seconds), or None for no limit."""
+    match = re.fullmatch(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text)
+    if not match and text:
+        raise ValueError()
+    return (int(match.group(1)), {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)[0]]) if match else None
 
 
 def parse_size(text):
@@ -2026,7 +3121,7 @@ class Record:
 
     def __init__(self, address):
         self.client, self.method, self.path, self.model, self.id = address, "", "", "", "req_" + os.urandom(8).hex()
-        self.status = self.upstream_status = self.first = None
+        self.status = self.upstream_status = self.first = self.prompt_tokens = self.completion_tokens = None
         self.bytes, self.outcome = 0, ""
         self.begin()
 
@@ -2036,52 +3131,58 @@ class Record:
     def first_byte(self):
         self.first = self.first or time.monotonic() - self.began
 
-    def as_dict(self):
-        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "client": self.client, "method": self.method, "path": self.path[:256],
-                "model": self.model[:100], "status": self.status, "upstream_status": self.upstream_status,
+    def as_dict(self, scrub=str):
+        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "client": scrub(self.client), "method": scrub(self.method), "path": scrub(self.path)[:256],
+                "model": scrub(self.model)[:100], "status": self.status, "upstream_status": self.upstream_status,
                 "first_byte": self.first and round(self.first, 4), "total": round(time.monotonic() - self.began, 4), "bytes": self.bytes,
-                "request_id": self.id, "outcome": self.outcome or "client_gone"}
+                "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "request_id": scrub(self.id), "outcome": self.outcome or "client_gone"}
 
 
-class AccessLog(threading.Thread):
-    """One line per request on stdout, written by a thread of its own: a reader that stalls must not stall requests."""
+class Log(threading.Thread):
+    """One line per request on stdout, warnings on stderr, written by a thread of its own: a reader that stalls must not stall requests."""
 
     def __init__(self, form, secrets):
-        super().__init__(daemon=True, name="access-log")
+        super().__init__(daemon=True, name="log")
         self.form, self.secrets, self.lines, self.lost = form, [key.decode() for key in secrets], queue.Queue(10000), 0
 
     def write(self, record):
-        if self.form == "off":
-            return
-        record = record.as_dict()
-        if self.form == "json":
-            line = json.dumps(record)
-        else:
-            line = ("{time} {client} {method} {path} {model} {status} upstream={upstream_status} first={first_byte}s total={total}s bytes={bytes} "
-                    "id={request_id} {outcome}").format(**{name: printable(value) for name, value in record.items()})
-        for secret in self.secrets:         # a client may put its key into a path or a model's name
-            line = line.replace(secret, "***")
+        if self.form != "off":
+            record = record.as_dict(self.scrub)
+            self.put(sys.stdout, json.dumps(record) if self.form == "json" else
+                     ("{time} {client} {method} {path} {model} {status} upstream={upstream_status} first={first_byte}s total={total}s bytes={bytes} "
+                      "tokens={prompt_tokens}+{completion_tokens} id={request_id} {outcome}").format(**{name: printable(value) for name, value in record.items()}))
+
+    def warn(self, text):
+        self.put(sys.stderr, "aiproxy: " + self.scrub(text))
+
+    def put(self, stream, line):
         try:
-            self.lines.put_nowait(line + "\n")
+            self.lines.put_nowait((stream, line + "\n"))
         except queue.Full:
             self.lost += 1
 
+    def scrub(self, text):
+        """Without our keys: a client may put one into a path or a model's name, encoded or not."""
+        for secret in self.secrets:
+            if secret not in text and secret in urllib.parse.unquote(text):
+                text = urllib.parse.unquote(text)
+            text = text.replace(secret, "***")
+        return text
+
     def run(self):
         while True:
-            lines = [self.lines.get()]
-            while len(lines) < 1000 and not self.lines.empty():
-                lines.append(self.lines.get())
+            stream, line = self.lines.get()
             if self.lost:
-                lines.append("(%d lines lost: nobody read them in time)\n" % self.lost)
-                self.lost = 0
+                line, self.lost = line + "(%d lines lost: nobody read them in time)\n" % self.lost, 0
             try:
-                sys.stdout.write("".join(lines))
-                sys.stdout.flush()
+                stream.write(line)
+                if stream is sys.stderr:
+                    stream.flush()
+                if self.lines.empty():
+                    sys.stdout.flush()
             except (OSError, ValueError):
                 pass                        # nobody listens any more
-            for _ in lines:
-                if self.lines.unfinished_tasks:
-                    self.lines.task_done()
+            self.lines.task_done()
 
 
 def printable(value):
@@ -2089,7 +3190,7 @@ def printable(value):
     if value is None or value == "":
         return "-"
     text = str(value)
-    return text if re.fullmatch(r"[\x21-\x7e]+", text) else json.dumps(text).replace(" ", "\\u0020").replace("\x7f", "\\u007f")
+    return text if re.fullmatch(r"[\x21-\x7e]+", text) else json.dumps(text).replace(" ", "\\u0020")
 
 
 def fault_place(error):
@@ -2111,17 +3212,21 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings):
         self.settings, self.started, self.closing = settings, int(time.time()), False
-        self.lock, self.idle, self.handlers, self.connections = threading.Lock(), {}, set(), 0
+        self.date_made = 0, b""
+        self.lock, self.idle, self.connections = threading.Lock(), {}, 0
+        self.per_client, self.clients, self.spare_threads = collections.Counter(), queue.SimpleQueue(), 0
         self.all_done = threading.Condition(self.lock)
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
         self.address_family = family
-        self.access_log = AccessLog(settings.log, settings.secrets())
+        self.log = Log(settings.log, settings.secrets())
+        self.catalogue = Catalogue(settings)
+        self.key_ring, self.buckets = KeyRing(len(settings.keys)), Buckets(*settings.rate) if settings.rate else None
         self.upstreams = KeepAliveHandler(settings)
-        self.relay_loop = RelayLoop(self.upstreams.close_old)
+        self.relay_loop = RelayLoop(self.upstreams.close_old, self.log.warn)
         self.opener, self.proxy = build_opener(settings, self.upstreams)
         self.cap = cap_connections(settings.max_connections)
         super().__init__(address[:2] if family == socket.AF_INET else address, Handler)
-        self.access_log.start()
+        self.log.start()
         self.relay_loop.start()
 
     def server_bind(self):
@@ -2139,21 +3244,54 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """A thread for the new client; above the cap the longest idle one makes room, else 503."""
+        address = network_of(client_address[0])
         with self.lock:
             room = self.connections < self.cap
             self.connections += 1
-            evicted = None if room or not self.idle else next(iter(self.idle))
-            if evicted:
-                del self.idle[evicted]
-        if evicted:
-            evicted.hang_up()
-        elif not room:
-            return self.refuse_busy(request)
-        return super().process_request(request, client_address)
+            self.per_client[address] += 1
+            greedy = self.per_client[address] > self.settings.max_per_client and not LOOPBACK.fullmatch(address)
+        if greedy or not room and not self.give_up_idle(1):
+            self.refuse_busy(request)
+            self.shutdown_request(request, address)
+            return
+        with self.lock:
+            self.spare_threads -= 1
+            spare = self.spare_threads >= 0
+            self.spare_threads += not spare
+        try:
+            if spare:
+                self.clients.put((request, client_address))
+            else:
+                threading.Thread(target=self.serve_clients, args=(request, client_address), daemon=True).start()
+        except RuntimeError:                # the system has no thread left
+            self.refuse_busy(request)
+            self.shutdown_request(request, address)
+
+    def serve_clients(self, request, client_address):
+        """A thread's life: one client after the other, until none has come for SPARE_SECONDS. Starting threads costs more than keeping them."""
+        while request is not None:
+            try:
+                self.finish_request(request, client_address)
+            except Exception as error:      # a fault of ours outside of any request
+                self.report_fault(error)
+            finally:
+                self.shutdown_request(request, network_of(client_address[0]))
+            with self.lock:
+                self.spare_threads += 1
+            request, client_address = self.next_client()
+
+    def next_client(self):
+        while True:
+            try:
+                return self.clients.get(timeout=SPARE_SECONDS)
+            except queue.Empty:
+                with self.lock:
+                    if self.spare_threads:  # else process_request counts on us already
+                        self.spare_threads -= 1
+                        return None, None
 
     def refuse_busy(self, request):
-        with self.lock:
-            self.connections -= 1
+        """503 at once, from the accepting thread: one write that cannot block, then a linger if there are not too many already."""
         error = {"error": {"message": "Too many clients at once. Try again.", "type": "server_error", "param": None, "code": "server_busy"}}
         body = json.dumps(error).encode()
         cors = b"Access-Control-Allow-Origin: *\r\n" if self.settings.any_origin else b""
@@ -2161,21 +3299,33 @@ class Server(http.server.ThreadingHTTPServer):
             request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: 1\r\n"
                          b"x-request-id: req_%b\r\nConnection: close\r\n%b\r\n%b" % (len(body), os.urandom(8).hex().encode(), cors, body))
+            if len(self.relay_loop.jobs) < 2 * self.cap:
+                self.relay_loop.linger(socket.socket(fileno=request.detach()))
         except OSError:
-            return request.close()
-        self.relay_loop.linger(request) if len(self.relay_loop.jobs) < 2 * self.cap else request.close()
+            pass
 
-    def shutdown_request(self, request):
-        """Handler.finish has closed it, or given it to the relay loop."""
+    def shutdown_request(self, request, address=None):
+        """The end of every connection that process_request let in; one that lingers has been detached."""
+        request.close()
+        with self.all_done:
+            self.connections -= 1
+            self.per_client[address] -= 1
+            if self.per_client[address] <= 0:
+                del self.per_client[address]
+            self.all_done.notify_all()
 
     def handle_error(self, request, client_address):
         self.report_fault(sys.exc_info()[1])
 
     def report_fault(self, error):
-        self.warn("fault: " + fault_place(error))
+        self.log.warn("fault: " + fault_place(error))
 
-    def warn(self, text):
-        print("aiproxy: " + text, file=sys.stderr, flush=True)
+    def date(self):
+        """The time as a Date field has it, made once a second."""
+        now = int(time.time())
+        if self.date_made[0] != now:
+            self.date_made = now, email.utils.formatdate(now, usegmt=True).encode()
+        return self.date_made[1]
 
     # -- who is connected
 
@@ -2188,11 +3338,19 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             return self.idle.pop(handler, None) is not None
 
-    def forget(self, handler):
-        with self.all_done:
-            self.idle.pop(handler, None)
-            self.connections -= 1
-            self.all_done.notify_all()
+    def give_up_idle(self, most, age=0):
+        """Hang up on up to `most` idle clients, the longest idle first, none whose next request has just come; how many it was."""
+        with self.lock:
+            now = time.monotonic()
+            old = [handler for handler, since in self.idle.items() if now - since >= age]
+            silent = list(itertools.islice((handler for handler in old if not handler.client.wait_readable(0)), most))
+            for handler in silent:
+                del self.idle[handler]
+                try:
+                    handler.connection.shutdown(socket.SHUT_RDWR)   # which wakes its thread
+                except OSError:
+                    pass                    # it has just gone by itself
+        return len(silent)
 
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
@@ -2204,16 +3362,13 @@ class Server(http.server.ThreadingHTTPServer):
                 self.process_request(*self.socket.accept())
         except OSError:
             self.socket.close()
-        with self.all_done:
-            while self.connections and time.monotonic() < deadline:
-                now = time.monotonic()
-                for handler in [h for h, since in self.idle.items() if now - since > 0.5]:
-                    del self.idle[handler]
-                    handler.hang_up()
-                self.all_done.wait(min(0.1, max(0, deadline - now)))
+        while self.connections and time.monotonic() < deadline:
+            self.give_up_idle(self.connections, age=0.5)
+            with self.all_done:
+                self.all_done.wait(0.1)
         self.relay_loop.stopping = True
         until = time.monotonic() + 1        # for what is cut to be seen cut, and for the last log lines
-        while (self.connections or self.access_log.lines.unfinished_tasks) and time.monotonic() < until:
+        while (self.connections or self.log.lines.unfinished_tasks) and time.monotonic() < until:
             time.sleep(0.01)
 
     # -- how to reach us
@@ -2263,7 +3418,7 @@ def banner(server):
     settings, upstream = server.settings, server.settings.upstream
     mode = "key hidden (%s)" % masked(settings.keys) if settings.hidden else "transparent: callers bring their own key" if settings.wants_key else "no key needed"
     lines = ["aiproxy %s on %s" % (__version__, server.url()),
-             "  upstream     %s%s, %s%s" % (upstream.url, upstream.base, mode, ", through the proxy %s" % server.proxy if server.proxy else ""),
+             "  upstream     %s, %s%s" % (upstream.shown, mode, ", through the proxy %s" % server.proxy if server.proxy else ""),
              "  client keys  %s" % (", ".join(name for name, _ in settings.client_keys) or "none"),
              "  models       %s" % (", ".join(settings.models_shown) or "all"),
              "  paths        %s" % (", ".join("%s %s" % rule for rule in settings.paths) if settings.paths is not None else "all"),
@@ -2289,8 +3444,8 @@ def check_report(settings):
     lines = []
     for name, default, _ in KNOBS:
         value = os.environ.get(name, "").strip() or default
-        if name == "AIPROXY_KEY":
-            value = masked(settings.keys)
+        if name in ("AIPROXY_KEY", "CLOUDFLARE_API_TOKEN"):
+            value = masked(settings.keys if settings.workers == name.startswith("CLOUDFLARE") else [])
         elif name == "AIPROXY_CLIENT_KEYS":
             value = ", ".join("%s=***" % client for client, _ in settings.client_keys) or "none"
         elif name == "AIPROXY_PORT":
@@ -2376,7 +3531,7 @@ def main():
         threading.Thread(target=show_demo, args=(server,), daemon=True).start()
     else:
         print("  try          " + server.curl((settings.models_shown or ["MODEL"])[0]), file=sys.stderr, flush=True)
-    server.serve_forever(0.5)
+    server.serve_forever(0.1)
     server.stop()
     return 0
 

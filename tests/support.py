@@ -66,7 +66,7 @@ class Received:
 
     def reset(self):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.close()
+        self.connection.close()
 
     def close(self):
         """Hang up; over TLS without close_notify, as a dying server does."""
@@ -100,6 +100,10 @@ class Upstream:
         return self
 
     def __exit__(self, *exc):
+        try:
+            self.listener.shutdown(socket.SHUT_RDWR)    # wakes the thread in accept(), which would keep the port open
+        except OSError:
+            pass
         self.listener.close()
         for connection in self.open:
             try:
@@ -195,7 +199,8 @@ class Relay:
         self.server = aiproxy.Server(self.settings)
         self.records = []
         self.recorded = threading.Condition()
-        self.server.access_log.write = self.record
+        self.server.log.write = self.record
+        self.server.log.put = lambda stream, line: print(line, file=stream, flush=True)     # at once, not by the log's own thread
         self.address = self.server.server_address[:2]
         self.url = "http://127.0.0.1:%d" % self.address[1]
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
@@ -378,8 +383,8 @@ class Program:
         self.banner = ""
         self.errors, self.lines = [], []
         self.news = threading.Condition()
-        threading.Thread(target=self.collect, args=(self.process.stderr, self.errors), daemon=True).start()
-        threading.Thread(target=self.collect, args=(self.process.stdout, self.lines), daemon=True).start()
+        for stream, lines in ((self.process.stderr, self.errors), (self.process.stdout, self.lines)):
+            threading.Thread(target=self.collect, args=(stream, lines), daemon=True).start()
         found = self.wait_for_line(self.errors, r"on (http://\S+:(\d+))")
         self.url, self.address = found.group(1), ("127.0.0.1", int(found.group(2)))
 
@@ -388,6 +393,7 @@ class Program:
             with self.news:
                 lines.append(line)
                 self.news.notify_all()
+        stream.close()
 
     def wait_for_line(self, lines, pattern):
         def search():
@@ -407,9 +413,6 @@ class Program:
     def __exit__(self, *exc):
         self.process.kill()
         self.process.wait()
-
-
-_CERTIFICATES = {}
 
 
 def make_certificate(folder, name="localhost", days=1, ip="127.0.0.1", key="good"):

@@ -1,0 +1,90 @@
+"""Who may call: client keys are asked for, compared as bytes, named in the log, and never sent on."""
+import pytest
+
+from support import CHAT
+
+BODY = b'{"model":"m"}'
+UPGRADE = [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==")]
+
+CARRIED = [     # how a client sends its key, and the status that it gets
+    pytest.param([("Authorization", "Bearer ck-alice")], 200, id="bearer"),
+    pytest.param([("authorization", "bearer  ck-alice")], 200, id="bearer in other letters"),
+    pytest.param([("x-api-key", "ck-alice")], 200, id="x-api-key"),
+    pytest.param([("api-key", "ck-alice")], 200, id="api-key"),
+    pytest.param([("x-goog-api-key", "ck-alice")], 200, id="x-goog-api-key"),
+    pytest.param([("Authorization", "Bearer ck-alice"), ("x-api-key", "ck-alice")], 200, id="the same key twice"),
+    pytest.param([("Authorization", "Basic Y2s6"), ("x-api-key", "ck-alice")], 200, id="a key beside another scheme"),
+    pytest.param([("Authorization", "Bearer ck-alice"), ("x-api-key", "ck-bob")], 400, id="two different keys"),
+    pytest.param([("x-api-key", "ck-alice"), ("x-api-key", "ck-bob")], 400, id="two different keys in one field"),
+    pytest.param([("Authorization", "Bearer ck-alice"), ("Authorization", "Bearer ck-alice")], 400, id="authorization twice"),
+    pytest.param([], 401, id="none"),
+    pytest.param([("Authorization", "Bearer ")], 401, id="empty"),
+    pytest.param([("Authorization", "Bearer wrong")], 401, id="wrong"),
+    pytest.param([("Authorization", "Bearer ck-alic")], 401, id="too short"),
+    pytest.param([("Authorization", "Bearer ck-alicee")], 401, id="too long"),
+    pytest.param([("Authorization", "Bearer CK-ALICE")], 401, id="in capitals"),
+    pytest.param([("Authorization", "Bearer ck-\xe4lice")], 401, id="not ASCII"),
+    pytest.param([("Authorization", "Bearer alice")], 401, id="the name"),
+    pytest.param([("Authorization", "Bearer alice=ck-alice")], 401, id="name and key"),
+    pytest.param([("Authorization", "ck-alice")], 401, id="without a scheme"),
+    pytest.param([("Authorization", "Basic ck-alice")], 401, id="basic"),
+    pytest.param([("Cookie", "key=ck-alice")], 401, id="cookie"),
+    pytest.param([("Authorization", "Bearer sk-hidden-key")], 401, id="the provider key"),
+]
+
+
+@pytest.mark.parametrize("fields,status", CARRIED)
+def test_only_a_key_that_we_gave_out_is_let_in(upstream, relay, fields, status):
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice,bob=ck-bob")
+    reply = running.ask("POST", CHAT, BODY, fields)
+    assert reply.status == status
+    assert len(upstream.received) == (status == 200)
+    assert b"ck-" not in upstream.all_bytes + reply.raw_head + reply.body
+    record = running.wait_for_record()
+    assert record["client"] == ("alice" if status == 200 else "127.0.0.1") and "ck-" not in str(record)
+    if status == 401:
+        assert reply.code == "invalid_api_key" and reply.get("www-authenticate") == "Bearer"
+
+
+def test_each_client_is_named_and_a_nameless_one_is_counted(relay):
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-1, ck-2 ,carol=ck=3==")
+    for number, (key, name) in enumerate([("ck-1", "alice"), ("ck-2", "client2"), ("ck=3==", "carol")], 1):
+        assert running.chat(key=key).status == 200
+        assert running.wait_for_record(number)["client"] == name
+
+
+@pytest.mark.parametrize("method,path", [("GET", "/v1/files"), ("DELETE", CHAT), ("GET", "/v1/models"), ("OPTIONS", CHAT), ("POST", CHAT + "?key=1")])
+def test_without_a_key_nothing_is_told_and_nothing_passes(upstream, hidden, method, path):
+    assert hidden.ask(method, path).status in (400, 401)
+    assert not upstream.received
+
+
+@pytest.mark.parametrize("query", ["?key=ck-alice", "?a=1&key=x", "?key", "?%6bey=x"])
+def test_keys_do_not_belong_in_urls(upstream, hidden, query):
+    reply = hidden.ask("POST", CHAT + query, BODY, [("Authorization", "Bearer ck-alice")])
+    assert (reply.status, reply.code) == (400, "key_in_query")
+    assert b"ck-alice" not in reply.body and not upstream.received
+
+
+def test_a_query_without_a_key_goes_up_as_it_is(upstream, hidden):
+    assert hidden.ask("POST", CHAT + "?api-version=1&k%65ys=a+b", BODY, [("x-api-key", "ck-alice")]).status == 200
+    assert upstream.received[0].line == "POST %s?api-version=1&k%%65ys=a+b HTTP/1.1" % CHAT
+
+
+def test_client_keys_guard_a_loopback_upstream_that_wants_no_key(upstream, relay):
+    running = relay(CLIENT_KEYS="ck-alice")
+    assert running.chat(key=None).status == 401 and not upstream.received
+    assert running.chat().status == 200 and upstream.received[0].field("authorization") is None
+    assert b"ck-alice" not in upstream.all_bytes
+
+
+def test_a_browser_may_carry_its_key_as_a_websocket_subprotocol(upstream, relay):
+    upstream.answer = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: realtime\r\n\r\nhello"
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice", PATHS="GET /v1/realtime")
+    with running.client() as client:
+        client.request("GET", "/v1/realtime", None, UPGRADE + [("Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key.ck-alice")])
+        reply = client.read_head()
+        assert reply.status == 101 and client.read_exactly(5) == b"hello"
+    received = upstream.received[0]
+    assert received.field("sec-websocket-protocol") == "realtime" and received.field("authorization") == "Bearer sk-hidden-key"
+    assert b"ck-alice" not in upstream.all_bytes

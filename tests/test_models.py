@@ -1,0 +1,155 @@
+"""Which models: the allow-list, its aliases, the default, and bodies that could be read in two ways."""
+import json
+import threading
+
+import pytest
+
+from support import CHAT
+
+ALL = {"MODELS": "small,big=vendor/big-2,vendor/big-2", "KEY": "sk-hidden-key", "CLIENT_KEYS": "ck-alice"}
+
+
+@pytest.mark.parametrize("body,sent", [
+    (b'{"model":"small"}', None),
+    (b' \r\n{ "messages" : [ 1.0 , 1e2 ], "model"\t:  "small" , "x":"\xe4\xbd\xa0\\u4f60" } \n', None),
+    (b'{"mod\\u0065l":"sm\\u0061ll"}', None),
+    (b'{"model": "big", "n":1.50,"model_":"big"}', b'{"model": "vendor/big-2", "n":1.50,"model_":"big"}'),
+    (b'{"a":{"model":"x"},"model":"b\\u0069g" }', b'{"a":{"model":"x"},"model":"vendor/big-2" }'),
+    (b'{"model":"vendor/big-2"}', None),
+], ids=["plain", "odd spelling", "escapes", "alias", "alias in escapes", "behind the alias"])
+def test_only_the_bytes_of_an_alias_are_changed(upstream, relay, body, sent):
+    assert relay(**ALL).chat(body).status == 200
+    assert upstream.received[0].body == (sent or body)
+
+
+@pytest.mark.parametrize("models", ["", "small,big=vendor/big-2"], ids=["all allowed", "on the list"])
+@pytest.mark.parametrize("body,sent", [
+    (b'{"messages":[]}', b'{"model": "small", "messages":[]}'), (b"{}", b'{"model": "small"}'), (b' { } ', b' {"model": "small" } '),
+    (b'{"model":"other-1"}', b'{"model":"other-1"}')], ids=["members", "empty", "spaces", "named"])
+def test_the_default_model_is_for_requests_that_name_none(upstream, relay, models, body, sent):
+    reply = relay(DEFAULT_MODEL="small", MODELS=models, KEY="k-1", CLIENT_KEYS="ck-alice").chat(body)
+    if models and b"other" in body:
+        assert (reply.status, reply.code) == (403, "model_not_allowed") and not upstream.received
+    else:
+        assert reply.status == 200 and upstream.received[0].body == sent
+
+
+def test_the_default_model_may_be_an_alias(upstream, relay):
+    assert relay(DEFAULT_MODEL="big", MODELS="big=vendor/big-2", KEY="k-1", CLIENT_KEYS="ck-alice").chat(b"{}").status == 200
+    assert json.loads(upstream.received[0].body) == {"model": "vendor/big-2"}
+
+
+DEEP = 100000
+REFUSED = [     # a body, and the code of its refusal; 400 but for the last
+    pytest.param(b"{}", "missing_model", id="none"),
+    pytest.param(b'{"model":""}', "invalid_model", id="empty"),
+    pytest.param(b'{"model":["small"]}', "invalid_model", id="list"),
+    pytest.param(b'{"model":null}', "invalid_model", id="null"),
+    pytest.param(b'{"model":1}', "invalid_model", id="number"),
+    pytest.param(b'{"model":"small","model":"secret"}', "invalid_model", id="twice"),
+    pytest.param(b'{"model":"small","mod\\u0065l":"secret"}', "invalid_model", id="twice by an escape"),
+    pytest.param(b'{"model":"small","Model":"secret"}', "invalid_model", id="in other letters"),
+    pytest.param(b'{"model":"small","a":{"b":1,"b":2}}', "invalid_json", id="another name twice"),
+    pytest.param(b'\xef\xbb\xbf{"model":"small"}', "invalid_json", id="BOM"),
+    pytest.param('{"model":"small"}'.encode("utf-16"), "invalid_json", id="UTF-16"),
+    pytest.param('{"model":"small"}'.encode("utf-16-le"), "invalid_json", id="UTF-16 without BOM"),
+    pytest.param(b'{"model":"small","a":"\xff"}', "invalid_json", id="not UTF-8"),
+    pytest.param(b'{"model":"small","a":NaN}', "invalid_json", id="NaN"),
+    pytest.param(b'{"model":"small","a":-Infinity}', "invalid_json", id="infinity"),
+    pytest.param(b'{"model":"small","a":1e999}', "invalid_json", id="infinite float"),
+    pytest.param(b'{"model":"small","a":' + b"9" * 5000 + b"}", "invalid_json", id="5000 digits"),
+    pytest.param(b'{"model":"small","a":' + b"[" * DEEP + b"]" * DEEP + b"}", "invalid_json", id="deep lists"),
+    pytest.param(b'{"model":"small","a":' + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b"}", "invalid_json", id="deep objects"),
+    pytest.param(b"[" * DEEP, "invalid_json", id="deep and unfinished"),
+    pytest.param(b'["model","small"]', "invalid_json", id="a list"),
+    pytest.param(b'"small"', "invalid_json", id="a string"),
+    pytest.param(b"", "invalid_json", id="nothing"),
+    pytest.param(b'{"model":"small"', "invalid_json", id="unfinished"),
+    pytest.param(b'{"model":"small",}', "invalid_json", id="comma at the end"),
+    pytest.param(b'{"model":"small"}{"model":"secret"}', "invalid_json", id="two objects"),
+    pytest.param(b'{"model":"small","a":"\n"}', "invalid_json", id="raw control character"),
+    pytest.param(b"{'model':'small'}", "invalid_json", id="single quotes"),
+    pytest.param(b'{"model":"small"}\0', "invalid_json", id="NUL behind"),
+    pytest.param(b"model=small", "invalid_json", id="a form"),
+    pytest.param(b'{"model":"Small"}', "model_not_allowed", id="other letters in the name"),
+    pytest.param(b'{"model":"small "}', "model_not_allowed", id="a space in the name"),
+    pytest.param(b'{"model":"\\ud800"}', "model_not_allowed", id="half a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize("body,code", REFUSED)
+def test_what_is_not_json_with_one_allowed_model_never_goes_up(upstream, relay, body, code):
+    running = relay(**ALL)
+    reply = running.chat(body)
+    assert (reply.status, reply.code) == (403 if code == "model_not_allowed" else 400, code)
+    assert not upstream.received and running.wait_for_record()["outcome"] == code
+    if reply.status == 403:
+        assert "small, big, vendor/big-2" in reply.json["error"]["message"] and reply.json["error"]["param"] == "model"
+
+
+def test_many_brackets_inside_strings_are_not_nesting(upstream, relay):
+    body = json.dumps({"model": "small", "messages": ["[{\"" * 5000]}).encode()
+    assert relay(**ALL).chat(body).status == 200 and upstream.received[0].body == body
+
+
+def test_the_model_behind_an_alias_is_allowed_only_if_listed(upstream, relay):
+    assert relay(MODELS="big=vendor/big-2", KEY="k-1", CLIENT_KEYS="ck-alice").chat(b'{"model":"vendor/big-2"}').code == "model_not_allowed"
+    assert not upstream.received
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain;charset=UTF-8", None])
+def test_the_path_decides_and_not_the_content_type(upstream, relay, kind):
+    assert relay(**ALL).chat(b'{"model":"small"}', fields=[("Content-Type", kind)] if kind else []).status == 200
+    assert upstream.received[0].field("content-type") == "application/json"
+
+
+def test_a_compressed_body_is_refused_where_its_model_must_be_read(upstream, relay):
+    reply = relay(**ALL).chat(b"\x1f\x8b", fields=[("Content-Encoding", "gzip")])
+    assert (reply.status, reply.code) == (415, "unsupported_encoding") and not upstream.received
+
+
+@pytest.mark.parametrize("settings,path,status", [
+    (dict(ALL, PATHS="/v1/images/generations"), "/v1/images/generations", 400),
+    ({"MODELS": "small"}, "/v1/images/generations", 200), ({"MODELS": "small"}, CHAT, 400), ({"MODELS": "small"}, "/v1/messages", 400)],
+    ids=["hidden: every POST", "transparent: another path", "transparent: inference", "transparent: another provider's inference"])
+def test_with_a_hidden_key_the_rules_hold_for_every_post(relay, settings, path, status):
+    assert relay(**settings).ask("POST", path, b"--form data", [("Authorization", "Bearer ck-alice")]).status == status
+
+
+def test_without_model_settings_the_body_is_not_read(upstream, hidden):
+    read = threading.Event()
+    upstream.answer = lambda received: (read.set(), received.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
+    body = b"\x00\xff" * 100000
+    with hidden.client() as client:
+        client.request("POST", CHAT, b"", [("Authorization", "Bearer ck-alice"), ("Content-Length", str(len(body)))])
+        client.send(body[:100000])
+        assert upstream.wait_for().line.startswith("POST")      # before the body was whole
+        assert not read.is_set()
+        client.send(body[100000:])
+        assert client.read_reply().status == 200
+    assert upstream.received[0].body == body
+
+
+@pytest.mark.parametrize("path,status,ids", [
+    ("/v1/models", 200, ["small", "big", "vendor/big-2"]), ("/models", 200, ["small", "big", "vendor/big-2"]), ("/v1/models/small", 200, ["small"]),
+    ("/v1/models/vendor%2Fbig-2", 200, ["vendor/big-2"]), ("/v1/models/vendor%2fbig-2", 200, ["vendor/big-2"]), ("/v1/models/other", 404, None)])
+def test_the_list_of_models_is_answered_here(upstream, relay, path, status, ids):
+    reply = relay(**ALL).ask("GET", path, None, [("x-api-key", "ck-alice")])
+    assert reply.status == status and not upstream.received
+    if ids is None:
+        assert reply.code == "model_not_found"
+    else:
+        items = reply.json["data"] if "data" in reply.json else [reply.json]
+        assert [item["id"] for item in items] == ids and all(item["object"] == "model" for item in items)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/vendor%2Fbig-2"])
+def test_without_a_list_the_upstream_is_asked_for_its_models(upstream, hidden, path):
+    assert hidden.ask("GET", path, None, [("x-api-key", "ck-alice")]).json == {"ok": True}
+    assert upstream.received[0].line == "GET %s HTTP/1.1" % path
+
+
+def test_the_model_stands_in_the_log(relay):
+    running = relay(**ALL)
+    running.chat(b'{"model":"big"}')
+    assert running.wait_for_record()["model"] == "big"

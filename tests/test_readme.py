@@ -1,0 +1,64 @@
+"""The README is under test: its table of settings, the names it uses, its commands. So is the promise of one file without dependencies."""
+import ast
+import os
+import re
+import shlex
+import sys
+
+import pytest
+
+import aiproxy
+from support import PROGRAM, Program, run_program
+
+ROOT = os.path.dirname(PROGRAM)
+README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+SOURCE = open(PROGRAM, encoding="utf-8").read()
+ROWS = re.findall(r"^\| `([A-Z_]+)` \| (?:`([^|]*)`|) *\| (.*) \|$", README, re.M)
+
+
+def test_the_table_of_settings_is_the_one_in_the_file():
+    assert [(name, default, meaning.replace("\\|", "|")) for name, default, meaning in ROWS] == list(aiproxy.KNOBS)
+
+
+def test_every_setting_named_in_the_readme_exists_and_the_other_way_round():
+    assert set(re.findall(r"AIPROXY_[A-Z_]+[A-Z]", README)) == set(re.findall(r"AIPROXY_[A-Z_]+[A-Z]", SOURCE))
+
+
+def test_every_provider_named_in_the_readme_exists():
+    named = re.search(r"Other providers by name\n\(`AIPROXY_UPSTREAM=(.*?)\) or by base URL", README, re.S).group(1)
+    assert set(re.findall(r"[a-z-]+", named.replace("`", ""))) <= set(aiproxy.PROVIDERS)
+
+
+def test_the_file_imports_nothing_outside_the_standard_library():
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    for name in imported - set(sys.builtin_module_names):
+        try:
+            origin = __import__(name).__file__ or ""
+        except ImportError:
+            assert name == "resource"       # not on Windows, and not needed there
+            continue
+        assert "site-packages" not in origin and "dist-packages" not in origin, name
+
+
+def test_the_first_command_of_the_readme_runs_the_main_job():
+    command = re.search(r"^    (python3 aiproxy.py --demo)$", README, re.M).group(1)
+    with Program(*shlex.split(command)[2:]) as program:
+        program.wait_for_line(program.errors, r"First event after")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```sh\n(.*?)```", README, re.S), ids=lambda block: block.split("=")[0])
+def test_the_settings_in_the_readme_are_accepted(block):
+    env = dict(re.findall(r"(AIPROXY_[A-Z_]+)=(\S+)", block))
+    if env:
+        done = run_program("--check", env={**env, "AIPROXY_KEY": "sk-0123456789"})
+        assert done.returncode == 0, done.stderr
+
+
+def test_python_samples_parse():
+    for sample in re.findall(r"```python\n(.*?)```", README, re.S):
+        ast.parse(sample)

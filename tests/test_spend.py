@@ -1,0 +1,114 @@
+"""AIPROXY_MAX_TOKENS: no request asks for more output than that, and one that names no limit gets it."""
+import json
+
+import pytest
+
+import aiproxy
+from support import CHAT
+
+COMPLETIONS, RESPONSES, MESSAGES = "/v1/completions", "/v1/responses", "/v1/messages"
+PATHS = ",".join((CHAT, COMPLETIONS, RESPONSES, MESSAGES, MESSAGES + "/count_tokens", "/v1/embeddings"))
+
+
+@pytest.fixture
+def frugal(relay):
+    """A relay that allows 100 output tokens."""
+    return relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice", MAX_TOKENS="100", PATHS=PATHS)
+
+
+def ask(running, body, path=CHAT):
+    return running.ask("POST", path, body, [("Authorization", "Bearer ck-alice")])
+
+
+@pytest.mark.parametrize("path,body", [
+    (CHAT, b'{"model":"m","max_tokens":100}'), (CHAT, b' { "max_completion_tokens" :\t1e2 , "model":"\\u006d" }\n'), (CHAT, b'{"max_tokens":1}'), (CHAT, b'{"max_tokens":0}'),
+    (CHAT, b'{"max_tokens":50,"max_completion_tokens":100}'), (RESPONSES, b'{"max_output_tokens":100.0}'), (MESSAGES, b'{"max_tokens":100}'),
+    (CHAT, b'{"n":4,"max_tokens":25}'), (COMPLETIONS, b'{"best_of":4,"n":2,"max_tokens":25}'), (CHAT, b'{"n":1,"max_tokens":100}'), (CHAT, b'{"n":null,"max_tokens":100}'),
+    ("/v1/embeddings", b'{"input":"x"}'), (MESSAGES + "/count_tokens", b'{"messages":[]}'),
+    (CHAT, b'{"max_tokens":100,"messages":[{"max_tokens":1000,"n":7}]}'),
+], ids=lambda value: value.decode() if isinstance(value, bytes) else "")
+def test_a_request_within_the_limit_goes_up_byte_for_byte(upstream, frugal, path, body):
+    assert ask(frugal, body, path).status == 200
+    assert upstream.received[0].body == body
+
+
+@pytest.mark.parametrize("path,body,param", [
+    (CHAT, b'{"max_tokens":101}', "max_tokens"), (CHAT, b'{"max_completion_tokens":1e3}', "max_completion_tokens"), (RESPONSES, b'{"max_output_tokens":100.5e1}', "max_output_tokens"),
+    (MESSAGES, b'{"max_tokens":99999999999999999999}', "max_tokens"), (CHAT, b'{"max_tokens":1,"max_completion_tokens":101}', "max_completion_tokens"),
+    (CHAT, b'{"max_output_tokens":101,"max_tokens":1}', "max_output_tokens"), (CHAT, b'{"max\\u005ftokens":101}', "max_tokens"),
+    (CHAT, b'{"n":2,"max_tokens":51}', "max_tokens"), (COMPLETIONS, b'{"best_of":5,"max_tokens":21}', "max_tokens"), (COMPLETIONS, b'{"n":2,"best_of":5,"max_tokens":21}', "max_tokens"),
+    (COMPLETIONS, b'{"n":5,"best_of":1,"max_tokens":21}', "max_tokens"), (CHAT, b'{"n":101}', "n"), (COMPLETIONS, b'{"best_of":101}', "best_of"),
+    (CHAT, b'{"max_tokens":"101"}', "max_tokens"), (CHAT, b'{"max_tokens":true}', "max_tokens"), (CHAT, b'{"max_tokens":-1}', "max_tokens"), (CHAT, b'{"max_tokens":1.5}', "max_tokens"),
+    (CHAT, b'{"max_tokens":[101]}', "max_tokens"), (CHAT, b'{"n":"2","max_tokens":100}', "n"), (CHAT, b'{"n":-3,"max_tokens":100}', "n"), (COMPLETIONS, b'{"best_of":1.5}', "best_of"),
+], ids=lambda value: value.decode() if isinstance(value, bytes) else "")
+def test_a_request_for_more_is_refused_and_costs_nothing(upstream, frugal, path, body, param):
+    reply = ask(frugal, body, path)
+    assert reply.status == 400 and reply.json["error"]["param"] == param and reply.json["error"]["type"] == "invalid_request_error"
+    assert upstream.all_bytes == b""
+
+
+@pytest.mark.parametrize("body", [b'{"Max_Tokens":101}', b'{"MAX_TOKENS":1,"max_tokens":1}', b'{"N":9}', b'{"Best_of":9}', b'{"max_token\xc5\xbf":101}', b'{"max_to\xe2\x84\xaaens":101}'], ids=ascii)
+def test_a_name_that_some_parsers_take_for_a_limit_is_refused(upstream, frugal, body):
+    assert ask(frugal, body).status == 400 and upstream.all_bytes == b""
+
+
+@pytest.mark.parametrize("body", [b'{"max_tokens":1,"max_tokens":101}', b'{"max_tokens":NaN}', b'{"max_tokens":1e999}', b"max_tokens=1", b"[]", b""], ids=ascii)
+def test_a_body_that_can_be_read_in_two_ways_is_refused(upstream, frugal, body):
+    reply = ask(frugal, body)
+    assert reply.status == 400 and reply.code == "invalid_json" and upstream.all_bytes == b""
+
+
+@pytest.mark.parametrize("path,body,expected", [
+    (CHAT, b'{"model":"m",  "messages":[] }', b'{"max_tokens": 100, "model":"m",  "messages":[] }'),
+    (COMPLETIONS, b'{"prompt":"\\u00e9"}', b'{"max_tokens": 100, "prompt":"\\u00e9"}'),
+    (RESPONSES, b'{"input":"x"}', b'{"max_output_tokens": 100, "input":"x"}'),
+    (MESSAGES, b'{"messages":[]}', b'{"max_tokens": 100, "messages":[]}'),
+    (CHAT, b"{}", b'{"max_tokens": 100}'),
+    (CHAT, b' {\n "model": "m"\n}', b' {"max_tokens": 100, \n "model": "m"\n}'),
+    (CHAT, b'{"model":"m","max_tokens":null,"x":1}', b'{"model":"m","max_tokens":100,"x":1}'),
+    (CHAT, b'{"n":3}', b'{"max_tokens": 33, "n":3}'),
+    (COMPLETIONS, b'{"best_of":50,"n":3}', b'{"max_tokens": 2, "best_of":50,"n":3}'),
+], ids=lambda value: value.decode() if isinstance(value, bytes) else "")
+def test_a_request_that_names_no_limit_gets_it_and_no_other_byte_changes(upstream, frugal, path, body, expected):
+    assert ask(frugal, body, path).status == 200
+    assert upstream.received[0].body == expected and upstream.received[0].field("content-length") == str(len(expected))
+
+
+@pytest.mark.parametrize("provider,path,name", [
+    ("openai", CHAT, "max_completion_tokens"), ("openai", COMPLETIONS, "max_tokens"), ("openai", RESPONSES, "max_output_tokens"), ("https://api.openai.com/v1", CHAT, "max_completion_tokens"),
+    ("deepseek", CHAT, "max_tokens"), ("anthropic", MESSAGES, "max_tokens"), ("ollama", CHAT, "max_tokens"), ("openai", "/v1/embeddings", None), ("anthropic", MESSAGES + "/count_tokens", None)])
+def test_the_limit_that_is_set_has_the_name_that_the_provider_takes(provider, path, name):
+    settings = aiproxy.Settings({"AIPROXY_UPSTREAM": provider, "AIPROXY_MAX_TOKENS": "100"})
+    assert aiproxy.limit_tokens({}, path, settings) == ({name: 100} if name else {})
+
+
+def test_without_the_setting_bodies_are_left_alone(upstream, hidden):
+    for body in (b'{"max_tokens":99999999,"n":9}', b'{"model":"m"}', b'{"max_tokens":"x"}', b"not JSON"):
+        assert hidden.chat(body).status == 200
+    assert [received.body for received in upstream.received] == [b'{"max_tokens":99999999,"n":9}', b'{"model":"m"}', b'{"max_tokens":"x"}', b"not JSON"]
+
+
+def test_with_a_hidden_key_no_post_goes_around_the_limit(upstream, frugal):
+    fields = [("Authorization", "Bearer ck-alice"), ("Content-Encoding", "gzip")]
+    assert frugal.ask("POST", CHAT, b"\x1f\x8b", fields).status == 415
+    assert frugal.ask("POST", CHAT, b'{"max_tokens":101}', [fields[0], ("Content-Type", "text/plain")]).status == 400
+    assert upstream.all_bytes == b""
+
+
+def test_a_transparent_relay_looks_at_the_inference_paths_only(upstream, relay):
+    running = relay(MAX_TOKENS="100")
+    assert running.ask("POST", CHAT, b'{"max_tokens":101}').status == 400
+    assert running.ask("POST", "/v1/files", b'{"max_tokens":101}').status == 200 and upstream.received[0].body == b'{"max_tokens":101}'
+
+
+def test_it_works_beside_an_alias(upstream, relay):
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice", MAX_TOKENS="100", MODELS="fast=vendor/model", DEFAULT_MODEL="fast")
+    assert running.chat(b'{"model":"fast","max_tokens":null}').status == running.chat(b"{}").status == 200
+    assert upstream.received[0].body == b'{"model":"vendor/model","max_tokens":100}'
+    assert json.loads(upstream.received[1].body) == {"model": "vendor/model", "max_tokens": 100}
+
+
+@pytest.mark.parametrize("value", ["-1", "many", "1.5", "99999999999"])
+def test_a_limit_that_cannot_be_read_stops_the_start(value):
+    with pytest.raises(aiproxy.SettingError, match="AIPROXY_MAX_TOKENS"):
+        aiproxy.Settings({"AIPROXY_MAX_TOKENS": value})
