@@ -193,8 +193,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.client = Wire(self.connection)
         self.settings = self.server.settings
-        self.first_request = True
-        self.reset_on_close = False
+        self.first_request, self.reset_on_close, self.version = True, False, (1, 1)
 
     def handle_one_request(self):
         """Read one request, answer it, log it. Whatever goes wrong ends here."""
@@ -329,18 +328,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_about_us(self):
         """/health and /: no key, no upstream call. Models are shown to those who may list them."""
+        settings = self.settings
+        if self.path == "/" and b"text/html" in self.head.get(b"accept", b""):
+            content, fields = start_page()
+            return self.answer(200, fields, content)
+        if self.path == "/":
+            return self.answer_json(200, {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health", "default_path": settings.default_path,
+                                          "client_key_needed": settings.key_needed})
         about = {"status": "healthy", "timestamp": int(time.time())}
         try:
             self.check_host()
             self.check_origin()
             self.check_client_key()
-            about["models"] = self.settings.models_shown
+            about["models"] = settings.models_shown
         except Refusal:
             pass
-        if self.path == "/":
-            about = {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
-                     "client_key_needed": bool(self.settings.client_keys or not self.settings.hidden and self.settings.wants_key)}
-        self.answer_json(200, about)
+        return self.answer_json(200, about)
 
     # -- who is asking, and from where
 
@@ -424,9 +427,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = self.open_upstream(b"", "/ai/models/search?per_page=50&page=%d" % (len(pages) + 1), "GET")
             try:
                 pages.append(read_catalogue_page(answer.status, self.read_whole(answer), self.settings.never_shown))
-            except Refusal as refusal:
-                self.tell_operator(refusal)
-                raise
             finally:
                 answer.close(reusable=True)
         return list(itertools.chain(*pages))
@@ -549,15 +549,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.record.prompt_tokens, self.record.completion_tokens = usage.counts()
             fields = self.downstream_fields(answer, translated=True) + [(b"Content-Type", b"text/event-stream" if translator else b"application/json")]
             return self.answer(200, fields, content)
-        except Refusal as refusal:
-            self.tell_operator(refusal)
-            raise
         finally:
             answer.close(reusable=True)
-
-    def tell_operator(self, refusal):
-        if refusal.code in OPERATOR_ERRORS:
-            self.server.log.warn("%s: %s" % (refusal.code, refusal.message))
 
     def read_whole(self, answer):
         """The body of an answer. Refusal 502 or 504 if it is cut off or too large, for then it cannot be read."""
@@ -667,7 +660,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Our own error in OpenAI's form; after it the connection closes, so nothing that follows is ever read as a request."""
         if self.head_sent:
             return
-        self.version = getattr(self, "version", (1, 1))
+        if self.settings.workers and refusal.code in OPERATOR_ERRORS:
+            self.server.log.warn("%s: %s" % (refusal.code, refusal.message))
         outcome = self.record.outcome or refusal.code
         try:
             self.answer_json(refusal.status, {"error": error_object(refusal)}, refusal.fields, outcome)
@@ -1205,7 +1199,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             raise UpstreamFailed("upstream_timeout", "The upstream could not be reached within the time set by AIPROXY_CONNECT_TIMEOUT.")
         except ssl.SSLCertVerificationError as error:
             connection.close()
-            raise UpstreamFailed("upstream_tls_error", "The upstream's certificate cannot be trusted: %s." % error.verify_message)
+            raise UpstreamFailed("upstream_tls_error", "The upstream's certificate cannot be trusted (CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message)
         except ssl.SSLError as error:
             connection.close()
             raise UpstreamFailed("upstream_tls_error", "The upstream does not speak TLS as it should (%s)." % (error.reason or "handshake failed"))
@@ -1614,8 +1608,9 @@ class UsageWatch:
         self.found = [part + body if len(part) < USAGE_BYTES else part for part in self.found]
         window = tail + body
         if b'"usage"' in window:
-            new = [window[match.end() - 1:] for match in USAGE_OBJECT.finditer(window) if match.end() > len(tail)]
-            self.found = (self.found + new)[:1] + (self.found + new)[1:][-1:]
+            begins = [match.end() - 1 for match in USAGE_OBJECT.finditer(window) if match.end() > len(tail)]
+            found = self.found + [window[begin:begin + USAGE_BYTES] for begin in begins[:1] + begins[1:][-1:]]
+            self.found = found[:1] + found[1:][-1:]
         return window[-32:]
 
     def counts(self):
@@ -2830,8 +2825,10 @@ class Settings:
         self.never_down = [word.encode() for word in self.never_shown]
         if self.hidden and self.paths is None:
             self.paths = [("POST", path) for path in self.upstream.paths] + [("GET", "/v1/models"), ("GET", "/v1/models/*")]
-        must_present = bool(self.client_keys) or not self.hidden and self.wants_key
-        self.any_origin = "*" in self.origins or not self.origins and must_present
+        self.key_needed = bool(self.client_keys) or not self.hidden and self.wants_key
+        self.any_origin = "*" in self.origins or not self.origins and self.key_needed
+        rules = self.paths if self.paths is not None else [("POST", "*")]
+        self.default_path = next((path for path in self.upstream.paths + INFERENCE_PATHS if "POST" in allowed_methods(path, rules)), self.upstream.paths[0])
         self.guarded_by_loopback = self.hidden and not self.client_keys and not self.open
         self.check_safe()
 
@@ -3008,6 +3005,150 @@ def parse_field_name(text):
     if text and not re.fullmatch(TOKEN, text.encode()):
         raise ValueError()
     return text
+
+
+# ---- Start page ----------------------------------------------------------------------------------------------------
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>aiproxy</title>
+<style nonce="{{NONCE}}">
+  :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --page: #f4f6f8; --card: #fff; --line: #d5dbe1; --accent: #0b5fc4; --bad: #b3261e }
+  @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --dim: #9da7b1; --page: #101317; --card: #191d23; --line: #343c46; --accent: #75b5ff; --bad: #ff9c94 } }
+  * { box-sizing: border-box; margin: 0 } body { background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; padding: clamp(16px, 4vw, 40px) }
+  main { max-width: 1160px; margin: auto; display: grid; gap: 20px; grid-template-columns: minmax(0, 1fr) }
+  @media (min-width: 900px) { main { grid-template-columns: repeat(2, minmax(0, 1fr)); align-items: start } header { grid-column: 1 / -1 } }
+  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px }
+  h1 { font-size: 26px } h2 { font-size: 18px } h3, label { font-size: 14px } small, dt { color: var(--dim); font-size: 14px; font-weight: 400 }
+  dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 6px 16px; align-items: baseline; margin-top: 12px }
+  label, h3, .bar { display: flex; flex-wrap: wrap; align-items: center; justify-content: space-between; gap: 8px; margin-top: 14px } .bar { justify-content: start }
+  input, textarea, pre { font: inherit; width: 100%; background: var(--page); color: inherit; border: 1px solid var(--line); border-radius: 6px; padding: 9px 11px; margin-top: 5px }
+  pre, code { font: 12.5px/1.6 ui-monospace, Menlo, Consolas, monospace } pre { overflow: auto } textarea { resize: vertical }
+  button { font: 14px/1.5 system-ui, sans-serif; padding: 3px 11px; border: 1px solid var(--line); border-radius: 6px; background: var(--card); color: inherit }
+  dd { display: flex; flex-wrap: wrap; gap: 6px 10px; align-items: center; max-height: 112px; overflow: auto; overflow-wrap: anywhere }
+  .bar button { font-size: 16px; padding: 7px 18px } #send { background: var(--accent); color: var(--card); font-weight: 600 } button:disabled { opacity: .4 }
+  [hidden], p:empty { display: none } #thought { color: var(--dim); font-size: 14px }
+  .bar ~ p { margin-top: 14px; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 60vh; overflow: auto } #error { color: var(--bad); border-left: 3px solid; padding-left: 12px }
+</style>
+<main><header>
+    <h1>aiproxy <small id="version"></small></h1>
+    <p id="what">Asking this address what it is ...</p>
+    <dl><dt>Base URL</dt><dd><code id="base"></code><button data-of="base">Copy</button></dd>
+      <dt>Key</dt><dd id="rule"></dd>
+      <dt>Models</dt><dd id="models"></dd></dl>
+  </header><section><h2>Try it</h2>
+    <div id="keys" hidden><label for="key">Your key</label><input id="key" type="password" autocomplete="off"><small>Stays in this page: sent to this address only, kept nowhere.</small></div>
+    <label for="model">Model</label><input id="model" autocomplete="off" autocapitalize="off" spellcheck="false">
+    <label for="prompt">Prompt</label><textarea id="prompt" rows="3">Say hello in one short sentence.</textarea>
+    <div class="bar"><button id="send">Send</button><button id="stop" disabled>Stop</button><small id="figures" role="status"></small></div>
+    <p id="error" role="alert"></p><p id="thought"></p><p id="answer"></p>
+  </section><section><h2>Use it</h2>
+    <h3>curl <button data-of="curl">Copy</button></h3><pre id="curl" tabindex="0"></pre>
+    <h3>Python <button data-of="python">Copy</button></h3><pre id="python" tabindex="0"></pre>
+    <h3>JavaScript, in a browser <button data-of="script">Copy</button></h3><pre id="script" tabindex="0"></pre>
+</section></main>
+<script type="module" nonce="{{NONCE}}">
+const page = Object.fromEntries([...document.querySelectorAll("[id]")].map(element => [element.id, element]))   // text goes in as textContent, never as HTML
+const about = await (await fetch("/", { headers: { Accept: "application/json" } })).json()
+const path = about.default_path ?? "/v1/chat/completions", claude = path === "/v1/messages", url = location.origin + path
+page.version.textContent = about.version
+page.what.textContent = (claude ? "Anthropic's Messages API" : "An OpenAI-style API") + ", relayed to an AI provider. Answers stream in as the provider sends them."
+page.base.textContent = location.origin + (claude ? "" : about.api)
+page.rule.textContent = (page.keys.hidden = !about.client_key_needed) ? "none needed" : "needed with every request"
+let running, listed
+const key = () => page.key.value.trim()
+const fields = key => ({ "Content-Type": "application/json", ...(key && (claude ? { "x-api-key": key } : { Authorization: "Bearer " + key })), ...(claude && { "anthropic-version": "2023-06-01" }) })
+const question = content => ({ model: page.model.value.trim() || undefined, stream: true, ...(claude && { max_tokens: 1024 }), messages: [{ role: "user", content }] })
+async function checked(reply) {     // an error is shown as it came: status, code and message, or else the whole body
+  if (reply.ok) return reply
+  let body = await reply.text(), error
+  try { error = JSON.parse(body).error } catch { /* not JSON */ }
+  throw new Error(`HTTP ${reply.status} ${error?.code ?? error?.type ?? reply.statusText}\n${error?.message ?? body}`)
+}
+async function showModels() {       // from /health, or else from the provider's own list
+  page.models.textContent = "shown once your key is typed in"
+  try {
+    const get = async url => (await checked(await fetch(url, { headers: fields(key()) }))).json(), ours = (await get("/health")).models ?? []
+    const names = ours.length || about.client_key_needed && !key() ? ours : (await get("/v1/models")).data.map(model => model.id)
+    if (names.length) page.models.replaceChildren(...names.map(name => Object.assign(document.createElement("button"), { textContent: name, onclick() { page.model.value = name; showSnippets() } })))
+    page.model.value ||= names[0] ?? ""
+  } catch (error) { page.models.textContent = error.message }
+  showSnippets()
+}
+async function* events(reply) {     // the JSON of each `data:` line as it arrives; an answer that is no stream is one event
+  if (!/event-stream/.test(reply.headers.get("Content-Type"))) return yield await reply.json()
+  const reader = reply.body.getReader(), text = new TextDecoder()      // a TextDecoderStream would lose what came just before a cut
+  for (let rest = "", piece = {}; !piece.done;) {
+    piece = await reader.read()
+    const lines = (rest + (piece.done ? "\n" : text.decode(piece.value, { stream: true }))).split(/\r?\n/)
+    rest = lines.pop()
+    for (const line of lines) if (/^data: *{/.test(line)) yield JSON.parse(line.slice(5))
+  }
+}
+page.send.onclick = async () => {
+  let begin = performance.now(), first, from, seconds = 0, texts = 0, tokens = 0
+  running = new AbortController(), page.send.disabled = true, page.stop.disabled = false
+  page.error.textContent = page.thought.textContent = page.answer.textContent = "", page.figures.textContent = "waiting ..."
+  try {
+    await listed
+    const options = { method: "POST", headers: fields(key()), body: JSON.stringify(question(page.prompt.value)), signal: running.signal }
+    for await (const event of events(await checked(await fetch(path, options)))) {
+      if (event.error) throw new Error(`${event.error.code ?? event.error.type}\n${event.error.message}`)
+      const now = performance.now(), part = event.delta ?? event.content?.[0] ?? event.choices?.[0]?.delta ?? event.choices?.[0]?.message ?? {}
+      const text = part.content ?? part.text ?? "", thought = part.reasoning_content ?? part.reasoning ?? part.thinking ?? ""
+      page.answer.append(text), page.thought.append(thought)
+      if (text || thought) seconds = (now - (from ??= now)) / 1000, texts++
+      tokens = event.usage?.completion_tokens ?? event.usage?.output_tokens ?? tokens
+      page.figures.textContent = `first event after ${Math.round((first ??= now) - begin)} ms`
+        + (seconds > 0.1 ? `, ${((Math.max(tokens, texts) - 1) / seconds).toFixed(1)} tokens/s` + (tokens ? "" : ", counting events") : "")
+    }
+  } catch (error) {
+    if (!first) page.figures.textContent = ""
+    error.name === "AbortError" ? page.figures.append(" (stopped)") : page.error.textContent = error.message
+  }
+  page.send.disabled = false, page.stop.disabled = true
+}
+function showSnippets() {           // the same call three times, for this very address
+  const model = page.model.value.trim() || "MODEL", headers = fields(about.client_key_needed && "YOUR_KEY")
+  const body = JSON.stringify({ ...question("Hello!"), model }).replace('"messages"', '\n    "messages"')
+  const [sdk, create, text] = claude ? ["Anthropic", "messages.create(max_tokens=1024,", 'event.delta.text if event.type == "content_block_delta" else ""']
+    : ["OpenAI", "chat.completions.create(", 'event.choices[0].delta.content or ""']
+  page.curl.textContent = [`curl -N ${url}`, ...Object.keys(headers).map(name => `-H '${name}: ${headers[name]}'`), `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  ")
+  page.python.textContent = `from ${sdk.toLowerCase()} import ${sdk}
+client = ${sdk}(base_url="${page.base.textContent}",
+    api_key="${about.client_key_needed ? "YOUR_KEY" : "none"}")
+stream = client.${create}
+    model=${JSON.stringify(model)}, stream=True,
+    messages=[{"role": "user", "content": "Hello!"}])
+for event in stream:
+    print(${text}, end="", flush=True)`
+  page.script.textContent = `const answer = await fetch("${url}", {
+  method: "POST",
+  headers: ${JSON.stringify(headers, null, 4).replace("\n}", " }")},
+  body: JSON.stringify(${body})
+})
+const reader = answer.body.getReader(), text = new TextDecoder()
+for (let piece; !(piece = await reader.read()).done;)
+  console.log(text.decode(piece.value, { stream: true }))`
+}
+for (const button of document.querySelectorAll("[data-of]")) button.onclick = () => {
+  getSelection().selectAllChildren(page[button.dataset.of])
+  document.execCommand("copy")      // also works over plain http, where navigator.clipboard does not exist
+  button.textContent = "Copied"
+}
+page.stop.onclick = () => running.abort(), page.model.oninput = showSnippets
+page.prompt.onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) page.send.click() }
+;(page.key.onchange = () => { listed = showModels() })()
+</script>
+"""
+PAGE_RULES = "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def start_page():
+    """The page and its header fields. Nothing in it runs or is fetched but what stands in it: the nonce is new each time."""
+    nonce = os.urandom(16).hex()
+    fields = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", PAGE_RULES % (nonce, nonce)), ("Vary", "Accept"),
+              ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
+    return PAGE.replace("{{NONCE}}", nonce).encode(), [(name.encode(), value.encode()) for name, value in fields]
 
 
 # ---- Demo provider -------------------------------------------------------------------------------------------------
@@ -3382,10 +3523,12 @@ class Server(http.server.ThreadingHTTPServer):
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
     def curl(self, model):
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if self.settings.client_keys or not self.settings.hidden and self.settings.wants_key else ""
-        path = self.settings.upstream.paths[0]
-        return ("curl -N %s%s%s -H 'Content-Type: application/json' \\\n  -d '{\"model\": \"%s\", \"stream\": true, \"messages\": [{\"role\": \"user\", \"content\": \"Hello!\"}]}'"
-                % (self.url(), path, key, model))
+        """A command to paste that asks this server for something."""
+        anthropic = self.settings.default_path in ANTHROPIC_PATHS
+        fields = ["Content-Type: application/json"] + ["anthropic-version: 2023-06-01"] * anthropic
+        fields += ["x-api-key: YOUR_KEY" if anthropic else "Authorization: Bearer YOUR_KEY"] * self.settings.key_needed
+        body = dict({"max_tokens": 256} if anthropic else {}, model=model, stream=True, messages=[{"role": "user", "content": "Hello!"}])
+        return "curl -N %s%s %s \\\n  -d '%s'" % (self.url(), self.settings.default_path, " ".join("-H '%s'" % field for field in fields), json.dumps(body))
 
 
 def build_opener(settings, keep_alive):

@@ -36,7 +36,7 @@ LIMITS = dict(HEAD_SECONDS=5, STALL_SECONDS=5, BODY_GRACE=5, POOL_SECONDS=5, IDL
 MAX_BODY = 4 << 20
 CLIENTS = 128           # AIPROXY_MAX_CONNECTIONS: a crowd reaches it
 MALLOC = dict(MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")     # glibc gives back what is free: else it is counted too
-MEMORY_SLACK = 6 << 20  # bytes that a relay may hold more than after the warm-up: free places between what is in use
+MEMORY_SLACK = 8 << 20  # bytes that a relay may hold more than after the warm-up: free places between what is in use
 
 # ---- What is asked for, and what the right answer is. A request's body says how the upstream shall answer it. ----------------
 
@@ -507,7 +507,7 @@ def run_clients(seconds, relays, report, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="for how long clients come; a fifth of it, 15 s at most, is warm-up")
+    parser.add_argument("--seconds", type=float, default=60, help="for how long clients come; a quarter of it, 30 s at most, is warm-up")
     parser.add_argument("--real-limits", action="store_true", help="leave the limits in aiproxy.py as they are")
     parser.add_argument("--upstream", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -523,7 +523,7 @@ def main():
               Relay("transparent", options.real_limits, UPSTREAM=url)]
     print("soak of %g s on Python %s, seed %d" % (options.seconds, sys.version.split()[0], options.seed), flush=True)
     fresh = [relay.uses() for relay in relays]
-    warm_up = min(15, options.seconds / 5)
+    warm_up = min(30, options.seconds / 4)
     run_clients(warm_up, relays, report, options.seed)
     warm = [relay.settle(before) for relay, before in zip(relays, fresh)]
     run_clients(options.seconds - warm_up, relays, report, options.seed + 1)

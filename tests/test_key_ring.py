@@ -79,7 +79,7 @@ def test_when_all_keys_are_spent_each_was_tried_once_and_the_last_answer_comes_d
     assert reply.json == {"error": {"message": "key %d, answer 3" % (KEYS.index(used(upstream)[-1]) + 1)}}
 
 
-def test_when_all_keys_are_rejected_the_client_does_not_hear_that_its_own_is_wrong(upstream, ring, capsys):
+def test_when_all_keys_are_rejected_the_client_does_not_hear_that_its_own_is_wrong(upstream, ring):
     upstream.answer = refusing(KEYS, 401)
     reply = ring.chat()
     assert reply.status == 502 and reply.code == "upstream_credentials_rejected" and sorted(used(upstream)) == sorted(KEYS)

@@ -1,5 +1,6 @@
 """The README is under test: its table of settings, the names it uses, its commands. So is the promise of one file without dependencies."""
 import ast
+import json
 import os
 import re
 import shlex
@@ -51,12 +52,28 @@ def test_the_first_command_of_the_readme_runs_the_main_job():
         program.wait_for_line(program.errors, r"First event after")
 
 
-@pytest.mark.parametrize("block", re.findall(r"```sh\n(.*?)```", README, re.S), ids=lambda block: block.split("=")[0])
-def test_the_settings_in_the_readme_are_accepted(block):
-    env = dict(re.findall(r"(AIPROXY_[A-Z_]+)=(\S+)", block))
-    if env:
-        done = run_program("--check", env={**env, "AIPROXY_KEY": "sk-0123456789"})
-        assert done.returncode == 0, done.stderr
+SETTING = re.compile(r"((?:AIPROXY|CLOUDFLARE)_[A-Z_]+)=([^\s,]+(?:,(?![A-Z]+_)[^\s,]+)*)")
+REAL = {"AIPROXY_KEY": "sk-0123456789", "CLOUDFLARE_ACCOUNT_ID": "0123456789abcdef", "CLOUDFLARE_API_TOKEN": "token-0123456789"}     # for what the README leaves out
+BLOCKS = [(block, dict(SETTING.findall(block))) for block in re.findall(r"```sh\n(.*?)```", README, re.S)]
+ENV_FILE = next(settings for block, settings in BLOCKS if block.startswith("AIPROXY_KEY=sk-...\nAIPROXY_CLIENT_KEYS="))
+
+
+@pytest.mark.parametrize("settings", [settings for _, settings in BLOCKS if settings], ids=lambda settings: ",".join(settings))
+def test_the_settings_in_the_readme_are_accepted(settings):
+    settings = settings if "CLOUDFLARE_API_TOKEN" in settings else {**ENV_FILE, **settings}
+    done = run_program("--check", env={**settings, **{name: REAL[name] for name in settings if name in REAL}})
+    assert done.returncode == 0, done.stderr
+
+
+def test_json_in_the_readme_parses():
+    bodies = re.findall(r"-d '(\{.*?\})'", README, re.S)
+    assert bodies and all(json.loads(body)["messages"] for body in bodies)
+
+
+def test_every_message_that_the_readme_explains_is_one_of_ours_or_known():
+    ours = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", README.partition("## When it does not work")[2].partition("## ")[0]))
+    theirs = {"proxy_ignore_headers", "proxy_read_timeout", "unsupported_country_region_territory"}
+    assert ours - theirs and all('"%s"' % code in SOURCE for code in ours - theirs), ours
 
 
 def test_python_samples_parse():

@@ -2,6 +2,7 @@
 import gzip
 import json
 import threading
+import tracemalloc
 
 import pytest
 
@@ -172,3 +173,15 @@ def test_a_usage_that_is_made_to_hurt_does_not(upstream, bomb):
         program.wait_for_line(program.lines, CHAT)
         assert program.stop() == 0
     assert "fault" not in "".join(program.errors)
+
+
+def test_an_answer_full_of_usage_is_not_copied_for_each(upstream, hidden):
+    body = b'{"usage":{' * 6000
+    upstream.answer = answer(body)
+    tracemalloc.start()
+    try:
+        assert hidden.chat().body == body
+        hidden.wait_for_record()
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
