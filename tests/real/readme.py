@@ -1,0 +1,49 @@
+"""The README's samples, run as they stand against the demo: curl, Python with `openai`, and the page's fetch in Node."""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+from stand import TESTS, Checks, Program, check_calm
+
+README = open(os.path.join(os.path.dirname(TESTS), "README.md"), encoding="utf-8").read()
+WORDS = "This answer comes from the small provider"
+
+
+def samples(language, *words):
+    found = [text for text in re.findall(r"```%s\n(.*?)```" % language, README, re.S) if all(word in text for word in words)]
+    assert found, (language, words)
+    return found
+
+
+def run(command, text, folder, **environ):
+    path = os.path.join(folder, "sample" + {"node": ".mjs", "bash": ".sh"}.get(command, ".py"))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    done = subprocess.run([command, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environ}, timeout=60, universal_newlines=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def main():
+    checks = Checks()
+    with Program("--demo", env={"AIPROXY_CLIENT_KEYS": "app=a-long-random-string"}) as demo, tempfile.TemporaryDirectory() as folder:
+        for number, text in enumerate(samples("python", "OpenAI(")):
+            with checks("Python sample %d" % number):
+                text = text.replace("http://127.0.0.1:8000", demo.url).replace("not-needed-here", "a-long-random-string")
+                ask = '\nprint(client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hello!"}]).choices[0].message.content)\n'
+                assert WORDS in run(sys.executable, text + ask, folder)
+        for number, text in enumerate(samples("js", "fetch(")):
+            with checks("JavaScript sample %d" % number):
+                assert WORDS in run("node", "const RELAY = %r, show = text => process.stdout.write(text)\n%s" % (demo.url, text), folder)
+        for number, text in enumerate(samples("sh", "curl -N $RELAY")):
+            with checks("curl sample %d" % number):
+                assert "data: [DONE]" in run("bash", re.sub(r"RELAY=\S+", "RELAY=" + demo.url, text), folder)
+        with checks("no fault was printed"):
+            check_calm(demo)
+    checks.end()
+
+
+if __name__ == "__main__":
+    main()
