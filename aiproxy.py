@@ -14,9 +14,11 @@ RFC 9110 is HTTP's meaning, RFC 9112 its bytes on the wire.
 """
 import base64
 import collections
+import contextlib
 import datetime
 import email.utils
 import errno
+import functools
 import hmac
 import http.client
 import http.server
@@ -25,6 +27,7 @@ import json
 import math
 import os
 import queue
+import random
 import re
 import select
 import selectors
@@ -36,6 +39,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import urllib.request
 import zlib
@@ -156,12 +160,14 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 CHUNK_LINE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?)?\r?")
 USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.I)                       # section 3.2.2
+BARE_LF = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")   # RFC 9110 section 7.2
 LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 would make another path of it.
 DOT_SEGMENT = re.compile(r"(?:^|[/\\]|%(?:25)*(?:2f|5c))(?:\.|%(?:25)*2e){1,2}(?:[/\\;]|%(?:25)*(?:2f|5c|3b)|$)", re.I)
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
 SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'*/ -]+")     # what a `*` in AIPROXY_PATHS may stand for, decoded
+OPENING, COLON, COMMA, CLOSING = (re.compile(r"[ \t\n\r]*%s[ \t\n\r]*" % mark) for mark in ("{", ":", ",", "}"))   # RFC 8259 section 2
 
 # ---- One request, top to bottom ------------------------------------------------------------------------------------
 
@@ -171,7 +177,7 @@ class Refusal(Exception):
 
     def __init__(self, status, code, message, param=None, **fields):
         super().__init__(code)
-        self.status, self.code, self.message, self.param = status, code, message, param
+        self.status, self.code, self.message, self.param, self.model = status, code, message, param, ""     # model: a refused one, for the log
         self.fields = [(name.replace("_", "-").encode(), str(value).encode()) for name, value in fields.items()]
 
 
@@ -179,8 +185,12 @@ class ClientGone(Exception):
     """The client hung up, or takes nothing: there is nobody left to answer. args[0] is the word for the log."""
 
 
-class UpstreamFailed(Exception):
-    """The upstream broke off or broke the rules. args[0] is an error code of ours, args[1] says what happened."""
+class UpstreamFailed(Refusal):
+    """The upstream broke off or broke the rules."""
+
+    def __init__(self, code, message):
+        fields = {"x_should_retry": "false"} if code == "upstream_tls_error" else {}
+        super().__init__(504 if code == "upstream_timeout" else 502, code, message, **fields)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -189,9 +199,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         self.connection = self.request
         self.connection.setblocking(False)
-        if self.connection.family != getattr(socket, "AF_UNIX", None):
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.client = Wire(self.connection)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.client, self.network = Wire(self.connection), network_of(self.client_address[0])
         self.settings = self.server.settings
         self.first_request, self.reset_on_close, self.version = True, False, (1, 1)
 
@@ -219,10 +228,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def start_record(self):
         self.head = self.body = None
         self.method = self.path = self.query = ""
-        self.cors = self.cors_fields(None)
+        self.cors = cors_fields(None, self.settings)
         self.head_sent = False
         self.record = Record(self.client_address[0])
-        self.address = network_of(self.client_address[0])
+        self.address = self.network
 
     def wait_for_request(self):
         """The head of the next request. A silent kept-alive client is let go after IDLE_SECONDS, or when room is needed."""
@@ -234,37 +243,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             arrived = client.wait_readable(deadline - time.monotonic())
             if not self.server.note_busy(self) or not arrived and not first:
                 raise ClientGone("idle")
-        self.record.begin()
+        self.record.began = time.monotonic()
         if not first:
-            deadline = time.monotonic() + HEAD_SECONDS
+            deadline = self.record.began + HEAD_SECONDS
 
         def more():
             if not client.wait_readable(deadline - time.monotonic()):
-                self.record.method = self.record.method or "-"
                 raise Refusal(408, "request_timeout", "The head of the request did not arrive within %d seconds." % HEAD_SECONDS)
             if not client.fill():
                 raise ClientGone("client_gone")
-        try:
-            client.skip_empty_lines(more)
-            return client.read_head(REQUEST_LINE, more)
-        except BadHead as bad:
-            self.record.method = self.record.method or "-"
-            raise Refusal(bad.status, "bad_request", bad.args[0])
+
+        client.skip_empty_lines(more)
+        return client.read_head(REQUEST_LINE, more)
 
     def walk_ladder(self):
         """Every step answers, refuses or lets the request go on; the statuses are in the order in which they can happen."""
         self.check_head()                                   # 400 405 501 505
-        if self.is_preflight() or self.path == "*":
-            return self.answer(204, preflight_fields(self.head, self.settings) if self.is_preflight() else [])
+        preflight = self.method == "OPTIONS" and self.head.get(b"origin") is not None and self.head.get(b"access-control-request-method") is not None
+        if preflight or self.path == "*":
+            return self.answer(204, preflight_fields(self.head, self.settings) if preflight else [])
         if self.path in ("/", "/health", "/healthz") and self.method in ("GET", "HEAD"):
             return self.answer_about_us()
-        self.check_host()                                   # 403
-        self.check_origin()                                 # 403
+        self.check_host_and_origin()                        # 403
         self.check_client_key()                             # 400 401
         if self.settings.hidden:
             self.path = openai_form(self.path)
-        if self.is_model_list() and (self.settings.models or self.settings.workers):    # 404 502
-            return self.answer_models()
+        model_list = self.method in ("GET", "HEAD") and re.match("/v1/models(/|$)", self.path)
+        if model_list and (self.settings.models or self.settings.workers):
+            return self.answer_models()                     # 404 502
         self.check_path()                                   # 404 405
         if self.method == "OPTIONS" and self.settings.hidden:
             return self.answer(204, [(b"Allow", ", ".join(allowed_methods(self.path, self.settings.paths)).encode())])
@@ -276,8 +282,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             prefix, self.record.model, call = apply_body_rules(prefix, self.path, self.settings)       # 400 403
         if call:
             return self.relay_translated(call)              # 502 504, and Cloudflare's own
-        answer = self.open_upstream(prefix)                 # 502 504
-        return self.relay(answer)
+        return self.relay(self.open_upstream(prefix))       # 502 504
 
     # -- the head: is it well formed, and do we speak its version and method?
 
@@ -289,18 +294,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.path = target.partition("?")[0]
         if major != b"1":
             raise Refusal(505, "version_not_supported", "This proxy speaks HTTP/1.1.")
-        twice = [name.decode() for name in ONCE if len(self.head.all(name)) > 1]
-        if twice:
-            raise Refusal(400, "bad_request", "The field %s stands there twice." % twice[0])
-        self.body = request_body(self.head, self.version, self.client)
-        self.cors = self.cors_fields(self.head.get(b"origin"))
+        for name in ONCE:
+            if len(self.head.all(name)) > 1:
+                raise BadHead(400, "The field %s stands there twice." % name.decode())
+        chunked = is_chunked(self.head, self.version < (1, 1))      # RFC 9112 section 6.3: without a length there is no body
+        self.body = RequestBody(self.client, ChunkedBody() if chunked else PlainBody(content_length(self.head) or 0))
+        self.cors = cors_fields(self.head, self.settings)
         forwarded = self.head.elements(b"x-forwarded-for")
         if forwarded and LOOPBACK.fullmatch(self.address):      # a proxy of our own in front, which knows
             self.record.client = forwarded[-1].decode("latin-1")
             self.address = network_of(self.record.client)
         host = self.head.get(b"host")
         if host is None and self.version >= (1, 1) or host is not None and not HOST.fullmatch(host):
-            raise Refusal(400, "bad_request", "The request needs one valid Host field.")
+            raise BadHead(400, "The request needs one valid Host field.")
         if self.method not in METHODS:
             known = self.method in ("TRACE", "CONNECT")     # TRACE would echo keys, CONNECT would make an open proxy of us
             raise Refusal(405 if known else 501, "method_not_allowed", "The method %s is not served here." % self.method[:20],
@@ -311,73 +317,62 @@ class Handler(http.server.BaseHTTPRequestHandler):
         absolute = ABSOLUTE_FORM.fullmatch(target)
         if absolute:
             if host is None or absolute.group(1).encode().lower() != host.lower():
-                raise Refusal(400, "bad_request", "The authority in the request target is not the Host field.")
+                raise BadHead(400, "The authority in the request target is not the Host field.")
             target = absolute.group(2) if absolute.group(2).startswith("/") else "/" + absolute.group(2)
         self.path, mark, query = target.partition("?")
         self.query = mark + query
         self.record.path = self.path
         if self.path[:1] != "/" or self.path[:2] == "//" or "#" in query or BAD_ESCAPE.search(self.path) or DOT_SEGMENT.search(self.path):
-            raise Refusal(400, "bad_request", "The request target is not a plain path: no //, no dot segments, no fragment.")
+            raise BadHead(400, "The request target is not a plain path: no //, no dot segments, no fragment.")
         self.websocket = self.method == "GET" and self.version >= (1, 1) and self.body.done and is_websocket(self.head)
         expect = self.head.get(b"expect", b"").lower()
         if expect and self.version >= (1, 1) and expect != b"100-continue":
             raise Refusal(417, "expectation_failed", "The only expectation understood is 100-continue.")
 
-    def is_preflight(self):
-        return self.method == "OPTIONS" and self.head.get(b"origin") is not None and self.head.get(b"access-control-request-method") is not None
-
     def answer_about_us(self):
         """/health and /: no key, no upstream call. Models are shown to those who may list them."""
         settings = self.settings
         if self.path == "/" and b"text/html" in self.head.get(b"accept", b""):
-            content, fields = start_page()
-            return self.answer(200, fields, content)
+            return self.answer(200, *start_page())
         if self.path == "/":
             return self.answer_json(200, {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health", "default_path": settings.default_path,
                                           "client_key_needed": settings.key_needed})
         about = {"status": "healthy", "timestamp": int(time.time())}
-        try:
-            self.check_host()
-            self.check_origin()
+        with contextlib.suppress(Refusal):
+            self.check_host_and_origin()
             self.check_client_key()
             about["models"] = settings.models_shown
-        except Refusal:
-            pass
         return self.answer_json(200, about)
 
     # -- who is asking, and from where
 
-    def check_host(self):
-        """403 where a name that is not ours could reach a key that nothing else guards: DNS rebinding, a forgotten public front."""
-        if not self.settings.guarded_by_loopback:
-            return
-        host = self.head.get(b"host", b"").decode("latin-1")
-        if not LOOPBACK.fullmatch(re.sub(r":[0-9]*\Z", "", host)):
+    def check_host_and_origin(self):
+        """403 where a name that is not ours could reach a key that nothing else guards: DNS rebinding, a forgotten public front.
+
+        And 403 for a browser on a page that is not listed."""
+        if self.settings.guarded_by_loopback and not names_loopback(self.head.get(b"host", b"")):
             raise Refusal(403, "host_not_allowed",
                           "This proxy hides a key and asks for no client key, so it answers to loopback names only. To serve others, "
                           "set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
-
-    def check_origin(self):
-        """403 for a browser on a page that is not listed."""
-        origin = self.head.get(b"origin")
-        if not origin_allowed(origin, self.head, self.settings):
+        if not origin_allowed(self.head, self.settings):
             raise Refusal(403, "origin_not_allowed", "Pages from this origin may not call this proxy. Add it to AIPROXY_ORIGINS to let them.")
 
     def check_client_key(self):
         """401 unless the request carries a key that we gave out. Its name, never itself, goes to the log."""
         settings = self.settings
-        if settings.hidden and any(name == "key" for name, _ in urllib.parse.parse_qsl(self.query[1:], keep_blank_values=True)):
+        if settings.hidden and self.query and any(name == "key" for name, _ in urllib.parse.parse_qsl(self.query[1:], keep_blank_values=True)):
             raise Refusal(400, "key_in_query", "Keys do not belong in URLs, where logs keep them. Send it as Authorization: Bearer.")
         if not settings.client_keys:
             return
         carried = carried_keys(self.head)
         if len(carried) > 1:
-            raise Refusal(400, "bad_request", "The request carries two different keys.")
-        name = find_client(carried.pop(), settings.client_keys) if carried else None
-        if name is None:
+            raise BadHead(400, "The request carries two different keys.")
+        # As bytes and against all, so that neither letters nor places show in the time.
+        names = [name for name, known in settings.client_keys for key in carried if hmac.compare_digest(key, known)]
+        if not names:
             raise Refusal(401, "invalid_api_key", "Incorrect client key." if self.head.get(b"authorization") else
                           "A client key is needed: send it as Authorization: Bearer.", WWW_Authenticate="Bearer")
-        self.record.client = self.address = name
+        self.record.client = self.address = names[0]
 
     def check_rate(self):
         """429 once the client has used up its AIPROXY_RATE; the fields are OpenAI's."""
@@ -404,20 +399,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if settings.upstream.map_path(self.path) is None:
             raise Refusal(404, "not_found", "The upstream's base URL has a path, so only /v1/... can be called.")
 
-    def is_model_list(self):
-        return self.method in ("GET", "HEAD") and (self.path == "/v1/models" or self.path.startswith("/v1/models/"))
-
     def answer_models(self):
         """The allow-list in OpenAI's form, or one entry of it. SDKs send the slashes of an id as %2F."""
         wanted = urllib.parse.unquote(self.path[len("/v1/models/"):])
         items = [{"id": name, "object": "model", "created": self.server.started, "owned_by": "aiproxy"} for name in self.settings.models_shown]
         if self.settings.workers:
             items = self.server.catalogue.items(self.read_catalogue, items if self.settings.models else None)
-        if not wanted:
-            return self.answer_json(200, {"object": "list", "data": items})
-        for item in items:
-            if item["id"] == wanted:
-                return self.answer_json(200, item)
+        found = [item for item in items if item["id"] == wanted]
+        if found or not wanted:
+            return self.answer_json(200, found[0] if wanted else {"object": "list", "data": items})
         raise Refusal(404, "model_not_found", "The model %s does not exist or you may not use it." % json.dumps(wanted[:200]), param="model")
 
     def read_catalogue(self):
@@ -433,9 +423,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def body_rules_apply(self):
         """Must the body be read? With a hidden key that of every POST, in a transparent relay those on the inference paths."""
-        settings = self.settings
-        rules = settings.models or settings.default_model or settings.max_tokens or settings.max_chars or settings.workers
-        return bool(rules) and self.method == "POST" and (settings.hidden or self.path in INFERENCE_PATHS)
+        return self.settings.body_rules and self.method == "POST" and (self.settings.hidden or self.path in INFERENCE_PATHS)
 
     def read_body(self):
         """What must be held of the body: all of it for the model rules or if it is small, else its beginning (self.body.done tells)."""
@@ -467,14 +455,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         keys = self.server.key_ring.order(time.monotonic()) if settings.keys else [None]
         keys = keys if self.body.done else keys[:1]     # a body that is streamed cannot be sent twice
         for place in keys:
-            key = [] if place is None else [key_field(settings.keys[place], settings.key_header)]
-            request = UpstreamRequest(url, method or self.method, fields + key, prefix, self)
-            try:
-                answer = self.server.opener.open(request, timeout=settings.timeout)
-            except UpstreamFailed as failed:
-                code, what = failed.args
-                raise Refusal(504 if code == "upstream_timeout" else 502, code, what, **({"x_should_retry": "false"} if code == "upstream_tls_error" else {}))
+            request = UpstreamRequest(url, method or self.method, fields + ([] if place is None else [settings.key_fields[place]]), prefix, self)
+            answer = self.server.opener.open(request, timeout=settings.timeout)
             self.record.upstream_status = answer.status
+            if any(word in answer.reason for word in settings.never_down):
+                answer.reason = b""
             if place is None or answer.status not in KEY_SPENT:
                 break
             self.server.key_ring.set_aside(place, answer, time.monotonic(), self.server.log.warn)
@@ -490,8 +475,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_for_key(self, answer):
         """502 for an answer that says that our key is bad, or repeats it: the client has no part in either."""
-        if answer.status != 401 and not any(key in answer.peek(PEEK_BYTES) for key in self.settings.keys):
-            return
+        if answer.status != 401:
+            with contextlib.suppress(OSError):      # the relay will meet the same end and tell the client
+                answer.hold(PEEK_BYTES)
+            plain = inflate(answer.held, PEEK_BYTES * 8) if answer.coded else b""
+            if not any(key in answer.held + plain for key in self.settings.keys):
+                return
         self.record.outcome = "upstream_credentials_rejected"
         self.server.log.warn("the upstream answered %d and rejected or repeated the provider key" % answer.status)
         raise Refusal(502, "upstream_credentials_rejected", "The upstream rejected the proxy's own credentials. Its operator must mend AIPROXY_KEY.",
@@ -505,8 +494,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.tunnel(answer)
         stream = None
         try:
-            keep, bodiless = not self.wants_close(), answer.body is None
-            chunked = not bodiless and answer.body.length is None and self.version >= (1, 1)
+            keep = not self.wants_close()
+            chunked = answer.body is not None and answer.body.length is None and self.version >= (1, 1)
             fields = self.downstream_fields(answer)
             if chunked:
                 fields.append((b"Transfer-Encoding", b"chunked"))
@@ -518,15 +507,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             first = stream.begin()
             if stream.ending == "ok":       # all of it is here: the connection is free for others before the client has read a byte
                 answer.close(reusable=self.body.done)
-            self.start_answer(answer.status, self.reason(answer), fields, first)
+            self.start_answer(answer.status, answer.reason, fields, first)
             self.record.first_byte()
             if not stream.ending:
-                self.server.relay_loop.run(stream)
+                self.server.relay_loop.hand_over(stream)
+                stream.done.acquire()
         finally:
             answer.close(reusable=stream is not None and stream.ending == "ok" and self.body.done)
             self.record.outcome = stream.ending if stream and stream.ending else "client_gone"
         self.record.bytes = stream.bytes
-        self.record.prompt_tokens, self.record.completion_tokens = stream.usage.counts()
+        self.record.tokens = stream.usage.counts
         if stream.ending == "ok":
             self.close_connection = not keep
         else:
@@ -546,7 +536,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = translator.whole(body) if translator else json.dumps(translate_answer(call, body)).encode()
             usage = UsageWatch()
             usage.see(b"", body)
-            self.record.prompt_tokens, self.record.completion_tokens = usage.counts()
+            self.record.tokens = usage.counts
             fields = self.downstream_fields(answer, translated=True) + [(b"Content-Type", b"text/event-stream" if translator else b"application/json")]
             return self.answer(200, fields, content)
         finally:
@@ -555,11 +545,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_whole(self, answer):
         """The body of an answer. Refusal 502 or 504 if it is cut off or too large, for then it cannot be read."""
         try:
-            return answer.peek(MAX_ANSWER, whole=True)
+            answer.hold(MAX_ANSWER)
+            if len(answer.held) >= MAX_ANSWER:
+                raise OSError("too large")
+            return answer.held
         except socket.timeout:
-            raise Refusal(504, "upstream_timeout", "The upstream fell silent in the middle of its answer.")
+            raise UpstreamFailed("upstream_timeout", "The upstream fell silent in the middle of its answer.")
         except OSError:
-            raise Refusal(502, "upstream_bad_response", "The upstream broke off in the middle of its answer.")
+            raise UpstreamFailed("upstream_bad_response", "The upstream broke off in the middle of its answer.")
 
     def relay_events(self, answer, translator):
         """A stream: this thread reads it, for it has more to do than to move bytes."""
@@ -572,7 +565,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 events = translator.feed(piece) if piece else translator.end()
             except OSError as error:
                 code, what = ("upstream_timeout", "fell silent") if isinstance(error, socket.timeout) else ("upstream_died", "broke off")
-                events = translator.end(Refusal(502, code, "The upstream %s in the middle of this answer." % what))
+                events = translator.end(UpstreamFailed(code, "The upstream %s in the middle of this answer." % what))
             if answer.body.done:
                 answer.close(reusable=True)
             if events:
@@ -580,7 +573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.record.bytes += len(events)
                 self.client.send(chunk(events, chunked))
         usage = translator.usage or {}
-        self.record.prompt_tokens, self.record.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        self.record.tokens = lambda: (usage.get("prompt_tokens"), usage.get("completion_tokens"))
         self.record.outcome = translator.failed or "ok"
         self.reset_on_close = bool(translator.failed) and not chunked
         if not translator.failed and chunked:
@@ -589,6 +582,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer.read_rest()
 
     def wants_close(self):
+        """Must the connection end with this answer?"""
         return self.version < (1, 1) or b"close" in self.head.tokens(b"connection") or not self.body.done or self.server.closing
 
     def downstream_fields(self, answer, translated=False):
@@ -598,7 +592,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = [field for field in fields if not field[0].lower().startswith(b"content-") and field[0].lower() not in (b"etag", b"last-modified")]
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
             fields.append((b"Date", self.server.date()))
-        ids = {name.lower(): value for name, value in fields if name.lower() in (b"x-request-id", b"request-id")}
+        theirs = answer.head.get(b"x-request-id") or answer.head.get(b"request-id")
+        ids = {name.lower(): value for name, value in fields if name.lower() in (b"x-request-id", b"request-id")} if theirs else {}
         if ids:
             self.record.id = (ids.get(b"x-request-id") or ids[b"request-id"]).decode("latin-1")[:200]
         if b"x-request-id" not in ids:
@@ -610,18 +605,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 fields.append((b"Cache-Control", b"no-cache"))
         return fields + self.cors + self.expose(name for name, _ in fields)
 
-    def reason(self, answer):
-        """The reason phrase as it came, unless the provider key stands in it."""
-        return answer.reason if not any(word in answer.reason for word in self.settings.never_down) else b""
-
     def tunnel(self, answer):
         """A WebSocket: after the 101, bytes both ways until either side closes."""
         fields = downstream_fields(answer.head, self.settings)
-        self.start_answer(101, self.reason(answer), fields + [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")] + self.cors, b"")
+        self.start_answer(101, answer.reason, fields + [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")] + self.cors, b"")
         self.record.first_byte()
         job = Tunnel(self.client, answer.wire, self.settings.timeout)
         try:
-            self.server.relay_loop.run(job)
+            self.server.relay_loop.hand_over(job)
+            job.done.acquire()
         finally:
             answer.close()
         self.record.outcome, self.record.bytes = job.ending, job.bytes
@@ -632,8 +624,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Head and first bytes in one write: two would wait for each other's acknowledgement."""
         self.record.status = status
         self.head_sent = True
-        head = b"".join([b"HTTP/1.1 %d %b\r\n" % (status, reason)] + [b"%b: %b\r\n" % field for field in fields])
-        self.client.send(head + b"\r\n" + body)
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, reason)] + [b"%b: %b\r\n" % field for field in fields]
+        self.client.send(b"".join(lines) + b"\r\n" + body)
 
     def answer_json(self, status, body, fields=(), outcome="ok"):
         """An answer of our own."""
@@ -641,8 +633,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, fields=(), content=b"", outcome="ok"):
         """An answer that is here as a whole. The connection lives on if all is well and the request was read to its end."""
-        keep = outcome == "ok" and not self.wants_close()
-        lines = list(fields)
+        keep, lines = outcome == "ok" and not self.wants_close(), list(fields)
         if not any(name == b"Date" for name, _ in lines):       # else they are the upstream's, and complete
             lines += [(b"Date", self.server.date()), (b"x-request-id", self.record.id.encode())]
             lines += self.cors + self.expose(name for name, _ in lines)
@@ -650,36 +641,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append((b"Content-Length", b"%d" % len(content)))
         if not keep:
             lines.append((b"Connection", b"close"))
-        reason = http.client.responses.get(status, "").encode()
         self.record.first_byte()
-        self.start_answer(status, reason, lines, content if self.method != "HEAD" else b"")
+        self.start_answer(status, http.client.responses.get(status, "").encode(), lines, content if self.method != "HEAD" else b"")
         self.record.outcome, self.record.bytes = outcome, len(content)
         self.close_connection = not keep
 
     def refuse(self, refusal):
         """Our own error in OpenAI's form; after it the connection closes, so nothing that follows is ever read as a request."""
+        self.record.model = self.record.model or refusal.model
         if self.head_sent:
             return
         if self.settings.workers and refusal.code in OPERATOR_ERRORS:
             self.server.log.warn("%s: %s" % (refusal.code, refusal.message))
-        outcome = self.record.outcome or refusal.code
         try:
-            self.answer_json(refusal.status, {"error": error_object(refusal)}, refusal.fields, outcome)
+            self.answer_json(refusal.status, {"error": error_object(refusal)}, refusal.fields, self.record.outcome or refusal.code)
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
-
-    def send_error(self, code, message=None, explain=None):
-        """http.server's own refusals leave in the same form as ours."""
-        self.refuse(Refusal(code, "bad_request" if code < 500 else "server_error", message or http.client.responses.get(code, "")))
-
-    def cors_fields(self, origin):
-        """The CORS fields of every answer: the origin if it is allowed, reflected only where a list decides."""
-        settings = self.settings
-        if settings.any_origin:
-            return [(b"Access-Control-Allow-Origin", b"*")]
-        if origin is not None and origin_allowed(origin, self.head, settings):
-            return [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin")]
-        return [(b"Vary", b"Origin")] if settings.origins else []
 
     def expose(self, names):
         """Which fields of an answer a browser's script may read."""
@@ -693,7 +670,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.reset_on_close:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif self.head_sent and not self.client.ended and (self.client.buffer or self.body is None or not self.body.done or self.client.receive()):
-            self.server.relay_loop.linger(socket.socket(fileno=self.connection.detach()))
+            self.server.relay_loop.hand_over(Linger(self.connection))
 
 
 # ---- Who is asking: client keys and origins ------------------------------------------------------------------------
@@ -711,25 +688,29 @@ def carried_keys(head):
     return keys - {b""}
 
 
-def find_client(key, client_keys):
-    """The name that `key` was given to, or None. As bytes and against all, so that neither letters nor places show in the time."""
-    found = None
-    for name, known in client_keys:
-        if hmac.compare_digest(key, known):
-            found = name
-    return found
-
-
-def origin_allowed(origin, head, settings):
+def origin_allowed(head, settings):
     """May this page call us? No Origin: no page, unless Sec-Fetch-Site says that another site's page is behind it."""
+    origin = head.get(b"origin")
     if settings.any_origin:
         return True
     if origin is None:
-        return head is None or head.get(b"sec-fetch-site", b"none") not in (b"cross-site", b"same-site") or settings.client_keys or not settings.hidden
-    if origin.decode("latin-1") in settings.origins:
-        return True
-    host = head.get(b"host", b"") if head is not None else b""     # our own start page, on a loopback address
-    return origin == b"http://" + host and LOOPBACK.fullmatch(re.sub(r":[0-9]*\Z", "", host.decode("latin-1"))) is not None
+        return head.get(b"sec-fetch-site", b"none") not in (b"cross-site", b"same-site") or settings.client_keys or not settings.hidden
+    host = head.get(b"host", b"")
+    return origin.decode("latin-1") in settings.origins or origin == b"http://" + host and names_loopback(host)    # the latter: our start page
+
+
+def names_loopback(host):
+    """Is this the value of a Host field that leads to this machine?"""
+    return LOOPBACK.fullmatch(re.sub(r":[0-9]*\Z", "", host.decode("latin-1"))) is not None
+
+
+def cors_fields(head, settings):
+    """The CORS fields of every answer: the origin if it is allowed, reflected only where a list decides. `head` is None until it is known."""
+    if settings.any_origin:
+        return [(b"Access-Control-Allow-Origin", b"*")]
+    if head and head.get(b"origin") is not None and origin_allowed(head, settings):
+        return [(b"Access-Control-Allow-Origin", head.get(b"origin")), (b"Vary", b"Origin")]
+    return [(b"Vary", b"Origin")] if settings.origins else []
 
 
 def network_of(address):
@@ -773,15 +754,14 @@ def duration(seconds):
 
 def preflight_fields(head, settings):
     """The answer to a browser's question before the request (Fetch standard, section 4.8): everything it asks, for an allowed origin."""
-    origin = head.get(b"origin")
-    if not origin_allowed(origin, head, settings):
+    if not origin_allowed(head, settings):
         return []
     fields = [(b"Access-Control-Allow-Methods", ", ".join(METHODS).encode()), (b"Access-Control-Max-Age", b"86400"),
               (b"Vary", b"Access-Control-Request-Headers")]
     asked = head.get(b"access-control-request-headers")
     if asked:
         fields.append((b"Access-Control-Allow-Headers", asked))
-    if head.get(b"access-control-request-private-network") == b"true" and origin.decode("latin-1") in settings.origins:
+    if head.get(b"access-control-request-private-network") == b"true" and head.get(b"origin").decode("latin-1") in settings.origins:
         fields.append((b"Access-Control-Allow-Private-Network", b"true"))
     return fields
 
@@ -796,8 +776,9 @@ def openai_form(path):
     return "/v1" + path if path in ("/chat/completions", "/completions", "/embeddings", "/responses", "/models") else path
 
 
+@functools.lru_cache(256)
 def allowed_methods(path, rules):
-    """The methods that `rules`, pairs of method and path pattern, allow on `path`; [] if there is nothing at this path."""
+    """The methods that `rules`, a tuple of methods with path patterns, allow on `path`; [] if there is nothing at this path."""
     methods = []
     for method, pattern in rules:
         if pattern == "*" or path_matches(path, pattern):
@@ -808,14 +789,12 @@ def allowed_methods(path, rules):
 def path_matches(path, pattern):
     """Does `pattern` fit the raw path? A `*` fits exactly one segment: plain ASCII when decoded once, and never `.` or `..`."""
     segments, wanted = path.split("/"), pattern.split("/")
-    if len(segments) != len(wanted):
-        return False
-    return all(segment == want or want == "*" and segment_is_plain(segment) for segment, want in zip(segments, wanted))
+    return len(segments) == len(wanted) and all(segment == want or want == "*" and is_plain(urllib.parse.unquote(segment, "latin-1"))
+                                                for segment, want in zip(segments, wanted))
 
 
-def segment_is_plain(segment):
-    decoded = urllib.parse.unquote(segment, "latin-1")
-    return SEGMENT.fullmatch(decoded) is not None and not any(part in ("", ".", "..") for part in decoded.split("/"))
+def is_plain(segment):
+    return SEGMENT.fullmatch(segment) is not None and not {"", ".", ".."} & set(segment.split("/"))
 
 
 def apply_body_rules(body, path, settings):
@@ -853,10 +832,8 @@ def resolve_model(values, settings):
 def limit_tokens(values, path, settings):
     """What AIPROXY_MAX_TOKENS adds to a request that names no limit; 400 for one that asks for more, all its answers together."""
     answers, many = 1, "n"
-    for name in ("n", "best_of") + TOKEN_LIMITS:
-        value = values.get(name)
-        if value is None:
-            continue
+    asked = [(name, values[name]) for name in ("n", "best_of") + TOKEN_LIMITS if values.get(name) is not None]
+    for name, value in asked:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
             raise Refusal(400, "invalid_parameter", "`%s` must be a whole number." % name, param=name)
         if name in TOKEN_LIMITS and value * answers > settings.max_tokens:
@@ -881,17 +858,17 @@ def resolve_query_model(query, settings):
     if len(named) != 1:
         raise Refusal(400, "missing_model" if not named else "invalid_model", "The query must hold `model` once.", param="model")
     check_model(named[0], settings)
-    return re.sub(r"(?i)([?&])[^&=]*=[^&]*", lambda part: part.group(0) if urllib.parse.unquote_plus(part.group(0)[1:].partition("=")[0]).casefold() != "model" else
-                  part.group(1) + "model=" + urllib.parse.quote(settings.aliases[named[0]], ""), query), named[0]
+    real = "model=" + urllib.parse.quote(settings.aliases[named[0]], "")
+    parts = [real if urllib.parse.unquote_plus(part.partition("=")[0]).casefold() == "model" and "=" in part else part for part in query[1:].split("&")]
+    return "?" + "&".join(parts), named[0]
 
 
 def check_model(model, settings):
     """403 unless the model is on the list."""
     if settings.models and model not in settings.models:
-        raise Refusal(403, "model_not_allowed", "Model not allowed. Allowed models are: %s." % ", ".join(settings.models_shown), param="model")
-
-
-WHITESPACE = re.compile(r"[ \t\n\r]*")
+        refusal = Refusal(403, "model_not_allowed", "Model not allowed. Allowed models are: %s." % ", ".join(settings.models_shown), param="model")
+        refusal.model = model
+        raise refusal
 
 
 def parse_members(body):
@@ -902,37 +879,36 @@ def parse_members(body):
     try:
         text = body.decode("utf-8")
         check_depth(text)
-        position = WHITESPACE.match(text).end()
-        if text[position:position + 1] != "{":
-            raise ValueError("it is not an object")
-        members, closing = [], WHITESPACE.match(text, position + 1).end()
-        if text[closing:closing + 1] != "}":
-            while True:
-                position = WHITESPACE.match(text, position + 1).end()
-                name, position = STRICT_JSON.raw_decode(text, position)
-                position = WHITESPACE.match(text, position).end()
-                if not isinstance(name, str) or text[position:position + 1] != ":":
-                    raise ValueError("a name is not followed by a colon")
-                start = WHITESPACE.match(text, position + 1).end()
-                value, end = STRICT_JSON.raw_decode(text, start)
-                members.append((name, value, start, end))
-                closing = position = WHITESPACE.match(text, end).end()
-                if text[position:position + 1] != ",":
-                    break
-        if text[closing:closing + 1] != "}" or WHITESPACE.match(text, closing + 1).end() != len(text):
+        members, position = [], skip(OPENING, text, 0, "it is not an object")
+        comma = not CLOSING.match(text, position)
+        while comma:
+            name, position = STRICT_JSON.raw_decode(text, position)
+            start = skip(COLON, text, position, "a name is not followed by a colon")
+            if not isinstance(name, str):
+                raise ValueError("a name is not text")
+            value, position = STRICT_JSON.raw_decode(text, start)
+            members.append((name, value, start, position))
+            comma = COMMA.match(text, position)
+            position = comma.end() if comma else position
+        if skip(CLOSING, text, position, "it does not end where it should") != len(text):
             raise ValueError("it does not end where it should")
         names = [name for name, *_ in members]
         if names.count("model") > 1:
             raise Refusal(400, "invalid_model", "The body must hold `model` once.", param="model")
-        if len(set(names)) != len(names):
-            raise ValueError("a name stands there twice")
+        unique_members([(name, None) for name in names])
         return text, members
     except UnicodeDecodeError:
         raise Refusal(400, "invalid_json", "The body is not JSON in UTF-8.")
-    except RecursionError:
-        raise Refusal(400, "invalid_json", "The body is not valid JSON here: it is nested too deeply.")
     except ValueError as error:
         raise Refusal(400, "invalid_json", "The body is not valid JSON: %s." % str(error).partition(":")[0])
+
+
+def skip(mark, text, position, otherwise):
+    """The place behind `mark` and the blanks around it. ValueError if it does not stand at `position`."""
+    match = mark.match(text, position)
+    if not match:
+        raise ValueError(otherwise)
+    return match.end()
 
 
 def check_depth(text):
@@ -953,24 +929,20 @@ def unique_members(pairs):
     return members
 
 
-def bounded_int(digits):
-    if len(digits) > 400:
-        raise ValueError("a number is absurdly long")
-    return int(digits)
-
-
-def finite_float(digits):
-    number = float(digits) if len(digits) <= 400 else float("inf")
-    if number in (float("inf"), float("-inf")):
-        raise ValueError("a number is out of range")
-    return number
+def bounded(kind):
+    """A parser of numbers that are neither absurdly long nor infinite."""
+    def parse(digits):
+        if len(digits) > 400 or kind is float and math.isinf(float(digits)):
+            raise ValueError("a number is out of range")
+        return kind(digits)
+    return parse
 
 
 def refuse_constant(name):
     raise ValueError("%s is not JSON" % name)
 
 
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_int=bounded_int, parse_float=finite_float, parse_constant=refuse_constant)
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_int=bounded(int), parse_float=bounded(float), parse_constant=refuse_constant)
 
 # ---- What goes up and what comes down ------------------------------------------------------------------------------
 
@@ -978,27 +950,22 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_int=bound
 def upstream_fields(head, settings, is_json, websocket):
     """The header fields of the request to the upstream, Host first, all but the provider key. The client's own key never is among them."""
     dropped = head.tokens(b"connection")        # fields that the client named as meant for this hop
-    fields = [(b"Host", settings.upstream.netloc)]
+    fields, own_keys = [(b"Host", settings.upstream.netloc)], settings.hidden or settings.client_keys
     for name, value in head.fields:
         low = name.lower().replace(b"_", b"-")  # CGI-like servers take Content_Length for Content-Length
-        if low in NEVER_UP or low in dropped or low.startswith(NEVER_UP_PREFIXES):
-            continue
-        if low in KEY_FIELDS and (settings.hidden or settings.client_keys):
+        if low in NEVER_UP or low in dropped or low.startswith(NEVER_UP_PREFIXES) or low in KEY_FIELDS and own_keys:
             continue
         if low.startswith(b"sec-websocket-") and (websocket or not settings.hidden):
-            if low == b"sec-websocket-protocol" and (settings.hidden or settings.client_keys):
+            if low == b"sec-websocket-protocol" and own_keys:
                 value = b", ".join(part for part in map(bytes.strip, value.split(b",")) if not part.startswith(b"openai-insecure-api-key."))
             if not value:
                 continue
         elif settings.hidden and low not in UP_WITH_HIDDEN_KEY:
             continue
-        if low == b"accept-encoding" and settings.workers:
-            continue
         if low == b"accept-encoding" and settings.hidden:   # error answers are searched for the key: only what we can decode
             value = b", ".join(part for part in head.elements(low) if re.match(rb"(?:x-)?gzip|deflate|identity", part)) or b"identity"
-        if low == b"content-type" and is_json:
-            continue
-        fields.append((name, value))
+        if not (low == b"content-type" and is_json or low == b"accept-encoding" and settings.workers):      # these we write ourselves
+            fields.append((name, value))
     if is_json:
         fields.append((b"Content-Type", b"application/json"))
     if settings.workers:                        # what is translated must be readable, and no event held back in a compressor
@@ -1006,10 +973,6 @@ def upstream_fields(head, settings, is_json, websocket):
     if websocket:
         fields += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
     return fields
-
-
-def key_field(key, name):
-    return name.encode(), b"Bearer " + key if name.lower() == "authorization" else key
 
 
 def is_websocket(head):
@@ -1021,13 +984,12 @@ def downstream_fields(head, settings):
     """The fields of the upstream's answer that come down: as they came, repeated ones repeated, in order."""
     dropped = head.tokens(b"connection")
     fields = []
-    for field in head.fields:
-        low = field[0].lower()
+    for name, value in head.fields:
+        low = name.lower()
         if low in NEVER_DOWN or low in dropped or low.startswith(b"access-control-"):
             continue
-        if settings.hidden and (low in NEVER_DOWN_WITH_HIDDEN_KEY or any(word in field[1] for word in settings.never_down)):
-            continue
-        fields.append(field)
+        if not (settings.hidden and (low in NEVER_DOWN_WITH_HIDDEN_KEY or any(word in value for word in settings.never_down))):
+            fields.append((name, value))
     return fields
 
 
@@ -1094,24 +1056,17 @@ class UpstreamRequest(urllib.request.Request):
 
     def __init__(self, url, method, fields, prefix, handler):
         super().__init__(url, method=method)
-        self.fields, self.prefix = fields, prefix
+        self.fields, self.prefix, self.websocket = list(fields), prefix, handler.websocket
         self.client, self.body = handler.client, handler.body
-        self.bodiless = method == "HEAD"
-        self.websocket = handler.websocket
-        if not self.body.done:
-            framing = (b"Transfer-Encoding", b"chunked") if self.body.length is None else (b"Content-Length", b"%d" % self.body.length)
-        elif prefix or method in ("POST", "PUT", "PATCH"):
-            framing = (b"Content-Length", b"%d" % len(prefix))
-        else:
-            framing = None
         self.chunked, self.whole = not self.body.done and self.body.length is None, False      # whole: all of it has been sent
-        self.framing = [framing] if framing else []
+        if self.chunked:
+            self.fields.append((b"Transfer-Encoding", b"chunked"))
+        elif not self.body.done or prefix or method in ("POST", "PUT", "PATCH"):
+            self.fields.append((b"Content-Length", b"%d" % (len(prefix) if self.body.done else self.body.length)))
 
     def encode_head(self):
-        proxy = [(name.encode(), value.encode()) for name, value in self.unredirected_hdrs.items()]    # ProxyHandler's, on a plain proxy
-        proxy += [(name.encode(), value.encode()) for name, value in self.headers.items() if not self._tunnel_host]
-        lines = [b"%b %b HTTP/1.1\r\n" % (self.method.encode(), self.selector.encode())]
-        lines += [b"%b: %b\r\n" % field for field in self.fields + proxy + self.framing]
+        lines = [b"%b %b HTTP/1.1\r\n" % (self.method.encode(), self.selector.encode())] + [b"%b: %b\r\n" % field for field in self.fields]
+        lines += [b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in self.headers.items() if not self._tunnel_host]     # ProxyHandler's
         return b"".join(lines) + b"\r\n"
 
 
@@ -1133,11 +1088,6 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             self.tls.set_alpn_protocols(["http/1.1"])
 
     def http_open(self, request):
-        return self.exchange(request)
-
-    https_open = http_open
-
-    def exchange(self, request):
         """Send `request`, wait for the head of the answer, skip 1xx. The client is watched all the while: ClientGone."""
         connection = self.kept() or self.connect(request)
         try:
@@ -1146,25 +1096,25 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 connection = self.connect(request)
                 self.send(request, connection)
             return Answer(self, connection, request)
-        except OSError as error:
+        except BaseException as error:
             connection.close()
             if isinstance(error, socket.timeout):
                 raise UpstreamFailed("upstream_timeout", "The upstream did not answer within the time set by AIPROXY_TIMEOUT.")
-            raise UpstreamFailed("upstream_bad_response", "The upstream hung up without an answer.")
-        except BaseException:
-            connection.close()
+            if isinstance(error, OSError):
+                raise UpstreamFailed("upstream_bad_response", "The upstream hung up without an answer.")
             raise
+
+    https_open = http_open
 
     def kept(self):
         """A kept connection that is still good: younger than POOL_SECONDS and silent. What speaks out of turn is not trusted."""
-        while True:
-            try:
+        with contextlib.suppress(IndexError):       # none left
+            while True:
                 connection, since = self.idle.pop()
-            except IndexError:
-                return None
-            if time.monotonic() - since < POOL_SECONDS and connection.wire.is_silent():
-                return connection
-            connection.close()
+                if time.monotonic() - since < POOL_SECONDS and connection.wire.is_silent():
+                    return connection
+                connection.close()
+        return None
 
     def keep(self, connection):
         self.idle.append((connection, time.monotonic()))
@@ -1173,11 +1123,9 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def close_old(self, now):
         """Close what has been idle too long; called by the relay loop."""
-        try:
+        with contextlib.suppress(IndexError):
             while now - self.idle[0][1] >= POOL_SECONDS:
                 self.idle.popleft()[0].close()
-        except IndexError:
-            pass                            # none left
 
     def connect(self, request):
         """A new connection, through a CONNECT tunnel where ProxyHandler asks for one; TLS verified by the default rules."""
@@ -1187,24 +1135,20 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         connection = kind(request.host, timeout=self.connect_timeout, **({"context": self.tls} if secure else {}))
         connection._create_connection = lambda address, *_: connect_within(address, deadline)
         if request._tunnel_host:
-            proxy_fields = {name: value for name, value in request.headers.items() if name == "Proxy-authorization"}
-            connection.set_tunnel(request._tunnel_host, headers=proxy_fields)
+            connection.set_tunnel(request._tunnel_host, headers=request.headers)     # which are ProxyHandler's alone
         try:
             connection.connect()
             connection.sock.setblocking(False)
             if secure:
                 connection.sock.suppress_ragged_eofs = False       # an end without close_notify must be seen as a cut
-        except socket.timeout:
-            connection.close()
-            raise UpstreamFailed("upstream_timeout", "The upstream could not be reached within the time set by AIPROXY_CONNECT_TIMEOUT.")
-        except ssl.SSLCertVerificationError as error:
-            connection.close()
-            raise UpstreamFailed("upstream_tls_error", "The upstream's certificate cannot be trusted (CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message)
-        except ssl.SSLError as error:
-            connection.close()
-            raise UpstreamFailed("upstream_tls_error", "The upstream does not speak TLS as it should (%s)." % (error.reason or "handshake failed"))
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             connection.close()
+            if isinstance(error, socket.timeout):
+                raise UpstreamFailed("upstream_timeout", "The upstream could not be reached within the time set by AIPROXY_CONNECT_TIMEOUT.")
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise UpstreamFailed("upstream_tls_error", "The upstream's certificate cannot be trusted (CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message)
+            if isinstance(error, ssl.SSLError):
+                raise UpstreamFailed("upstream_tls_error", "The upstream does not speak TLS as it should (%s)." % (error.reason or "handshake failed"))
             raise UpstreamFailed("upstream_unreachable", "The upstream cannot be reached: %s." % (getattr(error, "strerror", None) or str(error) or type(error).__name__))
         connection.wire = Wire(connection.sock)
         return connection
@@ -1219,43 +1163,46 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 try:
                     sent = wire.send_some(data[:TLS_RECORD] if untouched else data)     # of more, TLS may send some and then fail
                 except OSError:
-                    if untouched:
-                        return False
-                    return True             # it may have answered before it hung up: reading tells
+                    return not untouched    # it may have answered before it hung up: reading tells
                 untouched = untouched and not sent
                 data = data[sent:]
                 if data:
-                    ready = wait(request.timeout, (wire, READ | WRITE), (client, READ if client.watched else 0))
-                    if not ready:
-                        raise socket.timeout()
-                    if client in ready:
-                        client.notice()
-                    if wire in ready and self.answered(wire):
+                    wait_for_upstream(request.timeout, wire, READ | WRITE, client)
+                    if answered(wire):
                         return True
             if body.done:
                 request.whole = True
                 return True
             piece = body.read_some()
             if not piece and not body.done:
-                if self.answered(wire):
+                if answered(wire):
                     return True
                 body.wait(None, wire)
                 continue
             data = memoryview(chunk(piece, request.chunked) + (b"0\r\n\r\n" if request.chunked and body.done else b""))
 
-    @staticmethod
-    def answered(wire):
-        """Has the upstream begun its final answer, or hung up? Interim answers while we send are not it."""
-        try:
-            data = wire.receive()
-        except OSError:
-            return True
-        if data:
-            wire.buffer += data
-        interim = b"HTTP/1.1 1"
-        while wire.buffer.startswith(interim) and b"\r\n\r\n" in wire.buffer:
-            wire.buffer = wire.buffer.partition(b"\r\n\r\n")[2]
-        return data == b"" or bool(wire.buffer) and not wire.buffer.startswith(interim[:len(wire.buffer)])
+def answered(wire):
+    """Has the upstream begun its final answer, or hung up? Interim answers while we send are not it."""
+    try:
+        alive = wire.fill()
+    except OSError:
+        return True
+    interim = b"HTTP/1.1 1"
+    while wire.buffer.startswith(interim) and b"\r\n\r\n" in wire.buffer:
+        wire.buffer = wire.buffer.partition(b"\r\n\r\n")[2]
+    return not alive or not interim.startswith(wire.buffer[:len(interim)])
+
+
+def wait_for_upstream(timeout, wire, mask, client):
+    """Sleep until the upstream's wire is ready, the client in view: ClientGone. socket.timeout after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    ready = []
+    while wire not in ready:
+        ready = wait(deadline - time.monotonic(), (wire, mask), *([(client, READ)] if client and client.watched else []))
+        if not ready:
+            raise socket.timeout()
+        if client in ready:
+            client.notice()
 
 
 def connect_within(address, deadline):
@@ -1291,28 +1238,23 @@ class Answer:
                     raise BadHead(502, "it switched protocols unasked")
             else:
                 raise BadHead(502, "it sent interim answers only")
-            self.body = answer_body(self.head, self.status, request.bodiless)
-            self.length = self.body.length if self.body else content_length(self.head)
+            if request.method == "HEAD" or self.status < 200 or self.status in (204, 304):     # no body, whatever the fields say
+                self.body, self.length = None, content_length(self.head)
+            else:
+                self.body = ChunkedBody() if is_chunked(self.head, http10=minor == b"0") else PlainBody(content_length(self.head))
+                self.length = self.body.length
         except BadHead as bad:
-            raise UpstreamFailed("upstream_bad_response", "The upstream's answer cannot be read: %s" % bad.args[0])
+            raise UpstreamFailed("upstream_bad_response", "The upstream's answer cannot be read: %s" % bad.message)
         self.reusable = minor != b"0" and b"close" not in self.head.tokens(b"connection") and request.whole
         self.kind = self.head.get(b"content-type", b"").partition(b";")[0].strip().lower()
         self.events = self.kind == b"text/event-stream"
         self.coded = self.head.get(b"content-encoding", b"identity").lower() != b"identity"
 
     def more(self):
-        """Wait for more of the head, the client in view."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            ready = wait(deadline - time.monotonic(), (self.wire, READ), (self.client, READ if self.client.watched else 0))
-            if not ready:
-                raise socket.timeout()
-            if self.client in ready:
-                self.client.notice()
-            if self.wire in ready:
-                if not self.wire.fill():
-                    raise ConnectionResetError()
-                return
+        """Wait for more bytes, the client in view."""
+        wait_for_upstream(self.timeout, self.wire, READ, self.client)
+        if not self.wire.fill():
+            raise ConnectionResetError()
 
     def read_piece(self):
         """The next decoded bytes of the body, b"" at its end. OSError if it is cut off or breaks the rules."""
@@ -1322,10 +1264,10 @@ class Answer:
                 try:
                     self.more()
                 except ConnectionResetError:
-                    if body.at_end():
-                        body.done, self.reusable = True, False
-                        break
-                    raise
+                    if not body.at_end():
+                        raise
+                    body.done, self.reusable = True, False
+                    break
             data, self.wire.buffer = self.wire.buffer, b""
             piece = body.feed(data)
             if body.broken and not piece:
@@ -1336,29 +1278,17 @@ class Answer:
 
     def read_rest(self):
         """Read what is left of a body that nobody needs, if it comes at once: then the connection can be used again."""
-        self.timeout = 0.25
-        try:
+        self.timeout, self.client = 0.25, None      # the client has all it wants, and may go
+        with contextlib.suppress(OSError, ClientGone):
             while self.connection and self.read_piece():
                 pass
-        except (OSError, ClientGone):
-            pass
 
-    def peek(self, size, whole=False):
-        """Up to `size` decoded bytes of the body, kept in `held` to be relayed; gzip and deflate are undone for the look.
-
-        With `whole` it is the entire body: OSError if it is cut off or larger. Without, the relay will meet the same end and tell the client."""
-        try:
-            while len(self.held) < size:
-                piece = self.read_piece()
-                if not piece:
-                    break
-                self.held += piece
-        except OSError:
-            if whole:
-                raise
-        if whole and len(self.held) >= size:
-            raise OSError("too large")
-        return self.held + inflate(self.held, size * 8) if self.coded and not whole else self.held
+    def hold(self, size):
+        """Read up to `size` decoded bytes of the body into `held`. OSError if it is cut off."""
+        piece = b"..."
+        while piece and len(self.held) < size:
+            piece = self.read_piece()
+            self.held += piece
 
     def close(self, reusable=False):
         """Give the connection back if the exchange came to its clean end, else close it: the upstream stops working for us."""
@@ -1374,14 +1304,12 @@ def inflate(data, most):
     """What is readable of compressed data, `most` bytes of it: gzip, zlib, or deflate without its wrapper, as some send it. b"" for other codings."""
     for form in (47, -15):                  # zlib's own words for the first two, and for the last
         plain, rest = b"", data
-        try:
+        with contextlib.suppress(zlib.error):
             while rest and len(plain) < most:
                 decoder = zlib.decompressobj(form)
                 for start in range(0, len(rest), 64):       # in small pieces, so that an error costs little of what came before it
                     plain += decoder.decompress(rest[start:start + 64], most)
                 rest = decoder.unused_data  # gzip may have several members
-        except zlib.error:
-            pass
         if plain:
             return plain
     return b""
@@ -1404,32 +1332,14 @@ class RelayLoop(threading.Thread):
         self.bell, self.button = socket.socketpair()
         self.bell.setblocking(False)
         self.button.setblocking(False)
-        self.selector.register(self.bell, READ, self.on_bell)
-
-    def run(self, job=None):
-        """As a thread: the loop itself. With a job: hand it over and sleep until it is done."""
-        if job is None:
-            return self.loop()
-        job.done.acquire()
-        self.hand_over(job)
-        job.done.acquire()
-        return None
+        self.selector.register(self.bell, READ, lambda mask: self.bell.recv(4096))
 
     def hand_over(self, job):
         self.inbox.append(job)
-        try:
+        with contextlib.suppress(BlockingIOError):      # the bell has been rung already
             self.button.send(b"!")
-        except BlockingIOError:
-            pass                            # it has been rung already
 
-    def linger(self, sock):
-        """Let a refused client read its answer: see Linger."""
-        self.hand_over(Linger(sock))
-
-    def on_bell(self, mask):
-        self.bell.recv(4096)
-
-    def loop(self):
+    def run(self):
         tick = 0
         while True:
             for key, mask in self.selector.select(0.5):
@@ -1443,7 +1353,7 @@ class RelayLoop(threading.Thread):
             if now - tick >= 0.5:
                 tick = now
                 for job in list(self.jobs):
-                    self.guard(*((job.stop,) if self.stopping else (job.on_tick, now)))
+                    self.guard(job.stop if self.stopping else job.on_tick, now)
                 self.guard(self.every_tick, now)
 
     def guard(self, step, *args):
@@ -1470,13 +1380,14 @@ class RelayLoop(threading.Thread):
 
 
 class Job:
-    """Something that the relay loop does for two wires. `ending` says how it ended; whoever handed it over sleeps on `done`."""
+    """Something that the relay loop does for its wires. `ending` says how it ended; whoever handed it over sleeps on `done`."""
 
     def __init__(self, client, upstream, timeout):
         self.client, self.upstream, self.timeout = client, upstream, timeout
         self.done, self.ending, self.finished, self.bytes = threading.Lock(), "", False, 0
+        self.done.acquire()
 
-    def stop(self):
+    def stop(self, now):
         self.finish("shutdown")
 
     def finish(self, outcome):
@@ -1551,8 +1462,7 @@ class Stream(Job):
         if not self.tells or not self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")):
             return b""
         what = {"upstream_timeout": "The upstream fell silent", "shutdown": "The proxy was stopped"}.get(outcome, "The upstream broke off")
-        error = {"message": what + " in the middle of this answer.", "type": "server_error", "param": None, "code": outcome}
-        return self.frame(b"data: " + json.dumps({"error": error}).encode() + b"\n\n")
+        return self.frame(render_event({"error": error_object(UpstreamFailed(outcome, what + " in the middle of this answer."))}))
 
     def send_down(self, data):
         """Send what the client takes now, keep the rest; finish when the body is over and all of it taken."""
@@ -1584,7 +1494,7 @@ class Stream(Job):
             if self.upstream.pending():
                 self.on_upstream(READ)
 
-    def stop(self):
+    def stop(self, now):
         if not self.ending:
             self.send_down(self.cut("shutdown"))
         self.finish("shutdown")
@@ -1676,42 +1586,38 @@ class Tunnel(Job):
             self.finish("idle")
 
 
-class Linger:
+class Linger(Job):
     """A refused client may still be sending. Closed at once, its unread bytes would make a reset that eats our answer (RFC 9112 section 9.6)."""
 
     def __init__(self, sock):
-        sock.setblocking(False)
-        self.wire, self.bytes = Wire(sock), 0
+        wire = Wire(socket.socket(fileno=sock.detach()))
+        wire.sock.setblocking(False)
+        super().__init__(wire, wire, LINGER_SECONDS)
 
     def start(self):
-        self.deadline = time.monotonic() + LINGER_SECONDS
+        self.deadline = time.monotonic() + self.timeout
+        self.loop.watch(self.client, READ, self.on_client)
         try:
-            self.wire.sock.shutdown(socket.SHUT_WR)
+            self.client.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            return self.finish("gone")
-        self.loop.watch(self.wire, READ, self.on_client)
+            self.finish("client_gone")
 
     def on_client(self, mask):
         try:
-            data = self.wire.receive()
+            data = self.client.receive()
         except OSError:
             data = b""
-        if data is not None:
-            self.bytes += len(data)
-            if not data or self.bytes > LINGER_BYTES:
-                self.finish("ok")
+        self.bytes += len(data or b"")
+        if data == b"" or self.bytes > LINGER_BYTES:
+            self.finish("ok")
 
     def on_tick(self, now):
         if now > self.deadline:
             self.finish("timeout")
 
-    def stop(self):
-        self.finish("shutdown")
-
     def finish(self, outcome):
-        self.loop.watch(self.wire, 0, None)
-        self.loop.jobs.discard(self)
-        self.wire.close()
+        super().finish(outcome)
+        self.client.sock.close()
 
 
 # ---- HTTP framing: one strict reader for both sides ----------------------------------------------------------------
@@ -1719,12 +1625,11 @@ class Linger:
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
-class BadHead(Exception):
-    """A head that breaks the rules: args[1] says which; args[0] is the status for a client that sent it."""
+class BadHead(Refusal):
+    """A head that breaks the rules: our answer if a client sent it, a 502 if the upstream did."""
 
     def __init__(self, status, message):
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, "bad_request", message)
 
 
 def wait(timeout, *wants):
@@ -1755,7 +1660,7 @@ class Wire:
         """Up to PIECE bytes; b"" at the end, None if there is nothing yet. OSError if the connection broke."""
         try:
             data = self.sock.recv(PIECE)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         self.ended = not data
         return data
@@ -1770,7 +1675,7 @@ class Wire:
         """How many bytes of data were taken: 0 if none can be now."""
         try:
             return self.sock.send(data)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
 
     def send(self, data):
@@ -1830,12 +1735,6 @@ class Wire:
                 return parse_head(block, first_line)
             searched = len(self.buffer)
             more()
-
-    def close(self):
-        self.sock.close()
-
-
-BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
 def check_begun(block, searched, first_line):
@@ -1919,55 +1818,25 @@ def is_chunked(head, http10):
     return True
 
 
-def request_body(head, version, client):
-    """The body of a request: RFC 9112 section 6.3. Without a length there is none."""
-    try:
-        chunked = is_chunked(head, version < (1, 1))
-        return RequestBody(client, ChunkedBody() if chunked else LengthBody(content_length(head) or 0))
-    except BadHead as bad:
-        raise Refusal(bad.status, "bad_request", bad.args[0])
-
-
-def answer_body(head, status, bodiless):
-    """The body of an answer: None for HEAD, 1xx, 204 and 304 whatever the fields say, else chunked, by length, or until the end."""
-    if bodiless or status < 200 or status in (204, 304):
-        return None
-    if is_chunked(head, http10=head.start[0] == b"0"):
-        return ChunkedBody()
-    length = content_length(head)
-    return LengthBody(length) if length is not None else UntilCloseBody()
-
-
-class LengthBody:
-    """A body of known length. feed() gives what belongs to it; `surplus` is what came behind it."""
+class PlainBody:
+    """A body of known length, or (None) one that ends with its connection. feed() gives what belongs to it, `surplus` came behind it."""
 
     broken = ""
 
     def __init__(self, length):
-        self.length = self.left = length
-        self.done, self.surplus = not length, b""
+        self.length, self.left = length, sys.maxsize if length is None else length
+        self.done, self.surplus = not self.left, b""
 
     def feed(self, data):
         body, self.surplus = data[:self.left], data[self.left:]
-        self.left -= len(body)
-        self.done = not self.left
+        if self.length is not None:
+            self.left -= len(body)
+            self.done = not self.left
         return body
 
     def at_end(self):
         """Is the body whole if the connection ends here?"""
-        return self.done
-
-
-class UntilCloseBody:
-    """A body that ends with its connection."""
-
-    length, done, surplus, broken = None, False, b"", ""
-
-    def feed(self, data):
-        return data
-
-    def at_end(self):
-        return True
+        return self.done or self.length is None
 
 
 class ChunkedBody:
@@ -1976,69 +1845,52 @@ class ChunkedBody:
     length = None
 
     def __init__(self):
-        self.left, self.rest, self.state = 0, b"", self.size_line
-        self.done, self.surplus, self.broken, self.trailer = False, b"", "", 0
+        self.expected, self.left, self.rest, self.trailer = "size", 0, b"", 0       # of the chunk `left` bytes are to come; `rest` is of a line
+        self.done, self.surplus, self.broken = False, b"", ""
 
     def feed(self, data):
-        data, body = self.rest + data if self.rest else data, []
-        self.position = 0
-        while not self.done and not self.broken and self.state(data, body):
-            pass
-        self.rest, self.surplus = (b"", data[self.position:]) if self.done else (data[self.position:], b"")
+        data, body, position = self.rest + data if self.rest else data, [], 0
+        while not self.done and not self.broken:
+            if self.left:
+                piece = data[position:position + self.left]
+                body.append(piece)
+                position += len(piece)
+                self.left -= len(piece)
+                if self.left:
+                    break
+            end = data.find(b"\r\n", position)
+            if end < 0:
+                self.broken = self.begun_wrong(data[position:]) if position < len(data) else ""
+                break
+            position, self.broken = end + 2, self.take_line(data[position:end])
+        self.rest, self.surplus = (b"", data[position:]) if self.done else (data[position:], b"")
         return body[0] if len(body) == 1 else b"".join(body)
+
+    def take_line(self, line):
+        """Go on to what is expected behind `line`; the rule that it breaks, empty if it breaks none."""
+        if self.expected == "chunk end":
+            self.expected = "size"
+            return "a chunk is longer than its size" if line else ""
+        if self.expected == "size":
+            size = CHUNK_LINE.fullmatch(line)
+            if not size or len(line) > MAX_CHUNK_LINE:
+                return "a chunk's size is malformed"
+            self.left = int(size.group(1), 16)
+            self.expected = "chunk end" if self.left else "trailer"
+            return ""
+        self.done, self.trailer = not line, self.trailer + len(line)
+        field = FIELD_LINE.fullmatch(line)
+        bad = not field or field.group(1).lower() in (b"content-length", b"transfer-encoding", b"host", b"authorization") or self.trailer > MAX_TRAILER
+        return "a trailer field is malformed" if line and bad else ""
+
+    def begun_wrong(self, line):
+        """The same for the beginning of a line, so that nobody waits for an end that may never come."""
+        good = {"chunk end": line in (b"", b"\r"), "size": len(line) <= MAX_CHUNK_LINE and CHUNK_LINE_BEGUN.fullmatch(line),
+                "trailer": self.trailer + len(line) <= MAX_TRAILER and b"\n" not in line}[self.expected]
+        return "" if good else "a line is malformed or too long"
 
     def at_end(self):
         return self.done
-
-    # Each state takes what it can of data[self.position:] and tells whether the next one can go on.
-
-    def size_line(self, data, body):
-        line = self.line(data, CHUNK_LINE_BEGUN, MAX_CHUNK_LINE)
-        size = CHUNK_LINE.fullmatch(line) if line is not None else None
-        if size:
-            self.left = int(size.group(1), 16)
-            self.state = self.chunk_data if self.left else self.trailer_line
-        elif line is not None:
-            self.broken = "a chunk's size is malformed"
-        return size
-
-    def chunk_data(self, data, body):
-        piece = data[self.position:self.position + self.left]
-        body.append(piece)
-        self.position += len(piece)
-        self.left -= len(piece)
-        self.state = self.chunk_data if self.left else self.chunk_end
-        return not self.left
-
-    def chunk_end(self, data, body):
-        end = data[self.position:self.position + 2]
-        if end == b"\r\n":
-            self.position += 2
-            self.state = self.size_line
-        elif not b"\r\n".startswith(end):
-            self.broken = "a chunk is longer than its size"
-        return len(end) == 2
-
-    def trailer_line(self, data, body):
-        line = self.line(data, None, MAX_TRAILER - self.trailer)
-        if line:
-            self.trailer += len(line)
-            field = FIELD_LINE.fullmatch(line)
-            if not field or field.group(1).lower() in (b"content-length", b"transfer-encoding", b"host", b"authorization"):
-                self.broken = "a trailer field is malformed"
-        self.done = line == b""
-        return line
-
-    def line(self, data, begun, limit):
-        """The next line without its CRLF, None if it is not whole yet."""
-        end = data.find(b"\r\n", self.position)
-        line = data[self.position:] if end < 0 else data[self.position:end]
-        if len(line) > limit or end < 0 and (b"\n" in line or begun and not begun.fullmatch(line)):
-            self.broken = "a line is malformed or too long"
-        if end < 0 or self.broken:
-            return None
-        self.position = end + 2
-        return line
 
 
 class RequestBody:
@@ -2091,9 +1943,8 @@ def chunk(data, chunked):
 
 
 # ---- Cloudflare Workers AI, in OpenAI's format ---------------------------------------------------------------------
-# Values in, values out, no sockets. Workers AI has four shapes of answers and as many of events, by model and by route. All of
-# them are read into one normal form, Choice (the shapes stand at read_answer), and all that a client gets is written from it.
-# To follow a request: translate_request, then translate_answer or StreamTranslator, or translate_error.
+# Values in, values out, no sockets. Workers AI has four shapes of answers and of events, by model and route: read_answer lists them and
+# makes one form of them. To follow a request: translate_request, then translate_answer or StreamTranslator, or translate_error.
 
 WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replaces them all
     "deepseek-r1": "@cf/deepseek-ai/deepseek-r1-distill-qwen-32b",
@@ -2108,10 +1959,9 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
 }
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's own 256 cuts answers off in mid-sentence
 
-# What the client calls: the kind of its answer, and the path under /accounts/{id} that is asked. Cloudflare's own OpenAI routes are
-# the way in: they take messages, tools, images and unknown fields as OpenAI has them, name the model in the body, and stream every text
-# model; /ai/run wants other schemas by model and does not stream gpt-oss. /ai/v1/completions is documented nowhere, so a prompt goes up
-# as one user message: /ai/run with `prompt` would put it into the same chat template, and gpt-oss takes no `prompt` there at all.
+# What the client calls: the kind of its answer, and the path under /accounts/{id}. Cloudflare's own OpenAI routes are the way in: they take
+# messages, tools, images and unknown fields as OpenAI has them, and stream every text model; /ai/run wants other schemas by model and does
+# not stream gpt-oss. /ai/v1/completions is documented nowhere, so a prompt goes up as one user message: /ai/run does the same with it.
 WORKERS_PATHS = {
     "/v1/chat/completions": ("chat", "/ai/v1/chat/completions"),
     "/v1/completions": ("text", "/ai/v1/chat/completions"),
@@ -2119,71 +1969,61 @@ WORKERS_PATHS = {
     "/v1/responses": ("responses", "/ai/v1/responses"),
 }
 
-PARAMETERS = {  # type, least, most: the widest that any current model takes (cloudflare-docs, src/content/workers-ai-models/*.json)
-    "stream": ("boolean", None, None),
-    "stream_options": ("object", None, None),
-    "max_tokens": ("integer", 1, None),
-    "max_completion_tokens": ("integer", 1, None),
-    "temperature": ("number", 0, 5),
-    "top_p": ("number", 0, 2),
-    "top_k": ("integer", 1, 50),
-    "frequency_penalty": ("number", -2, 2),
-    "presence_penalty": ("number", -2, 2),
-    "repetition_penalty": ("number", 0, 2),
-    "seed": ("integer", 1, 9999999999),
-}
+PARAMETERS = {name: row for names, *row in (    # type, least, most: the widest that any current model takes (cloudflare-docs, workers-ai-models/*.json)
+    ("stream", "boolean", None, None),
+    ("stream_options", "object", None, None),
+    ("max_tokens max_completion_tokens", "integer", 1, None),
+    ("temperature", "number", 0, 5),
+    ("top_p repetition_penalty", "number", 0, 2),
+    ("frequency_penalty presence_penalty", "number", -2, 2),
+    ("top_k", "integer", 1, 50),
+    ("seed", "integer", 1, 9999999999),
+) for name in names.split()}
+TYPES = {"boolean": bool, "object": dict, "integer": (int, float), "number": (int, float)}     # 1.0 is the integer 1
 PROMPT_MEMBERS = ("messages", "prompt", "suffix", "input", "instructions", "system", "tools", "functions", "response_format", "text")
 NOT_PROMPT = frozenset((    # strings below those that are no text, or none that a model reads
     "role", "type", "id", "call_id", "tool_call_id", "status", "detail", "format", "url", "image_url", "image", "data", "file_data", "file_id",
     "filename", "encrypted_content"))
 
-CLOUDFLARE_ERRORS = {code: answer for codes, *answer in (   # Cloudflare's codes: our status (0: theirs, if it is a 5xx), our code
-    ((5007, 3042), 404, "model_not_found"),
+CLOUDFLARE_ERRORS = {code: answer for codes, *answer in (   # Cloudflare's codes, and statuses without one: our status (0: theirs, if 5xx), our code
+    ((5007, 3042, 410), 404, "model_not_found"),
     ((3003, 3039, 5004, 5005, 5006, 5019, 8001, 8007), 400, "invalid_request"),
-    ((3006,), 413, "request_too_large"),
-    ((3023, 3041, 5016, 5018, 5035), 403, "permission_denied"),
-    ((3021, 3040), 429, "rate_limit_exceeded"),
-    ((3036, 4006), 429, "insufficient_quota"),              # 3036 in the docs, 4006 on the wire; mends at midnight UTC
-    ((3007, 3008), 504, "upstream_timeout"),
-    ((10000, 9106), 502, "upstream_credentials_rejected"),  # our token, so no 401: the client's key is fine
-    ((7000, 7001, 7003), 502, "upstream_misconfigured"),    # no such route or account
+    ((3006, 413), 413, "request_too_large"),
+    ((3023, 3041, 5016, 5018, 5035, 403), 403, "permission_denied"),
+    ((3021, 3040, 429), 429, "rate_limit_exceeded"),
+    ((3036, 4006), 429, "insufficient_quota"),                      # 3036 in the docs, 4006 on the wire; mends at midnight UTC
+    ((3007, 3008, 408), 504, "upstream_timeout"),
+    ((10000, 9106, 401), 502, "upstream_credentials_rejected"),     # our token, so no 401: the client's key is fine
+    ((7000, 7001, 7003), 502, "upstream_misconfigured"),            # no such route or account
+    ((404,), 404, "not_found"),
     ((8005, 7009), 0, "upstream_error"),
 ) for code in codes}
-STATUS_ERRORS = {   # the same by status, for what carries no code of that table
-    401: (502, "upstream_credentials_rejected"), 403: (403, "permission_denied"), 404: (404, "not_found"), 408: (504, "upstream_timeout"),
-    410: (404, "model_not_found"), 413: (413, "request_too_large"), 429: (429, "rate_limit_exceeded")}
 OPERATOR_ERRORS = {     # nothing that the client could mend: what it reads in place of Cloudflare's words, and the log with it
     "upstream_credentials_rejected": "Cloudflare rejected the proxy's API token. CLOUDFLARE_API_TOKEN must be valid and allow Workers AI Read and Edit.",
     "upstream_misconfigured": "Cloudflare knows no such account or route. CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
-NO_RETRY = frozenset(("insufficient_quota",)) | frozenset(OPERATOR_ERRORS)      # the SDKs retry 429 and 5xx unless told
-FINISH_REASONS = {"length": "length", "model_length": "length", "max_output_tokens": "length", "content_filter": "content_filter",
-                  "tool_calls": "tool_calls", "function_call": "tool_calls"}     # all others are a stop
-MAX_EVENT = 16 << 20        # bytes of one event: far above any answer, so that a stream without line ends does not fill the memory
+FINISH_REASONS = {"length": "length", "model_length": "length", "max_output_tokens": "length", "content_filter": "content_filter", "tool_calls": "tool_calls"}
+MAX_EVENT = 4 << 20     # bytes of one event: far above any answer, so that a stream without line ends does not fill the memory
 
-MODEL_NAME = re.compile(r"(?!.*\.\.)@?[A-Za-z0-9][A-Za-z0-9._:+-]*(?:/[A-Za-z0-9][A-Za-z0-9._:+-]*)*")
-UUID = re.compile(r"\s*\(?\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b\)?", re.I)
-LINE_END = re.compile(rb"\r\n|\n|\r")
+MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)     # stays in its place in any URL
+UUID = re.compile(r"\s*\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 
 Call = collections.namedtuple("Call", (    # one request: what goes up, and what its answer needs on its way back
     "kind", "path", "body",                 # chat, text, embeddings or responses; the path under /accounts/{id}; bytes
     "model", "id", "created",               # what the answer shows: the name that the client used, an id, seconds
     "stream", "include_usage", "base64",    # what the client asked for
     "secrets"))                             # what no error may show: the account id, the token
-Choice = collections.namedtuple("Choice", "index text reasoning refusal tool_calls finish logprobs")    # the normal form
 
 # -- what goes up
 
 
-def translate_request(path, body, text, members, model, shown, secrets=(), changes=()):
-    """The Call for a client's body, with what parse_members makes of it. `model` is the real one, `shown` the client's, `changes` what settings want. Refusal 400.
-
-    Bytes stay as the client sent them, but for `model`, a max_tokens that is missing, and a prompt, which becomes messages.
-    """
+def translate_request(path, body, text, members, model, shown, secrets=(), changes={}):
+    """The Call for a client's body, with what parse_members makes of it. `model` is the real one, `shown` the client's, `changes` what
+    settings want. Bytes stay as they came, but for `model`, a missing max_tokens, and a prompt, which becomes messages. Refusal 400."""
     kind, upstream_path = WORKERS_PATHS[path]
     asked = {name: value for name, value, *_ in members if value is not None}      # null counts as absent
-    if not safe_model(model):
-        raise Refusal(400, "invalid_model", "`model` is not a model's name: %s." % shorten(model), param="model")
+    if not MODEL_NAME.fullmatch(model):
+        refuse_parameter("model", model, "the name of a model", "invalid_model")
     check_parameters(asked, kind)
     changes = dict(changes) if asked.get("model") == model else dict(changes, model=model)
     if kind in ("chat", "text") and not ("max_tokens" in asked or "max_completion_tokens" in asked):
@@ -2214,13 +2054,13 @@ def edit_members(body, text, members, changes, names={}):
 
 
 def check_parameters(asked, kind):
-    """400 for a parameter that no model takes. The message says which, what it got, and what it takes. Unknown ones pass."""
+    """400 for a parameter that no model takes. Unknown ones pass."""
     for name, (form, least, most) in PARAMETERS.items():
         value = asked.get(name)
-        if value is not None and not fits(value, form, least, most):
+        fits = isinstance(value, TYPES[form]) and isinstance(value, bool) == (form == "boolean") and not (form == "integer" and value != int(value))
+        if value is not None and not (fits and (least is None or value >= least) and (most is None or value <= most)):
             limits = "" if least is None else " of at least %d" % least if most is None else " from %d to %d" % (least, most)
-            article = "an" if form[0] in "aio" else "a"
-            refuse_parameter(name, value, "true or false" if form == "boolean" else "%s %s%s" % (article, form, limits))
+            refuse_parameter(name, value, "true or false" if form == "boolean" else "%s %s%s" % ("an" if form[0] in "io" else "a", form, limits))
     messages, prompt = asked.get("messages"), asked.get("prompt")
     if kind == "chat" and not (isinstance(messages, list) and messages):
         refuse_parameter("messages", messages, "an array that is not empty")
@@ -2230,125 +2070,92 @@ def check_parameters(asked, kind):
         refuse_parameter("messages", messages, "nothing here: it belongs to /v1/chat/completions")
 
 
-def fits(value, form, least, most):
-    if form in ("boolean", "object"):
-        return isinstance(value, bool if form == "boolean" else dict)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or form == "integer" and value != int(value):    # 1.0 is the integer 1
-        return False
-    return (least is None or value >= least) and (most is None or value <= most)
-
-
-def refuse_parameter(name, value, takes):
-    got = "is missing" if value is None else "got %s" % shorten(value)
-    raise Refusal(400, "invalid_parameter", "`%s` %s; it takes %s." % (name, got, takes), param=name)
-
-
-def shorten(value):
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def refuse_parameter(name, value, takes, code="invalid_parameter"):
+    """400 that says which parameter, what it got, shortened, and what it takes."""
+    got = json.dumps(value)
+    got = "is missing" if value is None else "got " + (got if len(got) <= 60 else got[:57] + "...")
+    raise Refusal(400, code, "`%s` %s; it takes %s." % (name, got, takes), param=name)
 
 
 def check_characters(values, most):
-    """400 for a prompt of more than `most` characters, all the text of a request together."""
-    count = prompt_characters({name: values[name] for name in PROMPT_MEMBERS if name in values})
+    """400 for a prompt of more than `most` characters: all the text of a request together, images and audio not counted."""
+    count, rest = 0, [values[name] for name in PROMPT_MEMBERS if name in values]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, dict):
+            rest += [inner for name, inner in value.items() if not (isinstance(inner, str) and name in NOT_PROMPT)]
+        elif isinstance(value, list):
+            rest += value
     if count > most:
         raise Refusal(400, "invalid_parameter", "The request holds %d characters of text; AIPROXY_MAX_CHARS allows %d." % (count, most))
 
 
-def prompt_characters(value):
-    """Characters of all text in a JSON value, images and audio not counted."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(prompt_characters(inner) for name, inner in value.items() if not (isinstance(inner, str) and name in NOT_PROMPT))
-    return sum(map(prompt_characters, value)) if isinstance(value, list) else 0
+# -- what comes down: every shape into one form, and that into OpenAI's objects
 
 
-def safe_model(name):
-    """True for a name that stays in its place in any URL: no empty or dot segment, no `?`, `#`, `%` or space."""
-    return len(name) <= 200 and MODEL_NAME.fullmatch(name) is not None
-
-
-# -- what comes down: every shape into the normal form
-
-
-def read_json(data):
-    """What Cloudflare sent, parsed. Refusal 502 if that cannot be done."""
+def read_json(data, secrets, needed=""):
+    """Cloudflare's answer or event, parsed and out of its envelope. Refusal if it is an error in any form, or lacks the member that is needed."""
     try:
         text = data.decode() if isinstance(data, bytes) else data
         check_depth(text)
-        return json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError):
+        data = json.loads(text, parse_constant=refuse_constant)
+        while isinstance(data.get("result"), dict) and data.get("success") is not False:
+            data = data["result"]
+        failed = (data.get("success") is False or data.get("errors") or data.get("error") and data.get("object") != "response"
+                  or "error" in (data.get("type"), data.get("object")))
+    except (ValueError, AttributeError, RecursionError):
         raise unreadable()
+    if failed:
+        raise translate_error(200, data, secrets)
+    if needed and not data.get(needed) and data.get(needed) != []:
+        raise unreadable()
+    return data
 
 
 def unreadable():
     return Refusal(502, "upstream_bad_response", "Cloudflare's answer could not be read.")
 
 
-def unwrap(data, secrets, needed=None):
-    """The answer or event without Cloudflare's envelope. Refusal if it is an error in any form, or lacks the member that is needed."""
-    if not isinstance(data, dict):
-        raise unreadable()
-    if (data.get("success") is False or data.get("errors") and data.get("success") is not True or data.get("error") and data.get("object") != "response"
-            or data.get("type") == "error" or data.get("object") == "error"):
-        raise translate_error(200, data, secrets)
-    if "result" in data:
-        return unwrap(data["result"], secrets, needed)
-    if needed and not data.get(needed) and data.get(needed) != []:
-        raise unreadable()
-    return data
-
-
-def read_answer(data, secrets=()):
-    """The choices and the usage of an answer, whole or one event of it. The shapes (cloudflare/workerd, types/defines/ai.d.ts):
+def read_answer(body, secrets, whole=True):
+    """The choices (see read_choice) and the usage of an answer, whole or one event of it. The shapes (cloudflare/workerd, types/defines/ai.d.ts):
 
     legacy     {"response": text, number, object or null, "tool_calls": [{"name", "arguments": object}]}, also as events
     OpenAI     {"choices": [{"message" or "delta" or "text"}]}, bare from /ai/v1, in an envelope from /ai/run, as chunk objects
     both       in one event, with the same text: choices go first (cloudflare/ai#615: reading both doubles every word)
-    Responses  {"output": [reasoning, message and function_call items]}, from gpt-oss
+    Responses  {"output": [reasoning, message and function_call items]}, from gpt-oss; items need not have `content`
     """
-    data = unwrap(data, secrets)
-    usage = openai_usage(data.get("usage"))
+    data = read_json(body, secrets)
+    listed, native = dicts(data.get("choices")), data
     if isinstance(data.get("output"), list):
-        return [read_output(data, secrets)], usage
-    listed = dicts(data.get("choices"))
-    if not listed and ("response" in data or "tool_calls" in data or "finish_reason" in data):
+        if data.get("error") or data.get("status") == "failed":
+            raise translate_error(200, data, secrets)
+        message = {"content": "", "reasoning": "", "refusal": "", "tool_calls": [item for item in dicts(data["output"]) if item.get("type") == "function_call"]}
+        for item in dicts(data["output"]):
+            for part in dicts(item.get("content")):
+                message["reasoning" if item.get("type") == "reasoning" else "content"] += as_text(part.get("text"))
+                message["refusal"] += as_text(part.get("refusal"))
+        listed, native = [{"message": message, "finish_reason": as_dict(data.get("incomplete_details")).get("reason")}], {}
+    elif not listed and ("response" in data or "tool_calls" in data or "finish_reason" in data):
         listed = [{}]
-    native = Choice(0, as_text(data.get("response")), "", "", as_list(data.get("tool_calls")), read_finish(data.get("finish_reason")), None)
-    choices = [read_choice(choice, number) for number, choice in enumerate(listed)]
-    return [Choice(*(one or other for one, other in zip(choice, native))) for choice in choices[:1]] + choices[1:], usage
-
-
-def read_whole(body, secrets):
-    """The same of a whole answer in bytes. An event may say nothing (only padding, only usage); an answer may not."""
-    choices, usage = read_answer(read_json(body), secrets)
-    if not choices:
+    if whole and not listed:        # an event may say nothing (only padding, only usage); an answer may not
         raise unreadable()
-    return choices, usage
+    return [read_choice(choice, number, {} if number else native) for number, choice in enumerate(listed)], openai_usage(data.get("usage"))
 
 
-def read_choice(choice, number):
+def read_choice(choice, number, native):
+    """(index, what is said, finish_reason or "", logprobs) of one of `choices`. `native` is what stands beside them: the same, or what they lack."""
     said = as_dict(choice.get("delta") or choice.get("message"))
-    content = said.get("content", choice.get("text"))       # `text` where the model was given a prompt
-    if isinstance(content, list):
-        content = "".join(as_text(part.get("text")) for part in dicts(content))
-    reasoning = said.get("reasoning_content") or said.get("reasoning")     # gemma-4 uses the short name
+    finish = as_text(choice.get("finish_reason") or native.get("finish_reason"))
+    if finish == "error":
+        raise Refusal(502, "upstream_bad_response", "The model broke off with an error.")
+    said = {"content": as_text(said.get("content", choice.get("text"))) or as_text(native.get("response")),
+            "reasoning_content": as_text(said.get("reasoning_content") or said.get("reasoning")),       # gemma-4 uses the short name
+            "refusal": as_text(said.get("refusal")), "tool_calls": dicts(said.get("tool_calls")) or dicts(native.get("tool_calls"))}
     index = choice.get("index")
-    return Choice(index if isinstance(index, int) else number, as_text(content), reasoning if isinstance(reasoning, str) else "", as_text(said.get("refusal")),
-                  as_list(said.get("tool_calls")), read_finish(choice.get("finish_reason")), choice.get("logprobs"))
-
-
-def read_output(data, secrets):
-    """A Responses object as one choice. Items need not have `content`: a function_call has none."""
-    if data.get("error") or data.get("status") == "failed":
-        raise translate_error(200, data, secrets)
-    items = dicts(data["output"])
-    parts = [(item.get("type"), part) for item in items for part in dicts(item.get("content")) + dicts(item.get("summary"))]
-    return Choice(0, "".join(as_text(part.get("text")) for kind, part in parts if kind == "message"),
-                  "".join(as_text(part.get("text")) for kind, part in parts if kind == "reasoning"),
-                  "".join(as_text(part.get("refusal")) for kind, part in parts),
-                  [item for item in items if item.get("type") == "function_call"], read_finish(as_dict(data.get("incomplete_details")).get("reason")), None)
+    return (index if isinstance(index, int) else number, {name: value for name, value in said.items() if value},
+            finish and FINISH_REASONS.get(finish, "stop"), choice.get("logprobs"))
 
 
 def as_text(value):
@@ -2356,32 +2163,19 @@ def as_text(value):
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def as_list(value):
-    return value if isinstance(value, list) else []
-
-
 def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
 def dicts(value):
-    return [item for item in as_list(value) if isinstance(item, dict)]
-
-
-def read_finish(reason):
-    if reason == "error":
-        raise Refusal(502, "upstream_bad_response", "The model broke off with an error.")
-    return FINISH_REASONS.get(reason, "stop") if isinstance(reason, str) and reason else None
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def openai_usage(usage):
     """OpenAI's counts out of either naming, or None: zeros mean that Cloudflare did not count, and a guess would be worse than none."""
-    counts = {}
-    for name, value in as_dict(usage).items():
-        name = name.replace("input_", "prompt_").replace("output_", "completion_")
-        if isinstance(value, dict if name.endswith("_details") else int) and name.startswith(("prompt_tokens", "completion_tokens", "total_tokens")):
-            counts[name] = value
-    if not any(value for value in counts.values() if isinstance(value, int)):
+    counts = {name.replace("input_", "prompt_").replace("output_", "completion_"): value for name, value in as_dict(usage).items()
+              if isinstance(value, dict if name.endswith("_details") else int)}
+    if not any(isinstance(value, int) and value for value in counts.values()):
         return None
     counts.setdefault("total_tokens", counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0))
     return counts
@@ -2389,14 +2183,15 @@ def openai_usage(usage):
 
 def number_calls(calls, begun, call_id, empty=""):
     """Tool calls as OpenAI has them. `begun` lists those of earlier events: a call shows its id and name once, then only arguments."""
-    for call in dicts(calls):
+    for call in calls:
         function = as_dict(call.get("function")) or call        # llama-3.3 and Responses are flat
         ident, name, arguments = (as_text(text) for text in (call.get("call_id") or call.get("id"), function.get("name"), function.get("arguments")))
-        place = call.get("index")
         if not (ident or name or arguments):
             continue        # the null sentinel after a call (workers-ai-provider, streaming.ts)
-        same = [number for number, (known, at) in enumerate(begun) if
-                (ident == known if ident else not name) or place is not None and place == at and not (ident and known)]
+        place = call.get("index")
+        same = [number for number, (known, at) in enumerate(begun) if ident and ident == known or place is not None and place == at and not (ident and known)]
+        if not (same or ident or name):
+            same = list(range(len(begun)))      # arguments alone belong to the last
         if not same:
             begun.append((ident, place))
             yield {"index": len(begun) - 1, "id": ident or "call_%s_%d" % (call_id, len(begun)), "type": "function",
@@ -2405,55 +2200,43 @@ def number_calls(calls, begun, call_id, empty=""):
             yield {"index": same[-1], "function": {"arguments": arguments}}
 
 
-# -- the normal form written as OpenAI's objects
-
-
 def translate_answer(call, body):
     """A whole answer with status 200 as the object that OpenAI would have sent. Refusal 502 if it cannot be read, or what an error in it says."""
     if call.kind == "responses":
-        return relabel_response(unwrap(read_json(body), call.secrets, "output"), call)
+        return relabel_response(read_json(body, call.secrets, "output"), call)
     if call.kind == "embeddings":
-        return embeddings_object(unwrap(read_json(body), call.secrets, "data"), call)
-    choices, usage = read_whole(body, call.secrets)
-    return completion_object(call, [whole_choice(call, choice) for choice in choices], usage)
+        return embeddings_object(read_json(body, call.secrets, "data"), call)
+    choices, usage = read_answer(body, call.secrets)
+    messages = []
+    for index, said, finish, logprobs in choices:
+        calls = list(number_calls(said.pop("tool_calls", ()), [], call.id, "{}"))
+        for one in calls:
+            del one["index"]        # only deltas number them
+        message = dict({"role": "assistant", "content": None if calls else "", "refusal": None}, **said, **({"tool_calls": calls} if calls else {}))
+        messages.append((index, message, finish_reason(finish, calls), logprobs))
+    return completion_object(call, messages, usage)
 
 
 def completion_object(call, choices, usage, chunk=""):
-    """chat.completion, chat.completion.chunk or text_completion, whose whole and chunk are one form."""
-    prefix, name = ("cmpl-", "text_completion") if call.kind == "text" else ("chatcmpl-", "chat.completion" + chunk)
-    answer = {"id": prefix + call.id, "object": name, "created": call.created, "model": call.model, "choices": choices}
-    return dict(answer, usage=usage) if usage or chunk and call.include_usage else answer
-
-
-def whole_choice(call, choice):
-    calls = list(number_calls(choice.tool_calls, [], call.id, "{}"))
-    message = dict({"role": "assistant", "content": None if calls else "", "refusal": None}, **said(choice, calls))
-    for one in calls:
-        del one["index"]        # only deltas number them
-    return choice_object(call, choice.index, "message", message, finish_reason(choice.finish, calls), choice.logprobs)
-
-
-def said(choice, calls):
-    """What a message or a delta holds of a choice."""
-    fields = {"content": choice.text, "reasoning_content": choice.reasoning, "refusal": choice.refusal, "tool_calls": calls}
-    return {name: value for name, value in fields.items() if value}
-
-
-def choice_object(call, index, form, message, finish, logprobs=None):
+    """chat.completion, chat.completion.chunk or text_completion, whose whole and chunk are one form. `choices`: (index, what is said, finish_reason, logprobs)."""
     if call.kind == "text":     # no place for reasoning, and chat's logprobs are not its
-        return {"index": index, "text": message.get("content") or "", "logprobs": None, "finish_reason": finish}
-    return {"index": index, form: message, "logprobs": logprobs, "finish_reason": finish}
+        listed = [{"index": index, "text": said.get("content") or "", "logprobs": None, "finish_reason": finish} for index, said, finish, _ in choices]
+    else:
+        listed = [{"index": index, "delta" if chunk else "message": said, "logprobs": logprobs, "finish_reason": finish} for index, said, finish, logprobs in choices]
+    prefix, name = ("cmpl-", "text_completion") if call.kind == "text" else ("chatcmpl-", "chat.completion" + chunk)
+    answer = {"id": prefix + call.id, "object": name, "created": call.created, "model": call.model, "choices": listed}
+    return dict(answer, usage=usage) if usage or chunk and call.include_usage else answer
 
 
 def finish_reason(finish, calls):
     """Some models end with `stop`, or with nothing, after a tool call; agents look for tool_calls."""
-    return "tool_calls" if calls and finish in (None, "stop") else finish or "stop"
+    return "tool_calls" if calls and finish in ("", "stop") else finish or "stop"
 
 
 def embeddings_object(data, call):
     """OpenAI's list, from that or from the legacy {"shape", "data": [[...]]}. Node's SDK asks for base64 and decodes floats to zeros."""
-    rows = [row.get("embedding") if isinstance(row, dict) else row for row in as_list(data.get("data"))]
     try:
+        rows = [row.get("embedding") if isinstance(row, dict) else row for row in data["data"]]
         if call.base64:
             rows = [row if isinstance(row, str) else base64.b64encode(struct.pack("<%df" % len(row), *row)).decode() for row in rows]
     except (struct.error, OverflowError, TypeError):
@@ -2461,8 +2244,7 @@ def embeddings_object(data, call):
     if not rows or not all(isinstance(row, (list, str)) for row in rows):
         raise unreadable()
     answer = {"object": "list", "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)], "model": call.model}
-    usage = openai_usage(data.get("usage")) or {}
-    usage.pop("completion_tokens", None)
+    usage = {name: count for name, count in (openai_usage(data.get("usage")) or {}).items() if name != "completion_tokens"}
     return dict(answer, usage=usage) if usage else answer
 
 
@@ -2484,38 +2266,21 @@ def render_event(data, name=""):
     return ("event: %s\ndata: %s\n\n" % (name, json.dumps(data)) if name else "data: %s\n\n" % json.dumps(data)).encode()
 
 
-def error_object(refusal):
-    """OpenAI's error form, in a body or as an event."""
-    kind = "rate_limit_error" if refusal.status == 429 else "invalid_request_error" if refusal.status < 500 else "server_error"
-    return {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
-
-
 class EventReader:
-    """Events out of bytes as they come (WHATWG HTML, 9.2.6): any line end, comments, `data:` without a space and on several lines."""
+    """Events out of bytes as they come (WHATWG HTML, 9.2.6): LF or CRLF, comments, `data:` without a space and on several lines."""
 
-    def __init__(self):
-        self.line, self.after_cr, self.name, self.data, self.size = b"", False, "", [], 0
+    rest = b""
 
     def feed(self, piece):
         """The events that `piece` completes, as (name, data)."""
         events = []
-        lines = LINE_END.split(piece[1:] if self.after_cr and piece[:1] == b"\n" else piece)
-        self.after_cr = piece[-1:] == b"\r"
-        lines[0] = self.line + lines[0]
-        self.line = lines.pop()
-        for line in lines:
-            field, _, value = line.decode("utf-8", "replace").partition(":")
-            value = value[1:] if value[:1] == " " else value
-            if field == "data":
-                self.data.append(value)
-                self.size += len(value)
-            elif field == "event":
-                self.name = value
-            elif not line:
-                if self.data:
-                    events.append((self.name, "\n".join(self.data)))
-                self.name, self.data, self.size = "", [], 0
-        if self.size + len(self.line) > MAX_EVENT:
+        *blocks, self.rest = re.split(rb"\r?\n\r?\n", self.rest + piece)
+        for block in blocks:
+            lines = [line.partition(":") for line in re.split("\r?\n", block.decode("utf-8", "replace"))]
+            data = [value[value[:1] == " ":] for name, _, value in lines if name == "data"]
+            if data:
+                events.append(("".join(value.strip() for name, _, value in lines if name == "event"), "\n".join(data)))
+        if len(self.rest) > MAX_EVENT:
             raise unreadable()
         return events
 
@@ -2525,7 +2290,7 @@ class StreamTranslator:
 
     def __init__(self, call):
         self.call, self.events = call, EventReader()
-        self.begun = {}             # by a choice's index: its tool calls, and whether it has its finish_reason
+        self.begun = {}             # by a choice's index: its tool calls, and its finish_reason when it has come
         self.usage = self.failed = None
         self.done = False
 
@@ -2542,50 +2307,43 @@ class StreamTranslator:
 
     def end(self, reason=None):
         """The last bytes, at the end of the upstream's body. `reason` is the Refusal to show when the connection broke."""
-        out = b""
-        if not reason:      # a last event may lack its blank line; half an event, which cannot be read, is none
-            try:
-                out = b"".join(part for name, data in self.events.feed(b"\n\n") if data and not self.done for part in self.translate(name, data))
-            except Refusal as refusal:
-                reason = refusal
+        out = b"" if reason or self.is_complete() else self.feed(b"\n\n")       # a last event may lack its blank line
         if self.done:
             return out
-        if self.is_complete():
-            return out + b"".join(self.finish())
-        return out + self.fail(reason or Refusal(502, "upstream_bad_response", "The upstream broke off in the middle of this answer."))
+        broken = reason or Refusal(502, "upstream_bad_response", "The upstream broke off in the middle of this answer.")
+        return out + (b"".join(self.finish()) if self.is_complete() else self.fail(broken))
 
     def whole(self, body):
         """A whole JSON answer as the events of a stream: gpt-oss may answer so. Refusal as in translate_answer, nothing being sent yet."""
-        choices, self.usage = read_whole(body, self.call.secrets)
-        return b"".join([self.chunk(part) for choice in choices for part in self.parts(choice, "{}")] + self.finish())
+        choices, self.usage = read_answer(body, self.call.secrets)
+        return b"".join([event for choice in choices for event in self.render(choice, "{}")] + self.finish())
 
     def translate(self, name, data):
         """The events in bytes that one event is worth."""
         if data.strip() == "[DONE]":
             return self.finish()
-        choices, usage = read_answer(read_json(data), self.call.secrets)
+        choices, usage = read_answer(data, self.call.secrets, whole=False)
         self.usage = usage or self.usage        # of two finish chunks the second has zeros
-        return [self.chunk(part) for choice in choices for part in self.parts(choice)]
+        return [event for choice in choices for event in self.render(choice)]
 
-    def parts(self, choice, empty=""):
-        """The choices of its chunk objects: the role first, then what is new, then the finish_reason, once."""
-        known = self.begun.get(choice.index)
-        if known is None:
-            known = self.begun[choice.index] = {"calls": [], "finish": None}
+    def render(self, choice, empty=""):
+        """The chunk objects of a choice: the role first, then what is new, then the finish_reason, once."""
+        index, said, finish, logprobs = choice
+        if index not in self.begun:
+            self.begun[index] = {"calls": [], "finish": ""}
             if self.call.kind == "chat":
-                yield self.part(choice.index, {"role": "assistant", "content": "", "refusal": None})
-        delta = said(choice, list(number_calls(choice.tool_calls, known["calls"], self.call.id, empty)))
-        if delta if self.call.kind == "chat" else choice.text:
-            yield self.part(choice.index, delta, logprobs=choice.logprobs)
-        if choice.finish and not known["finish"]:
-            known["finish"] = finish_reason(choice.finish, known["calls"])
-            yield self.part(choice.index, {}, known["finish"])
+                yield self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        known = self.begun[index]
+        calls = list(number_calls(said.pop("tool_calls", ()), known["calls"], self.call.id, empty))
+        delta = dict(said, tool_calls=calls) if calls else said
+        if delta if self.call.kind == "chat" else said.get("content"):
+            yield self.chunk(index, delta, None, logprobs)
+        if finish and not known["finish"]:
+            known["finish"] = finish_reason(finish, known["calls"])
+            yield self.chunk(index, {}, known["finish"])
 
-    def part(self, index, delta, finish=None, logprobs=None):
-        return choice_object(self.call, index, "delta", delta, finish, logprobs)
-
-    def chunk(self, *parts, usage=None):
-        return render_event(completion_object(self.call, list(parts), usage, ".chunk"))
+    def chunk(self, index, delta, finish=None, logprobs=None):
+        return render_event(completion_object(self.call, [(index, delta, finish, logprobs)], None, ".chunk"))
 
     def is_complete(self):
         return bool(self.begun) and all(known["finish"] for known in self.begun.values())
@@ -2595,9 +2353,9 @@ class StreamTranslator:
         if not self.begun:
             raise unreadable()
         self.done = True
-        out = [self.chunk(self.part(index, {}, finish_reason(None, known["calls"]))) for index, known in self.begun.items() if not known["finish"]]
+        out = [self.chunk(index, {}, finish_reason("", known["calls"])) for index, known in self.begun.items() if not known["finish"]]
         if self.call.include_usage and self.usage:
-            out.append(self.chunk(usage=self.usage))
+            out.append(render_event(completion_object(self.call, [], self.usage, ".chunk")))
         return out + [b"data: [DONE]\n\n"]
 
     def fail(self, refusal):
@@ -2610,24 +2368,14 @@ class ResponsesTranslator(StreamTranslator):
     """/v1/responses: events pass as they come, with the client's name for the model."""
 
     LAST = ("response.completed", "response.incomplete", "response.failed")
-    complete = False
 
     def translate(self, name, data):
-        if data.strip() == "[DONE]":
-            return self.finish()
-        event = relabel_response(unwrap(read_json(data), self.call.secrets, "type"), self.call)
-        self.complete = self.complete or event["type"] in self.LAST
+        if data.strip() == "[DONE]":        # these streams have none; what is done is told by an event
+            return []
+        event = relabel_response(read_json(data, self.call.secrets, "type"), self.call)
         self.usage = openai_usage(as_dict(event.get("response")).get("usage")) or self.usage
+        self.done = event["type"] in self.LAST
         return [render_event(event, name)]
-
-    def is_complete(self):
-        return self.complete
-
-    def finish(self):
-        if not self.complete:
-            raise unreadable()
-        self.done = True        # Responses streams have no [DONE]
-        return []
 
     def fail(self, refusal):
         super().fail(refusal)
@@ -2635,36 +2383,30 @@ class ResponsesTranslator(StreamTranslator):
         return render_event(dict(error, type="error", error=error), "error")
 
     def whole(self, body):
-        """The events that OpenAI would have sent: Workers AI has the Responses API "only non-streaming" (cloudflare-docs#32116)."""
+        """The events without which no client can follow; Workers AI has the Responses API "only non-streaming" (cloudflare-docs#32116)."""
         response = translate_answer(self.call, body)
         events = [("response.created", {"response": dict(response, status="in_progress", output=[], usage=None)})]
-        for number, item in enumerate(dicts(response["output"])):
-            events += item_events({"output_index": number, "item_id": item.get("id")}, item)
+        for place, item in enumerate(dicts(response["output"])):
+            events.append(("response.output_item.added", {"output_index": place, "item": dict(item, content=[]) if "content" in item else item}))
+            for number, part in enumerate(dicts(item.get("content"))):
+                where = {"item_id": item.get("id"), "output_index": place, "content_index": number}
+                events.append(("response.content_part.added", dict(where, part=dict(part, text="") if "text" in part else part)))
+                if part.get("type") == "output_text":
+                    events.append(("response.output_text.delta", dict(where, delta=part.get("text"), logprobs=[])))
+            events.append(("response.output_item.done", {"output_index": place, "item": item}))
         status = "response.%s" % response.get("status")
         events.append((status if status in self.LAST else self.LAST[0], {"response": response}))
-        self.done = True
+        self.done, self.usage = True, openai_usage(response.get("usage"))
         return b"".join(render_event(dict(event, type=name, sequence_number=number), name) for number, (name, event) in enumerate(events))
 
 
-def item_events(place, item):
-    """The events of one item of a Responses object."""
-    empty = {"content": [], "arguments": ""}
-    begun = dict(item, status="in_progress", **{name: value for name, value in empty.items() if item.get(name)})
-    yield "response.output_item.added", {"output_index": place["output_index"], "item": begun}
-    for number, part in enumerate(dicts(item.get("content"))):
-        kind = part.get("type") if part.get("type") in ("reasoning_text", "refusal") else "output_text"
-        text, where = "refusal" if kind == "refusal" else "text", dict(place, content_index=number)
-        yield "response.content_part.added", dict(where, part=dict(part, **{text: ""}))
-        yield "response.%s.delta" % kind, dict(where, delta=part.get(text), logprobs=[])
-        yield "response.%s.done" % kind, dict(where, logprobs=[], **{text: part.get(text)})
-        yield "response.content_part.done", dict(where, part=part)
-    if item.get("type") == "function_call":
-        yield "response.function_call_arguments.delta", dict(place, delta=item.get("arguments"))
-        yield "response.function_call_arguments.done", dict(place, arguments=item.get("arguments"))
-    yield "response.output_item.done", {"output_index": place["output_index"], "item": item}
-
-
 # -- errors
+
+
+def error_object(refusal):
+    """OpenAI's error form, in a body or as an event."""
+    kind = "rate_limit_error" if refusal.status == 429 else "invalid_request_error" if refusal.status < 500 else "server_error"
+    return {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
 
 
 def translate_error(status, body, secrets=(), **fields):
@@ -2672,54 +2414,42 @@ def translate_error(status, body, secrets=(), **fields):
 
     Forms: the envelope {"success": false, "errors": [{"code", "message"}]}, OpenAI's {"error": {...}}, a bare object, HTML, nothing.
     """
-    if isinstance(body, bytes):
-        try:
-            body = read_json(body)
-        except Refusal:
-            body = None
-    said = error_said(body)
-    number, message = said.get("code"), clean_message(said.get("message"), secrets)
-    number = int(number) if re.fullmatch(r"[0-9]{3,5}", str(number)) else 0
-    if number not in CLOUDFLARE_ERRORS:
-        inside = [int(code) for code in re.findall(r"\b([0-9]{4,5}):", message) if int(code) in CLOUDFLARE_ERRORS]    # "3040: Capacity ..."
-        number = inside[0] if inside else number
+    told = error_told(body)
+    word, message = as_text(told.get("code")), clean_message(told.get("message"), secrets)
+    number = int(word) if re.fullmatch("[0-9]{3,5}", word) else 0
     if status < 400 <= number < 600:
         status = number         # vLLM's {"object": "error", "code": 400} inside a 200
-    name = said.get("code") if isinstance(said.get("code"), str) and not said["code"].isdigit() else None
-    ours, code = CLOUDFLARE_ERRORS.get(number) or STATUS_ERRORS.get(status) or (
-        (502, name or "upstream_bad_response") if status < 400 else (status, name or ("invalid_request" if status < 500 else "upstream_error")))
+    usual = "upstream_bad_response" if status < 400 else "invalid_request" if status < 500 else "upstream_error"
+    other = (status if status >= 400 else 502), usual if not word or word.isdigit() else word
+    ours, code = CLOUDFLARE_ERRORS.get(number) or CLOUDFLARE_ERRORS.get(status) or other
     message = OPERATOR_ERRORS.get(code) or message or "Cloudflare answered with status %d and no reason that could be read." % status
-    param = said.get("param") if isinstance(said.get("param"), str) else "model" if code == "model_not_found" else None
-    if code in NO_RETRY:
-        fields["x_should_retry"] = "false"
+    param = told.get("param") if isinstance(told.get("param"), str) else "model" if code == "model_not_found" else None
+    if code == "insufficient_quota" or code in OPERATOR_ERRORS:
+        fields["x_should_retry"] = "false"      # the SDKs retry 429 and 5xx unless told
     return Refusal(ours or (status if status >= 500 else 502), code, message, param, **fields)
 
 
-def error_said(body):
-    """The object in an error body that has the code and the message, {} if there is none."""
-    said = body
-    if isinstance(body, dict):
-        errors = dicts(body.get("errors"))
-        known = [error for error in errors if str(error.get("code")) in map(str, CLOUDFLARE_ERRORS)]
-        said = (known + errors + [body.get("error") or body])[0]
-    return {"message": said} if isinstance(said, str) else as_dict(said)
+def error_told(error):
+    """The object in an error, parsed or not, that has the code and the message; {} if there is none."""
+    try:
+        error = error.decode() if isinstance(error, bytes) else error
+        if isinstance(error, str):
+            check_depth(error)
+            error = json.loads(error)
+    except (ValueError, RecursionError):
+        return {}
+    told = (dicts(as_dict(error).get("errors")) + [as_dict(error).get("error") or error])[0]
+    return {"message": told} if isinstance(told, str) else as_dict(told)
 
 
 def clean_message(message, secrets):
     """Cloudflare's words without `AiError:`, JSON around them, uuids and what must stay here."""
-    message = as_text(message)
-    for _ in range(4):      # prefixes and JSON may be nested: AiError: AiError: {"object": "error", "message": ...}
-        message = re.sub(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+\s*", "", UUID.sub("", message))
-        if message[:1] != "{":
-            break
-        try:
-            inner = error_said(json.loads(message[:message.rindex("}") + 1]))
-        except (ValueError, RecursionError):
-            break
-        message = as_text(inner.get("message")) or message
-    for secret in filter(None, secrets):
+    message = re.sub(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+", "", UUID.sub("", as_text(message))).strip()
+    if message[:1] == "{":      # AiError: AiError: {"object": "error", "message": ...}
+        message = clean_message(error_told(message).get("message"), ()) or message
+    for secret in secrets:
         message = re.sub(re.escape(secret), "***", message, flags=re.I)
-    return message.strip()[:2000]
+    return message[:2000]
 
 
 # -- the model list
@@ -2729,10 +2459,10 @@ def read_catalogue_page(status, body, secrets=()):
     """The items of one page of models/search; an empty list is the end. Refusal if it cannot be read."""
     if status != 200:
         raise translate_error(status, body, secrets)
-    data = read_json(body)
-    if not isinstance(data, dict) or data.get("success") is False or not isinstance(data.get("result"), list):
-        raise translate_error(200, body, secrets)
-    return dicts(data["result"])
+    items = read_json(body, secrets).get("result")
+    if not isinstance(items, list):
+        raise unreadable()
+    return dicts(items)
 
 
 def translate_catalogue(items, today, names, only_names):
@@ -2742,16 +2472,15 @@ def translate_catalogue(items, today, names, only_names):
     """
     models = {}
     for item in items:      # pages may overlap: by name, which is OpenAI's id; Cloudflare's `id` is a uuid
-        task = as_text(as_dict(item.get("task")).get("name"))
+        name, task = item.get("name"), as_text(as_dict(item.get("task")).get("name"))
         told = {as_text(one.get("property_id")): one.get("value") for one in dicts(item.get("properties"))}
         gone = as_text(told.get("planned_deprecation_date"))[:10]
         # The query's task= matches a display label exactly and finds nothing when that drifts, so tasks are told apart here.
-        if isinstance(item.get("name"), str) and re.sub(r"\W", "", task).lower() in ("textgeneration", "textembeddings") and not (gone and gone <= today):
-            metadata = {"description": item.get("description"), "task": task, "context_window": told.get("context_window"),
-                        "planned_deprecation_date": told.get("planned_deprecation_date")}
-            models.setdefault(item["name"], {"object": "model", "created": seconds(item.get("created_at")), "owned_by": "cloudflare", "permission": [],
-                                             "root": item["name"], "parent": None,
-                                             "metadata": {name: value for name, value in metadata.items() if value is not None}})
+        if isinstance(name, str) and re.sub(r"\W", "", task).lower() in ("textgeneration", "textembeddings") and not (gone and gone <= today):
+            told.update(description=item.get("description"), task=task)
+            metadata = {one: told[one] for one in ("description", "task", "context_window", "planned_deprecation_date") if told.get(one) is not None}
+            models.setdefault(name, {"object": "model", "created": seconds(item.get("created_at")), "owned_by": "cloudflare", "permission": [],
+                                     "root": name, "parent": None, "metadata": metadata})
     shown = dict(sorted(names.items(), key=lambda pair: pair[0] == pair[1]))
     if not only_names:
         shown.update((name, name) for name in models)
@@ -2761,10 +2490,9 @@ def translate_catalogue(items, today, names, only_names):
 def seconds(text):
     """Unix seconds of "2025-08-05 10:49:53.265", which is UTC without saying so; 0 if it is none."""
     try:
-        when = datetime.datetime.strptime(as_text(text)[:19].replace("T", " "), "%Y-%m-%d %H:%M:%S")
+        return int(datetime.datetime.fromisoformat(as_text(text)[:19] + "+00:00").timestamp())
     except ValueError:
         return 0
-    return int(when.replace(tzinfo=datetime.timezone.utc).timestamp())
 
 
 # ---- Reading the settings ------------------------------------------------------------------------------------------
@@ -2786,48 +2514,51 @@ class Settings:
                 got = "got something that is not shown here because it may be secret" if secret else "got %r" % text
                 raise SettingError("%s: %s; it takes %s" % (name, got, takes or error))
 
-        self.host = read("AIPROXY_HOST", parse_name, "an address or a host name")
+        self.host = read("AIPROXY_HOST", fitting(VISIBLE), "an address or a host name")
         self.port = read(next((name for name in ("AIPROXY_PORT", "PORT", "FC_SERVER_PORT") if environ.get(name, "").strip()), "AIPROXY_PORT"),
-                         lambda text: parse_number(text, int, 0, 65535), "a port number, 0 to 65535")
+                         number(int, 0, 65535), "a port number, 0 to 65535")
         self.upstream = read("AIPROXY_UPSTREAM", Upstream, "one of %s, or a base URL such as https://host or https://host/v1, without "
                              "user info, query or fragment" % ", ".join(PROVIDERS), secret=re.search("[@?#]", environ.get("AIPROXY_UPSTREAM", "")))
         self.workers = self.upstream.name == "workers-ai"
-        self.keys = read("CLOUDFLARE_API_TOKEN" if self.workers else "AIPROXY_KEY", parse_keys, "", secret=True)
+        self.keys = read("CLOUDFLARE_API_TOKEN" if self.workers else "AIPROXY_KEY", lambda text: [check_key(key) for key in parse_list(text)], "", secret=True)
         self.account = read("CLOUDFLARE_ACCOUNT_ID", parse_account, "the id of an account: letters and digits") if self.workers else ""
         if self.workers:
             if not self.account or not self.keys:
                 raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit")
             self.upstream = read("CLOUDFLARE_API_BASE_URL", lambda text: Upstream(text, "/accounts/" + self.account), "a base URL",
                                  secret=re.search("[@?#]", environ.get("CLOUDFLARE_API_BASE_URL", "")))
-        self.hidden = bool(self.keys)
-        self.key_header = read("AIPROXY_KEY_HEADER", parse_field_name, "a header field's name") or self.upstream.key_header
-        self.wants_key = self.upstream.wants_key
+        self.hidden, self.keys_shown = bool(self.keys), ", ".join("%d characters" % len(key) for key in self.keys) or "none"
+        header = read("AIPROXY_KEY_HEADER", fitting("(?:%s)?" % TOKEN.decode()), "a header field's name") or self.upstream.key_header
+        self.key_fields = [(header.encode(), b"Bearer " + key if header.lower() == "authorization" else key) for key in self.keys]
         self.client_keys = read("AIPROXY_CLIENT_KEYS", parse_client_keys, "", secret=True)
         self.models = read("AIPROXY_MODELS", parse_models, "names, comma-separated, each model or alias=model")
-        self.default_model = read("AIPROXY_DEFAULT_MODEL", parse_name, "one model's name")
+        self.default_model = read("AIPROXY_DEFAULT_MODEL", fitting(VISIBLE), "one model's name")
         self.paths = read("AIPROXY_PATHS", parse_paths, "PATH, METHOD PATH or * PATH, comma-separated, or * alone")
-        self.origins = read("AIPROXY_ORIGINS", parse_origins, "* or origins, comma-separated, exactly as browsers send them: https://app.example, without a path")
-        self.open = read("AIPROXY_OPEN", parse_switch, "1, true, yes, on or 0, false, no, off")
+        self.origins = read("AIPROXY_ORIGINS", lambda text: [fit(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin).group() for origin in parse_list(text)],
+                            "* or origins, comma-separated, exactly as browsers send them: https://app.example, without a path")
+        self.open = read("AIPROXY_OPEN", lambda text: fit("(1|true|yes|on)|0|false|no|off|", text.lower()).group(1) is not None, "1, true, yes, on or 0, false, no, off")
         self.rate_shown = environ.get("AIPROXY_RATE", "").strip() or ("60/min" if self.open else "")
         self.rate = read("AIPROXY_RATE", lambda text: parse_rate(text or self.rate_shown), "a rate such as 20/s, 60/min, 100/h or 1000/day")
-        self.max_tokens = read("AIPROXY_MAX_TOKENS", lambda text: parse_number(text or "0", int, 0, 10 ** 9), "a number of tokens")
-        self.max_per_client = read("AIPROXY_MAX_PER_CLIENT", lambda text: parse_number(text, int, 1, 1000000), "a number from 1")
+        self.max_tokens = read("AIPROXY_MAX_TOKENS", number(int, 0, 10 ** 9), "a number of tokens")
+        self.max_per_client = read("AIPROXY_MAX_PER_CLIENT", number(int, 1, 1000000), "a number from 1")
         self.max_body = read("AIPROXY_MAX_BODY", parse_size, "a size such as 32MB")
-        self.max_connections = read("AIPROXY_MAX_CONNECTIONS", lambda text: parse_number(text, int, 1, 1000000), "a number from 1")
-        self.connect_timeout = read("AIPROXY_CONNECT_TIMEOUT", lambda text: parse_number(text, float, 0.001, 86400), "seconds, more than 0")
-        self.timeout = read("AIPROXY_TIMEOUT", lambda text: parse_number(text, float, 0.001, 86400), "seconds, more than 0")
-        self.grace = read("AIPROXY_GRACE", lambda text: parse_number(text, float, 0, 86400), "seconds")
-        self.log = read("AIPROXY_LOG", lambda text: parse_choice(text, ("text", "json", "off")), "text, json or off")
-        self.max_chars = read("AIPROXY_MAX_CHARS", lambda text: parse_number(text or ("131072" if self.workers else "0"), int, 0, 10 ** 12), "a number of characters")
+        self.max_connections = read("AIPROXY_MAX_CONNECTIONS", number(int, 1, 1000000), "a number from 1")
+        self.connect_timeout = read("AIPROXY_CONNECT_TIMEOUT", number(float, 0.001, 86400), "seconds, more than 0")
+        self.timeout = read("AIPROXY_TIMEOUT", number(float, 0.001, 86400), "seconds, more than 0")
+        self.grace = read("AIPROXY_GRACE", number(float, 0, 86400), "seconds")
+        self.log = read("AIPROXY_LOG", fitting("text|json|off"), "text, json or off")
+        self.max_chars = read("AIPROXY_MAX_CHARS", lambda text: number(int, 0, 10 ** 12)(text or ("131072" if self.workers else "0")), "a number of characters")
         self.aliases = self.models or (WORKERS_ALIASES if self.workers else {})     # name to model; an allow-list only if it is `models`
         self.models_shown = list(self.aliases)
         self.never_shown = (self.account,) * bool(self.account) + tuple(key.decode() for key in self.keys)
         self.never_down = [word.encode() for word in self.never_shown]
+        self.secrets = self.never_down + [key for _, key in self.client_keys]       # nor in any line of the log
         if self.hidden and self.paths is None:
-            self.paths = [("POST", path) for path in self.upstream.paths] + [("GET", "/v1/models"), ("GET", "/v1/models/*")]
-        self.key_needed = bool(self.client_keys) or not self.hidden and self.wants_key
+            self.paths = tuple(("POST", path) for path in self.upstream.paths) + (("GET", "/v1/models"), ("GET", "/v1/models/*"))
+        self.body_rules = bool(self.models or self.default_model or self.max_tokens or self.max_chars or self.workers)
+        self.key_needed = bool(self.client_keys) or not self.hidden and self.upstream.wants_key
         self.any_origin = "*" in self.origins or not self.origins and self.key_needed
-        rules = self.paths if self.paths is not None else [("POST", "*")]
+        rules = self.paths if self.paths is not None else (("POST", "*"),)
         self.default_path = next((path for path in self.upstream.paths + INFERENCE_PATHS if "POST" in allowed_methods(path, rules)), self.upstream.paths[0])
         self.guarded_by_loopback = self.hidden and not self.client_keys and not self.open
         self.check_safe()
@@ -2839,7 +2570,7 @@ class Settings:
                                "  AIPROXY_CLIENT_KEYS=name=%s   (what clients must send)\n"
                                "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
                                "  AIPROXY_OPEN=1   (anyone may spend the key)" % (self.host, os.urandom(18).hex()))
-        if self.client_keys and not self.hidden and self.wants_key:
+        if self.client_keys and not self.hidden and self.upstream.wants_key:
             raise SettingError("AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one key, and it would be ours. "
                                "Set AIPROXY_KEY to the provider key, or leave AIPROXY_CLIENT_KEYS empty")
         if any(hmac.compare_digest(key, known) for key in self.keys for _, known in self.client_keys):
@@ -2848,10 +2579,6 @@ class Settings:
             raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS" % self.default_model)
         if self.port and self.port == self.upstream.port and self.upstream.loopback and (LOOPBACK.fullmatch(self.host) or self.host in ("0.0.0.0", "::")):
             raise SettingError("AIPROXY_UPSTREAM: got %r; it takes another server than this proxy itself" % self.upstream.url)
-
-    def secrets(self):
-        """All keys that must never be seen, as bytes."""
-        return self.never_down + [key for _, key in self.client_keys]
 
 
 class Upstream:
@@ -2886,12 +2613,36 @@ class Upstream:
 
 
 PLACEHOLDER = re.compile(r"<.*>|(sk-)?your[-_ ].*|(sk-)?your(api)?key.*|.*你的.*|(sk-)?(x{3,}|\.{3,}|\*{3,}|…)|api[-_ ]?key|change[-_ ]?me|replace[-_ ]?me|placeholder|todo", re.I)
+VISIBLE = r"[\x21-\x7e]*"
+
+
+def fit(pattern, text):
+    """The match of all of `text`. ValueError if there is none."""
+    match = re.fullmatch(pattern, text)
+    if not match:
+        raise ValueError()
+    return match
+
+
+def fitting(pattern):
+    """A parser that takes text of this form as it is."""
+    return lambda text: fit(pattern, text).group()
+
+
+def number(kind, least, most):
+    """A parser for numbers from `least` to `most`; no text is 0."""
+    def parse(text):
+        value = kind(text or "0")
+        if not least <= value <= most:
+            raise ValueError()
+        return value
+    return parse
 
 
 def parse_account(text):
-    if text and (PLACEHOLDER.fullmatch(text) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text)):
+    if PLACEHOLDER.fullmatch(text):
         raise ValueError()
-    return text
+    return fit("[A-Za-z0-9_-]{0,64}", text).group()
 
 
 def parse_list(text):
@@ -2909,10 +2660,6 @@ def check_key(key):
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise ValueError("keys of visible ASCII characters: look for spaces, line ends and typographic quotes")
     return key.encode()
-
-
-def parse_keys(text):
-    return [check_key(key) for key in parse_list(text)]
 
 
 def parse_client_keys(text):
@@ -2936,7 +2683,7 @@ def parse_models(text):
     models = {}
     for entry in parse_list(text):
         name, equals, model = (part.strip() for part in entry.partition("="))
-        if not parse_name(name) or equals and not parse_name(model) or name in models:
+        if name in models or not fit(VISIBLE, name).group() or equals and not fit(VISIBLE, model).group():
             raise ValueError()
         models[name] = model or name
     return models
@@ -2952,59 +2699,20 @@ def parse_paths(text):
         if method not in METHODS + ("*",) or path != "*" and (path[:1] != "/" or "//" in path or "?" in path or BAD_ESCAPE.search(path) or DOT_SEGMENT.search(path)):
             raise ValueError()
         rules.append((method, path))
-    return rules
-
-
-def parse_origins(text):
-    origins = parse_list(text)
-    if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin) for origin in origins):
-        raise ValueError()
-    return origins
-
-
-def parse_switch(text):
-    return {"": False, "0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}[parse_choice(
-        text.lower(), ("", "0", "false", "no", "off", "1", "true", "yes", "on"))]
-
-
-def parse_choice(text, choices):
-    if text not in choices:
-        raise ValueError()
-    return text
-
-
-def parse_number(text, kind, least, most):
-    number = kind(text)
-    if not least <= number <= most:
-        raise ValueError()
-    return number
+    return tuple(rules)
 
 
 def parse_rate(text):
     """(requests, seconds), or None for no limit."""
-    match = re.fullmatch(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text)
-    if not match and text:
-        raise ValueError()
-    return (int(match.group(1)), {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)[0]]) if match else None
+    if not text:
+        return None
+    count, unit = fit(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text).groups()
+    return int(count), {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit[0]]
 
 
 def parse_size(text):
-    number, unit = re.fullmatch(r"([0-9]{1,12})\s*(B|KB|MB|GB|)", text.upper()).groups() if re.fullmatch(r"([0-9]{1,12})\s*(B|KB|MB|GB|)", text.upper()) else (0, None)
-    if unit is None:
-        raise ValueError()
-    return int(number) * {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}[unit]
-
-
-def parse_name(text):
-    if not re.fullmatch(r"[\x21-\x7e]*", text):
-        raise ValueError()
-    return text
-
-
-def parse_field_name(text):
-    if text and not re.fullmatch(TOKEN, text.encode()):
-        raise ValueError()
-    return text
+    count, unit = fit(r"([0-9]{1,12})\s*(?:([KMG])B|B?)", text.upper()).groups()
+    return int(count) << {None: 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
 # ---- Start page ----------------------------------------------------------------------------------------------------
@@ -3144,16 +2852,16 @@ PAGE_RULES = "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; c
 
 
 def start_page():
-    """The page and its header fields. Nothing in it runs or is fetched but what stands in it: the nonce is new each time."""
+    """Its header fields and the page. Nothing in it runs or is fetched but what stands in it: the nonce is new each time."""
     nonce = os.urandom(16).hex()
     fields = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", PAGE_RULES % (nonce, nonce)), ("Vary", "Accept"),
               ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
-    return PAGE.replace("{{NONCE}}", nonce).encode(), [(name.encode(), value.encode()) for name, value in fields]
+    return [(name.encode(), value.encode()) for name, value in fields], PAGE.replace("{{NONCE}}", nonce).encode()
 
 
 # ---- Demo provider -------------------------------------------------------------------------------------------------
 
-DEMO_WORDS = "This answer comes from the small provider inside aiproxy: each word is an event, relayed as it arrives.".split(" ")
+DEMO_WORDS = re.findall(r"\S+ ?", "This answer comes from the small provider inside aiproxy: each word is an event, relayed as it arrives.")
 
 
 class DemoProvider(http.server.BaseHTTPRequestHandler):
@@ -3183,74 +2891,57 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
         chat = self.path == "/v1/chat/completions"
         answer = {"id": "demo-1", "object": "chat.completion" if chat else "text_completion", "created": int(time.time()), "model": model}
         if not stream:
-            text = " ".join(DEMO_WORDS)
-            choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            choice = {"message": {"role": "assistant", "content": "".join(DEMO_WORDS)}} if chat else {"text": "".join(DEMO_WORDS)}
             return self.reply(dict(answer, choices=[dict(choice, index=0, finish_reason="stop")], usage=usage))
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self.send_head(200, "text/event-stream", "Transfer-Encoding", "chunked")
         answer["object"] += ".chunk" if chat else ""
-        words = [word + " " for word in DEMO_WORDS[:-1]] + DEMO_WORDS[-1:]
-        for place, word in enumerate(words):
-            delta = {"delta": {"content": word, **({"role": "assistant"} if not place else {})}} if chat else {"text": word}
-            self.event(dict(answer, choices=[dict(delta, index=0, finish_reason=None)]))
+        for place, word in enumerate(DEMO_WORDS + [""]):
+            delta = {"role": "assistant", "content": word} if place == 0 else {"content": word} if word else {}
+            part = {"delta": delta} if chat else {"text": word}
+            self.event(dict(answer, choices=[dict(part, index=0, finish_reason=None if word else "stop")]))
             time.sleep(0.06)                # a visible pace
-        self.event(dict(answer, choices=[dict({"delta": {}} if chat else {"text": ""}, index=0, finish_reason="stop")]))
         if (request.get("stream_options") or {}).get("include_usage"):
             self.event(dict(answer, choices=[], usage=usage))
-        self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
-        return None
+        return self.wfile.write(chunk(b"data: [DONE]\n\n", True) + b"0\r\n\r\n")
 
     def admitted(self):
         if hmac.compare_digest(self.headers.get("Authorization", "").encode("latin-1"), b"Bearer " + self.server.key.encode()):
             return True
-        self.reply({"error": {"message": "Incorrect API key.", "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}}, 401)
-        return False
+        return self.reply({"error": {"message": "Incorrect API key.", "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}}, 401)
 
     def event(self, data):
-        event = b"data: " + json.dumps(data).encode() + b"\n\n"
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
+        self.wfile.write(chunk(render_event(data), True))
 
     def reply(self, data, status=200):
         body = json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
+        self.send_head(status, "application/json", "Content-Length", str(len(body)))
         self.wfile.write(body)
+
+    def send_head(self, status, kind, framing, value):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header(framing, value)
+        self.end_headers()
 
     def log_message(self, format, *args):
         pass
 
 
-class DemoServer(http.server.ThreadingHTTPServer):
-    """The demo provider on a loopback port of its own, with a hidden key made for this run."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), DemoProvider)
-        self.key = "demo-" + os.urandom(16).hex()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """A relay that goes away in mid-answer is nothing to report."""
-
-
 def show_demo(server):
     """Send one chat request through the running relay and print its answer as it comes."""
-    key = "".join("Authorization: Bearer %s\r\n" % key.decode() for _, key in server.settings.client_keys[:1])
     model = (server.settings.models_shown or ["demo"])[0]
     body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
+    fields = {"Content-Type": "application/json", "Host": "localhost"}
+    fields.update(("Authorization", "Bearer " + key.decode()) for _, key in server.settings.client_keys[:1])
     print("\nOne chat request through the relay, its answer as it comes:\n\n  ", end="", file=sys.stderr, flush=True)
     begin, first = time.monotonic(), None
-    with socket.create_connection(server.reachable_address(), 10) as sock:
-        sock.sendall(("POST /v1/chat/completions HTTP/1.0\r\nHost: localhost\r\n%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-                      % (key, len(body), body)).encode())
-        for line in sock.makefile("r", encoding="utf-8"):
-            if line.startswith("data: {"):
-                first = first or time.monotonic() - begin
-                choices = json.loads(line[6:])["choices"]
-                print(choices[0]["delta"].get("content", "") if choices else "", end="", file=sys.stderr, flush=True)
+    client = http.client.HTTPConnection(server.url().partition("//")[2], timeout=10)
+    client.request("POST", "/v1/chat/completions", body, fields)
+    for line in client.getresponse():
+        if line.startswith(b"data: {"):
+            first = first or time.monotonic() - begin
+            choices = json.loads(line[6:])["choices"]
+            print(choices[0]["delta"].get("content", "") if choices else "", end="", file=sys.stderr, flush=True)
     print("\n\nFirst event after %.0f ms. Now it serves; try:\n\n%s\n" % ((first or 0) * 1000, server.curl(model)), file=sys.stderr, flush=True)
 
 
@@ -3261,22 +2952,20 @@ class Record:
     """What the log says of one request."""
 
     def __init__(self, address):
-        self.client, self.method, self.path, self.model, self.id = address, "", "", "", "req_" + os.urandom(8).hex()
-        self.status = self.upstream_status = self.first = self.prompt_tokens = self.completion_tokens = None
-        self.bytes, self.outcome = 0, ""
-        self.begin()
-
-    def begin(self):
-        self.began = time.monotonic()
+        self.client, self.method, self.path, self.model, self.id = address, "", "", "", "req_%016x" % random.getrandbits(64)
+        self.status = self.upstream_status = self.first = None
+        self.tokens = lambda: (None, None)      # prompt and completion tokens, counted only if the log is on
+        self.bytes, self.outcome, self.began = 0, "", time.monotonic()
 
     def first_byte(self):
         self.first = self.first or time.monotonic() - self.began
 
     def as_dict(self, scrub=str):
-        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "client": scrub(self.client), "method": scrub(self.method), "path": scrub(self.path)[:256],
+        prompt_tokens, completion_tokens = self.tokens()
+        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "client": scrub(self.client), "method": scrub(self.method) or "-", "path": scrub(self.path)[:256],
                 "model": scrub(self.model)[:100], "status": self.status, "upstream_status": self.upstream_status,
                 "first_byte": self.first and round(self.first, 4), "total": round(time.monotonic() - self.began, 4), "bytes": self.bytes,
-                "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "request_id": scrub(self.id), "outcome": self.outcome or "client_gone"}
+                "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "request_id": scrub(self.id), "outcome": self.outcome or "client_gone"}
 
 
 class Log(threading.Thread):
@@ -3315,14 +3004,12 @@ class Log(threading.Thread):
             stream, line = self.lines.get()
             if self.lost:
                 line, self.lost = line + "(%d lines lost: nobody read them in time)\n" % self.lost, 0
-            try:
+            with contextlib.suppress(OSError, ValueError):      # nobody listens any more
                 stream.write(line)
                 if stream is sys.stderr:
                     stream.flush()
                 if self.lines.empty():
                     sys.stdout.flush()
-            except (OSError, ValueError):
-                pass                        # nobody listens any more
             self.lines.task_done()
 
 
@@ -3336,10 +3023,7 @@ def printable(value):
 
 def fault_place(error):
     """Where a fault of ours is, without the values in it: those may be secret."""
-    places, step = [], error.__traceback__
-    while step:
-        places.append("%s:%d" % (step.tb_frame.f_code.co_name, step.tb_lineno))
-        step = step.tb_next
+    places = ["%s:%d" % (frame.f_code.co_name, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return "%s at %s" % (type(error).__name__, " > ".join(places))
 
 
@@ -3357,16 +3041,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock, self.idle, self.connections = threading.Lock(), {}, 0
         self.per_client, self.clients, self.spare_threads = collections.Counter(), queue.SimpleQueue(), 0
         self.all_done = threading.Condition(self.lock)
-        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
-        self.address_family = family
-        self.log = Log(settings.log, settings.secrets())
+        self.address_family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
+        self.log = Log(settings.log, settings.secrets)
         self.catalogue = Catalogue(settings)
         self.key_ring, self.buckets = KeyRing(len(settings.keys)), Buckets(*settings.rate) if settings.rate else None
         self.upstreams = KeepAliveHandler(settings)
         self.relay_loop = RelayLoop(self.upstreams.close_old, self.log.warn)
         self.opener, self.proxy = build_opener(settings, self.upstreams)
         self.cap = cap_connections(settings.max_connections)
-        super().__init__(address[:2] if family == socket.AF_INET else address, Handler)
+        super().__init__(address, Handler)
         self.log.start()
         self.relay_loop.start()
 
@@ -3392,25 +3075,21 @@ class Server(http.server.ThreadingHTTPServer):
             self.per_client[address] += 1
             greedy = self.per_client[address] > self.settings.max_per_client and not LOOPBACK.fullmatch(address)
         if greedy or not room and not self.give_up_idle(1):
-            self.refuse_busy(request)
-            self.shutdown_request(request, address)
-            return
+            return self.refuse_busy(request, address)
         with self.lock:
-            self.spare_threads -= 1
-            spare = self.spare_threads >= 0
-            self.spare_threads += not spare
+            spare = self.spare_threads > 0
+            self.spare_threads -= spare
         try:
             if spare:
                 self.clients.put((request, client_address))
             else:
                 threading.Thread(target=self.serve_clients, args=(request, client_address), daemon=True).start()
         except RuntimeError:                # the system has no thread left
-            self.refuse_busy(request)
-            self.shutdown_request(request, address)
+            self.refuse_busy(request, address)
 
     def serve_clients(self, request, client_address):
         """A thread's life: one client after the other, until none has come for SPARE_SECONDS. Starting threads costs more than keeping them."""
-        while request is not None:
+        while True:
             try:
                 self.finish_request(request, client_address)
             except Exception as error:      # a fault of ours outside of any request
@@ -3419,31 +3098,26 @@ class Server(http.server.ThreadingHTTPServer):
                 self.shutdown_request(request, network_of(client_address[0]))
             with self.lock:
                 self.spare_threads += 1
-            request, client_address = self.next_client()
-
-    def next_client(self):
-        while True:
             try:
-                return self.clients.get(timeout=SPARE_SECONDS)
+                request, client_address = self.clients.get(timeout=SPARE_SECONDS)
             except queue.Empty:
                 with self.lock:
-                    if self.spare_threads:  # else process_request counts on us already
+                    if self.spare_threads:
                         self.spare_threads -= 1
-                        return None, None
+                        return
+                request, client_address = self.clients.get()    # process_request counts on us already
 
-    def refuse_busy(self, request):
+    def refuse_busy(self, request, address):
         """503 at once, from the accepting thread: one write that cannot block, then a linger if there are not too many already."""
-        error = {"error": {"message": "Too many clients at once. Try again.", "type": "server_error", "param": None, "code": "server_busy"}}
-        body = json.dumps(error).encode()
+        body = json.dumps({"error": error_object(Refusal(503, "server_busy", "Too many clients at once. Try again."))}).encode()
         cors = b"Access-Control-Allow-Origin: *\r\n" if self.settings.any_origin else b""
-        try:
+        with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: 1\r\n"
                          b"x-request-id: req_%b\r\nConnection: close\r\n%b\r\n%b" % (len(body), os.urandom(8).hex().encode(), cors, body))
             if len(self.relay_loop.jobs) < 2 * self.cap:
-                self.relay_loop.linger(socket.socket(fileno=request.detach()))
-        except OSError:
-            pass
+                self.relay_loop.hand_over(Linger(request))
+        self.shutdown_request(request, address)
 
     def shutdown_request(self, request, address=None):
         """The end of every connection that process_request let in; one that lingers has been detached."""
@@ -3487,10 +3161,8 @@ class Server(http.server.ThreadingHTTPServer):
             silent = list(itertools.islice((handler for handler in old if not handler.client.wait_readable(0)), most))
             for handler in silent:
                 del self.idle[handler]
-                try:
+                with contextlib.suppress(OSError):      # it may have just gone by itself
                     handler.connection.shutdown(socket.SHUT_RDWR)   # which wakes its thread
-                except OSError:
-                    pass                    # it has just gone by itself
         return len(silent)
 
     def stop(self):
@@ -3498,11 +3170,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.closing = True
         deadline = time.monotonic() + self.settings.grace
         self.socket.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):
             while True:                     # whoever has been let into the queue counts as accepted
                 self.process_request(*self.socket.accept())
-        except OSError:
-            self.socket.close()
+        self.socket.close()
         while self.connections and time.monotonic() < deadline:
             self.give_up_idle(self.connections, age=0.5)
             with self.all_done:
@@ -3514,12 +3185,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- how to reach us
 
-    def reachable_address(self):
-        host, port = self.server_address[:2]
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
-
     def url(self):
-        host, port = self.reachable_address()
+        host, port = self.server_address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
     def curl(self, model):
@@ -3548,18 +3216,17 @@ def cap_connections(wanted):
     """Raise the limit of open files as far as it goes; two are needed for each client. The number of clients that fit."""
     try:
         import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
     except (ImportError, ValueError, OSError):
         return wanted
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, (soft - 64) // 2))
+    return wanted if hard == resource.RLIM_INFINITY else max(1, min(wanted, (hard - 64) // 2))
 
 
 def banner(server):
     """What is in force, for the operator, keys masked."""
     settings, upstream = server.settings, server.settings.upstream
-    mode = "key hidden (%s)" % masked(settings.keys) if settings.hidden else "transparent: callers bring their own key" if settings.wants_key else "no key needed"
+    mode = "key hidden (%s)" % settings.keys_shown if settings.hidden else "transparent: callers bring their own key" if upstream.wants_key else "no key needed"
     lines = ["aiproxy %s on %s" % (__version__, server.url()),
              "  upstream     %s, %s%s" % (upstream.shown, mode, ", through the proxy %s" % server.proxy if server.proxy else ""),
              "  client keys  %s" % (", ".join(name for name, _ in settings.client_keys) or "none"),
@@ -3567,34 +3234,23 @@ def banner(server):
              "  paths        %s" % (", ".join("%s %s" % rule for rule in settings.paths) if settings.paths is not None else "all"),
              "  origins      %s" % ("any" if settings.any_origin else ", ".join(settings.origins) or "none: browsers are refused"),
              "  limits       %d clients, %d bytes a body, %gs to connect, %gs of silence" % (server.cap, settings.max_body, settings.connect_timeout, settings.timeout)]
-    if server.cap < settings.max_connections:
-        lines.append("  warning: the limit of open files leaves room for %d clients, not %d (ulimit -n)" % (server.cap, settings.max_connections))
-    if settings.hidden and settings.open and not settings.client_keys:
-        lines.append("  warning: AIPROXY_OPEN is set: anyone who can reach this address spends your key")
-    if settings.guarded_by_loopback and settings.any_origin:
-        lines.append("  warning: AIPROXY_ORIGINS=*: any web page that you open can spend your key")
-    if LOOPBACK.fullmatch(settings.host) and (os.environ.get("PORT") or os.environ.get("FC_SERVER_PORT")):
-        lines.append("  warning: on this platform AIPROXY_HOST=0.0.0.0 is needed to be reached")
-    return "\n".join(lines)
-
-
-def masked(keys):
-    return ", ".join("%d characters" % len(key) for key in keys) or "none"
+    warnings = (
+        (server.cap < settings.max_connections,
+         "the limit of open files leaves room for %d clients, not %d (ulimit -n)" % (server.cap, settings.max_connections)),
+        (settings.hidden and settings.open and not settings.client_keys, "AIPROXY_OPEN is set: anyone who can reach this address spends your key"),
+        (settings.guarded_by_loopback and settings.any_origin, "AIPROXY_ORIGINS=*: any web page that you open can spend your key"),
+        (LOOPBACK.fullmatch(settings.host) and (os.environ.get("PORT") or os.environ.get("FC_SERVER_PORT")),
+         "on this platform AIPROXY_HOST=0.0.0.0 is needed to be reached"))
+    return "\n".join(lines + ["  warning: " + text for holds, text in warnings if holds])
 
 
 def check_report(settings):
     """The effective settings for --check, keys masked."""
-    lines = []
-    for name, default, _ in KNOBS:
-        value = os.environ.get(name, "").strip() or default
-        if name in ("AIPROXY_KEY", "CLOUDFLARE_API_TOKEN"):
-            value = masked(settings.keys if settings.workers == name.startswith("CLOUDFLARE") else [])
-        elif name == "AIPROXY_CLIENT_KEYS":
-            value = ", ".join("%s=***" % client for client, _ in settings.client_keys) or "none"
-        elif name == "AIPROXY_PORT":
-            value = settings.port
-        lines.append("%s=%s" % (name, value))
-    return "\n".join(lines)
+    values = {name: os.environ.get(name, "").strip() or default for name, default, _ in KNOBS}
+    values.update(AIPROXY_KEY="none", CLOUDFLARE_API_TOKEN="none", AIPROXY_PORT=settings.port,
+                  AIPROXY_CLIENT_KEYS=", ".join("%s=***" % client for client, _ in settings.client_keys) or "none")
+    values["CLOUDFLARE_API_TOKEN" if settings.workers else "AIPROXY_KEY"] = settings.keys_shown
+    return "\n".join("%s=%s" % pair for pair in values.items())
 
 
 def read_env_file(path):
@@ -3632,6 +3288,16 @@ def read_arguments(arguments):
     return switches
 
 
+def stay_on_one_cpu():
+    """Where the system lets us. CPython runs one thread at a time; on several CPUs the threads fight over whose turn it is, at every system call.
+
+    Measured on two CPUs with 16 busy clients: 235 microseconds of CPU a request, and 105 on one. For more CPUs, run more copies."""
+    if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
+        cpus = sorted(os.sched_getaffinity(0))
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {random.choice(cpus)})
+
+
 def main():
     """Run as a program. Exit status: 0 after a signal, 1 when it cannot run, 2 for a wrong setting or option."""
     try:
@@ -3645,7 +3311,9 @@ def main():
             print("aiproxy " + __version__)
             return 0
         if "--demo" in switches:
-            demo = DemoServer()
+            demo = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoProvider)
+            demo.key, demo.handle_error = "demo-" + os.urandom(16).hex(), lambda *args: None     # a relay that goes away is nothing to report
+            threading.Thread(target=demo.serve_forever, daemon=True).start()
             os.environ.update(AIPROXY_UPSTREAM="http://127.0.0.1:%d" % demo.server_address[1], AIPROXY_KEY=demo.key)
         settings = Settings(os.environ)
     except SettingError as error:
@@ -3654,6 +3322,7 @@ def main():
     if "--check" in switches:
         print(check_report(settings))
         return 0
+    stay_on_one_cpu()
     threading.stack_size(1 << 20)           # musl's 128 KiB is too little for JSON; more is never used
     try:
         server = Server(settings)
