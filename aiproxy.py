@@ -878,7 +878,8 @@ def parse_members(body):
     """
     try:
         text = body.decode("utf-8")
-        check_depth(text)
+        if body.count(b"[") + body.count(b"{") > MAX_DEPTH:     # counted in bytes, which is faster; most bodies have fewer
+            check_depth(text)
         members, position = [], skip(OPENING, text, 0, "it is not an object")
         comma = not CLOSING.match(text, position)
         while comma:
@@ -1406,7 +1407,7 @@ class Stream(Job):
         super().__init__(handler.client, answer.wire, handler.settings.timeout)
         self.body, self.held, self.chunked = answer.body, answer.held, chunked
         self.tells = answer.events and not answer.coded and answer.length is None   # may a cut be told by an event?
-        self.pending, self.tail, self.usage = b"", b"\n\n", UsageWatch()
+        self.pending, self.tail, self.usage, self.logged = b"", b"\n\n", UsageWatch(), handler.settings.log != "off"
 
     def begin(self):
         """What is already here, framed for the client: often the whole body, and the loop is never needed."""
@@ -1453,7 +1454,7 @@ class Stream(Job):
 
     def frame(self, body):
         self.bytes += len(body)
-        self.tail = self.usage.see(self.tail, body)
+        self.tail = self.usage.see(self.tail, body) if self.logged else (self.tail + body)[-4:]
         return chunk(body, self.chunked)
 
     def cut(self, outcome):

@@ -193,7 +193,7 @@ class Relay:
     """An aiproxy Server in this process, on a free port."""
 
     def __init__(self, **settings):
-        environ = {"AIPROXY_PORT": "0", "AIPROXY_LOG": "off"}
+        environ = {"AIPROXY_PORT": "0"}
         environ.update({name if name.startswith(("CLOUDFLARE_", "PORT", "FC_")) else "AIPROXY_" + name: str(value) for name, value in settings.items()})
         self.settings = aiproxy.Settings(environ)
         self.server = aiproxy.Server(self.settings)
