@@ -175,9 +175,9 @@ OPENING, COLON, COMMA, CLOSING = (re.compile(r"[ \t\n\r]*%s[ \t\n\r]*" % mark) f
 class Refusal(Exception):
     """An error answer of our own: the one kind of failure that a client gets to read. `fields` are extra header fields."""
 
-    def __init__(self, status, code, message, param=None, **fields):
+    def __init__(self, status, code, message, param=None, model="", **fields):
         super().__init__(code)
-        self.status, self.code, self.message, self.param, self.model = status, code, message, param, ""     # model: a refused one, for the log
+        self.status, self.code, self.message, self.param, self.model = status, code, message, param, model      # model: the refused one, for the log
         self.fields = [(name.replace("_", "-").encode(), str(value).encode()) for name, value in fields.items()]
 
 
@@ -866,9 +866,7 @@ def resolve_query_model(query, settings):
 def check_model(model, settings):
     """403 unless the model is on the list."""
     if settings.models and model not in settings.models:
-        refusal = Refusal(403, "model_not_allowed", "Model not allowed. Allowed models are: %s." % ", ".join(settings.models_shown), param="model")
-        refusal.model = model
-        raise refusal
+        raise Refusal(403, "model_not_allowed", "Model not allowed. Allowed models are: %s." % ", ".join(settings.models_shown), "model", model)
 
 
 def parse_members(body):
