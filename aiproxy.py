@@ -127,7 +127,7 @@ TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")     
 LIMITS_BY_PATH = {      # the names that count on a path, the one that all providers take first; elsewhere nothing is added
     "/v1/chat/completions": ("max_tokens", "max_completion_tokens"), "/v1/completions": ("max_tokens",), "/v1/responses": ("max_output_tokens",),
     "/v1/messages": ("max_tokens",)}
-LOOKED_AT = ("model", "n", "best_of") + TOKEN_LIMITS
+LOOKED_AT = frozenset(("model", "n", "best_of") + TOKEN_LIMITS)
 INFERENCE_PATHS = OPENAI_PATHS + ANTHROPIC_PATHS
 
 KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")     # where a client may carry its key
@@ -147,7 +147,7 @@ UP_WITH_HIDDEN_KEY = frozenset((
     b"anthropic-version", b"anthropic-beta", b"x-session-affinity"))
 # Never come down: about the upstream's own connection, host or browser session, or ours to write.
 NEVER_DOWN = HOP_BY_HOP | frozenset((b"content-length", b"set-cookie", b"alt-svc", b"strict-transport-security", b"nel", b"report-to"))
-NEVER_DOWN_WITH_HIDDEN_KEY = frozenset((b"server", b"openai-organization", b"openai-project"))
+NEVER_DOWN_WITH_HIDDEN_KEY = NEVER_DOWN | frozenset((b"server", b"openai-organization", b"openai-project"))
 EXPOSED = (b"x-request-id", b"request-id", b"retry-after", b"retry-after-ms", b"x-should-retry")   # a browser's script may read these
 ONCE = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization", b"origin")   # two of these: two readings
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -155,7 +155,8 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                        # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 section 3
 STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # section 4
-FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")        # section 5; no folding, no bare CR or LF
+FIELD = rb"(" + TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)"                        # section 5; no folding, no bare CR or LF
+FIELD_LINE, FIELD_LINES = re.compile(FIELD), re.compile(rb"\r\n" + FIELD + rb"(?=\r\n|\Z)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")     # section 7.1
 CHUNK_LINE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?)?\r?")
 USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
@@ -167,7 +168,8 @@ LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
 DOT_SEGMENT = re.compile(r"(?:^|[/\\]|%(?:25)*(?:2f|5c))(?:\.|%(?:25)*2e){1,2}(?:[/\\;]|%(?:25)*(?:2f|5c|3b)|$)", re.I)
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
 SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'*/ -]+")     # what a `*` in AIPROXY_PATHS may stand for, decoded
-OPENING, COLON, COMMA, CLOSING = (re.compile(r"[ \t\n\r]*%s[ \t\n\r]*" % mark) for mark in ("{", ":", ",", "}"))   # RFC 8259 section 2
+JSON_MARK = re.compile(rb'[\[{\]}]|"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)         # brackets, and strings to pass over
+MARK = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")                                   # between names and values: RFC 8259 section 2
 
 # ---- One request, top to bottom ------------------------------------------------------------------------------------
 
@@ -238,14 +240,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client, first = self.client, self.first_request
         self.first_request = False
         deadline = time.monotonic() + (HEAD_SECONDS if first else IDLE_SECONDS)
-        if not client.buffer:
-            self.server.note_idle(self)
-            arrived = client.wait_readable(deadline - time.monotonic())
-            if not self.server.note_busy(self) or not arrived and not first:
-                raise ClientGone("idle")
-        self.record.began = time.monotonic()
-        if not first:
-            deadline = self.record.began + HEAD_SECONDS
 
         def more():
             if not client.wait_readable(deadline - time.monotonic()):
@@ -253,6 +247,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not client.fill():
                 raise ClientGone("client_gone")
 
+        if not client.buffer:
+            self.server.note_idle(self)
+            arrived = client.wait_readable(deadline - time.monotonic())
+            if not self.server.note_busy(self) or not arrived and not first:
+                raise ClientGone("idle")
+            if arrived and not client.fill():
+                raise ClientGone("client_gone")
+        self.record.began = time.monotonic()
+        if not first:
+            deadline = self.record.began + HEAD_SECONDS
         client.skip_empty_lines(more)
         return client.read_head(REQUEST_LINE, more)
 
@@ -268,7 +272,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_client_key()                             # 400 401
         if self.settings.hidden:
             self.path = openai_form(self.path)
-        model_list = self.method in ("GET", "HEAD") and re.match("/v1/models(/|$)", self.path)
+        model_list = self.method in ("GET", "HEAD") and (self.path + "/").startswith("/v1/models/")
         if model_list and (self.settings.models or self.settings.workers):
             return self.answer_models()                     # 404 502
         self.check_path()                                   # 404 405
@@ -294,9 +298,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.path = target.partition("?")[0]
         if major != b"1":
             raise Refusal(505, "version_not_supported", "This proxy speaks HTTP/1.1.")
-        for name in ONCE:
-            if len(self.head.all(name)) > 1:
-                raise BadHead(400, "The field %s stands there twice." % name.decode())
+        if len(self.head.by_name) < len(self.head.fields):          # some are repeated
+            for name in ONCE:
+                if len(self.head.all(name)) > 1:
+                    raise BadHead(400, "The field %s stands there twice." % name.decode())
         chunked = is_chunked(self.head, self.version < (1, 1))      # RFC 9112 section 6.3: without a length there is no body
         self.body = RequestBody(self.client, ChunkedBody() if chunked else PlainBody(content_length(self.head) or 0))
         self.cors = cors_fields(self.head, self.settings)
@@ -458,8 +463,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = UpstreamRequest(url, method or self.method, fields + ([] if place is None else [settings.key_fields[place]]), prefix, self)
             answer = self.server.opener.open(request, timeout=settings.timeout)
             self.record.upstream_status = answer.status
-            if any(word in answer.reason for word in settings.never_down):
-                answer.reason = b""
+            answer.forget(settings.never_down)
             if place is None or answer.status not in KEY_SPENT:
                 break
             self.server.key_ring.set_aside(place, answer, time.monotonic(), self.server.log.warn)
@@ -592,18 +596,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = [field for field in fields if not field[0].lower().startswith(b"content-") and field[0].lower() not in (b"etag", b"last-modified")]
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
             fields.append((b"Date", self.server.date()))
-        theirs = answer.head.get(b"x-request-id") or answer.head.get(b"request-id")
-        ids = {name.lower(): value for name, value in fields if name.lower() in (b"x-request-id", b"request-id")} if theirs else {}
-        if ids:
-            self.record.id = (ids.get(b"x-request-id") or ids[b"request-id"]).decode("latin-1")[:200]
-        if b"x-request-id" not in ids:
+        theirs, names = answer.head.get(b"x-request-id") or answer.head.get(b"request-id"), {name.lower() for name, _ in fields}
+        if theirs:
+            self.record.id = theirs.decode("latin-1")[:200]
+        if b"x-request-id" not in names:
             fields.append((b"x-request-id", self.record.id.encode("latin-1")))
         if answer.events:
-            if answer.head.get(b"x-accel-buffering") is None:
+            if b"x-accel-buffering" not in names:
                 fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
-            if answer.head.get(b"cache-control") is None:
+            if b"cache-control" not in names:
                 fields.append((b"Cache-Control", b"no-cache"))
-        return fields + self.cors + self.expose(name for name, _ in fields)
+        return fields + self.cors + self.expose(names)
 
     def tunnel(self, answer):
         """A WebSocket: after the 101, bytes both ways until either side closes."""
@@ -636,7 +639,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         keep, lines = outcome == "ok" and not self.wants_close(), list(fields)
         if not any(name == b"Date" for name, _ in lines):       # else they are the upstream's, and complete
             lines += [(b"Date", self.server.date()), (b"x-request-id", self.record.id.encode())]
-            lines += self.cors + self.expose(name for name, _ in lines)
+            lines += self.cors + self.expose({name.lower() for name, _ in lines})
         if status != 204:
             lines.append((b"Content-Length", b"%d" % len(content)))
         if not keep:
@@ -662,8 +665,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Which fields of an answer a browser's script may read."""
         if not self.cors or self.cors[0][0] == b"Vary":
             return []
-        limits = {name.lower() for name in names if b"ratelimit-" in name.lower()}
-        return [(b"Access-Control-Expose-Headers", b", ".join(EXPOSED + tuple(sorted(limits))))]
+        return [(b"Access-Control-Expose-Headers", b", ".join(EXPOSED + tuple(sorted(name for name in names if b"ratelimit-" in name))))]
 
     def finish(self):
         """Close as the answer needs it: a reset for a cut HTTP/1.0 answer, a linger where bytes are still coming, else at once."""
@@ -799,10 +801,9 @@ def is_plain(segment):
 
 def apply_body_rules(body, path, settings):
     """The body to send up, the model that the client named, and for Workers AI the Call. Only what a setting changes differs. Refusal 400 or 403."""
-    text, members = parse_members(body)
-    values = {name: value for name, value, _, _ in members}
-    for name in values:
-        if name not in LOOKED_AT and name.casefold() in LOOKED_AT:      # some parsers would take it for the real one
+    values = parse_object(body)
+    for name in values.keys() - LOOKED_AT:
+        if name.casefold() in LOOKED_AT:        # some parsers would take it for the real one
             raise Refusal(400, "invalid_" + ("model" if name.casefold() == "model" else "parameter"), "`%s` must be written in lower case." % name.casefold())
     model = resolve_model(values, settings)
     real = settings.aliases.get(model, model)
@@ -810,10 +811,10 @@ def apply_body_rules(body, path, settings):
         check_characters(values, settings.max_chars)
     changes = limit_tokens(values, path, settings) if settings.max_tokens else {}
     if settings.workers:
-        return b"", model, translate_request(path, body, text, members, real, model, settings.never_shown, changes)
+        return b"", model, translate_request(path, body, values, real, model, settings.never_shown, changes)
     if real and real != values.get("model"):
         changes["model"] = real
-    return edit_members(body, text, members, changes), model, None
+    return edit_members(body, changes), model, None
 
 
 def resolve_model(values, settings):
@@ -869,61 +870,69 @@ def check_model(model, settings):
         raise Refusal(403, "model_not_allowed", "Model not allowed. Allowed models are: %s." % ", ".join(settings.models_shown), "model", model)
 
 
-def parse_members(body):
-    """The text of a JSON object and its top-level members as (name, value, start, end of the value). Refusal 400 for what could be read in two ways.
+def parse_object(body):
+    """The members of a JSON object. Refusal 400 for what is none, or could be read in two ways.
 
     Strict where json is not: one encoding, no NaN, no infinite or absurd numbers, no name twice in an object, bounded nesting.
     """
     try:
-        text = body.decode("utf-8")
-        if body.count(b"[") + body.count(b"{") > MAX_DEPTH:     # counted in bytes, which is faster; most bodies have fewer
-            check_depth(text)
-        members, position = [], skip(OPENING, text, 0, "it is not an object")
-        comma = not CLOSING.match(text, position)
-        while comma:
-            name, position = STRICT_JSON.raw_decode(text, position)
-            start = skip(COLON, text, position, "a name is not followed by a colon")
-            if not isinstance(name, str):
-                raise ValueError("a name is not text")
-            value, position = STRICT_JSON.raw_decode(text, start)
-            members.append((name, value, start, position))
-            comma = COMMA.match(text, position)
-            position = comma.end() if comma else position
-        if skip(CLOSING, text, position, "it does not end where it should") != len(text):
-            raise ValueError("it does not end where it should")
-        names = [name for name, *_ in members]
-        if names.count("model") > 1:
-            raise Refusal(400, "invalid_model", "The body must hold `model` once.", param="model")
-        unique_members([(name, None) for name in names])
-        return text, members
+        check_depth(body)
+        values = STRICT_JSON.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise Refusal(400, "invalid_json", "The body is not JSON in UTF-8.")
     except ValueError as error:
         raise Refusal(400, "invalid_json", "The body is not valid JSON: %s." % str(error).partition(":")[0])
+    if not isinstance(values, dict):
+        raise Refusal(400, "invalid_json", "The body is not a JSON object.")
+    return values
 
 
-def skip(mark, text, position, otherwise):
-    """The place behind `mark` and the blanks around it. ValueError if it does not stand at `position`."""
-    match = mark.match(text, position)
-    if not match:
-        raise ValueError(otherwise)
-    return match.end()
+def edit_members(body, changes, names={}):
+    """A JSON object with the values of the members in `changes` replaced, new ones put in front, those in `names` renamed: no other byte differs."""
+    if not changes:
+        return body
+    text, added, pieces = body.decode(), dict(changes), []
+    position, done = MARK.match(text).end(), text.index("{") + 1
+    pieces.append(text[:done])
+    while text[position] != "}":
+        name, name_end = STRICT_JSON.raw_decode(text, position)
+        begin = MARK.match(text, name_end).end()
+        _, end = STRICT_JSON.raw_decode(text, begin)
+        if name in changes:
+            pieces += [text[done:position], json.dumps(names.get(name, name)), text[name_end:begin], json.dumps(added.pop(name))]
+            done = end
+        position = MARK.match(text, end).end()
+    front = ["%s: %s" % (json.dumps(name), json.dumps(value)) for name, value in added.items()]
+    pieces[1:1] = [", ".join(front), ", " if front and text[MARK.match(text).end()] != "}" else ""]
+    return "".join(pieces + [text[done:]]).encode()
 
 
-def check_depth(text):
-    """ValueError above MAX_DEPTH. Counted before parsing: a parser recurses, and a thread's stack is small."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
+def check_depth(body):
+    """ValueError above MAX_DEPTH. Counted in the bytes before they are parsed: a parser recurses, and a thread's stack is small."""
+    if not (holds_many(body, b"[") or holds_many(body, b"{")):      # most bodies, and no more needs to be looked at
         return
     depth = 0
-    for mark in re.findall(r'[\[{\]}]|"(?:[^"\\]|\\.)*"?', text, re.S):
-        depth += (mark in "[{") - (mark in "]}")
+    for mark in JSON_MARK.findall(body):
+        depth += (mark in b"[{") - (mark in b"]}")
         if depth > MAX_DEPTH:
             raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
+
+
+def holds_many(body, mark):
+    """Does `mark` stand there so often that its nesting may be too deep? find() is many times as fast as count()."""
+    position, most = -1, MAX_DEPTH // 2
+    while most >= 0:
+        position, most = body.find(mark, position + 1), most - 1
+        if position < 0:
+            return False
+    return True
 
 
 def unique_members(pairs):
     members = dict(pairs)
     if len(members) != len(pairs):
+        if [name for name, _ in pairs].count("model") > 1:
+            raise Refusal(400, "invalid_model", "The body must hold `model` once.", param="model")
         raise ValueError("a name stands there twice")
     return members
 
@@ -981,15 +990,10 @@ def is_websocket(head):
 
 def downstream_fields(head, settings):
     """The fields of the upstream's answer that come down: as they came, repeated ones repeated, in order."""
+    never = NEVER_DOWN_WITH_HIDDEN_KEY if settings.hidden else NEVER_DOWN
     dropped = head.tokens(b"connection")
-    fields = []
-    for name, value in head.fields:
-        low = name.lower()
-        if low in NEVER_DOWN or low in dropped or low.startswith(b"access-control-"):
-            continue
-        if not (settings.hidden and (low in NEVER_DOWN_WITH_HIDDEN_KEY or any(word in value for word in settings.never_down))):
-            fields.append((name, value))
-    return fields
+    return [(name, value) for name, value in head.fields
+            if not ((low := name.lower()) in never or low in dropped or low.startswith(b"access-control-"))]
 
 
 # ---- From where: the upstream, kept alive --------------------------------------------------------------------------
@@ -1054,7 +1058,7 @@ class UpstreamRequest(urllib.request.Request):
     """urllib's request, and what it cannot hold: repeated fields, a body still coming, the client to watch meanwhile."""
 
     def __init__(self, url, method, fields, prefix, handler):
-        super().__init__(url, method=method)
+        super().__init__(url, method=method, origin_req_host="")     # which is for cookies; left out, it costs a second parsing of the URL
         self.fields, self.prefix, self.websocket = list(fields), prefix, handler.websocket
         self.client, self.body = handler.client, handler.body
         self.chunked, self.whole = not self.body.done and self.body.length is None, False      # whole: all of it has been sent
@@ -1254,6 +1258,12 @@ class Answer:
         wait_for_upstream(self.timeout, self.wire, READ, self.client)
         if not self.wire.fill():
             raise ConnectionResetError()
+
+    def forget(self, words):
+        """Take out of the head what holds one of `words`: an upstream may repeat our key."""
+        if any(word in self.head.raw for word in words):
+            self.reason = b""
+            self.head = Head(self.head.start, [field for field in self.head.fields if not any(word in part for word in words for part in field)])
 
     def read_piece(self):
         """The next decoded bytes of the body, b"" at its end. OSError if it is cut off or breaks the rules."""
@@ -1527,9 +1537,8 @@ class UsageWatch:
         counts = {}
         for part in self.found:
             try:
-                text = part.decode("utf-8", "replace")
-                check_depth(text)           # a parser recurses, and a thread's stack is small
-                usage = json.JSONDecoder().raw_decode(text)[0]
+                check_depth(part)
+                usage = json.JSONDecoder().raw_decode(part.decode("utf-8", "replace"))[0]
             except ValueError:
                 continue
             for name, other in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
@@ -1679,13 +1688,11 @@ class Wire:
 
     def send(self, data):
         """Send all to a client; ClientGone if it takes nothing for STALL_SECONDS."""
-        data = memoryview(data)
-        while True:
-            data = data[self.send_some(data):]
-            if not data:
-                return
+        sent = self.send_some(data)
+        while sent < len(data):
             if not wait(STALL_SECONDS, (self, WRITE)):
                 raise ClientGone("client_stalled")
+            sent += self.send_some(memoryview(data)[sent:])
 
     def wait_readable(self, timeout):
         return bool(wait(timeout, (self, READ)))
@@ -1706,10 +1713,8 @@ class Wire:
 
     def is_silent(self):
         """Nothing came on an idle connection: no hang-up, no stray bytes. A TLS ticket is no byte of the stream."""
-        if not wait(0, (self, READ)):
-            return True
         try:
-            return isinstance(self.sock, ssl.SSLSocket) and self.receive() is None
+            return self.receive() is None
         except OSError:
             return False
 
@@ -1753,32 +1758,29 @@ def check_begun(block, searched, first_line):
 
 def parse_head(block, first_line):
     """The Head in `block`, a head without its last empty line."""
-    lines = block.split(b"\r\n")
-    start = first_line.fullmatch(lines[0])
+    first_end, lines = (block + b"\r\n").index(b"\r\n"), block.count(b"\r\n")
+    start = first_line.fullmatch(block, 0, first_end)
     if not start:
         raise BadHead(400, "The first line is malformed.")
-    if len(lines) > MAX_FIELDS + 1:
+    if lines > MAX_FIELDS:
         raise BadHead(431, "There are more than %d header fields." % MAX_FIELDS)
-    if len(block) > MAX_LINE and max(map(len, lines)) > MAX_LINE:
+    if len(block) > MAX_LINE and max(map(len, block.split(b"\r\n"))) > MAX_LINE:
         raise BadHead(431, "A header field is longer than %d bytes." % MAX_LINE)
-    head = Head(start.groups())
-    for line in lines[1:]:
-        field = FIELD_LINE.fullmatch(line)
-        if not field:
-            raise BadHead(400, "A header field is malformed.")
-        name, value = field.group(1), field.group(2).strip(b" \t")
-        head.fields.append((name, value))
-        head.by_name.setdefault(name.lower(), []).append(value)
-    return head
+    found = FIELD_LINES.findall(block, first_end)
+    if len(found) != lines:
+        raise BadHead(400, "A header field is malformed.")
+    return Head(start.groups(), [(name, value.strip(b" \t")) for name, value in found], block)
 
 
 class Head:
     """A start line's parts and the fields, as bytes: in the order and the spelling in which they came, and by lower-case name."""
 
-    __slots__ = ("start", "fields", "by_name")
+    __slots__ = ("start", "fields", "by_name", "raw")
 
-    def __init__(self, start):
-        self.start, self.fields, self.by_name = start, [], {}
+    def __init__(self, start, fields, raw=b""):
+        self.start, self.fields, self.by_name, self.raw = start, fields, {}, raw
+        for name, value in fields:
+            self.by_name.setdefault(name.lower(), []).append(value)
 
     def get(self, name, default=None):
         values = self.by_name.get(name)
@@ -2016,11 +2018,11 @@ Call = collections.namedtuple("Call", (    # one request: what goes up, and what
 # -- what goes up
 
 
-def translate_request(path, body, text, members, model, shown, secrets=(), changes={}):
-    """The Call for a client's body, with what parse_members makes of it. `model` is the real one, `shown` the client's, `changes` what
+def translate_request(path, body, values, model, shown, secrets=(), changes={}):
+    """The Call for a client's body, with what parse_object makes of it. `model` is the real one, `shown` the client's, `changes` what
     settings want. Bytes stay as they came, but for `model`, a missing max_tokens, and a prompt, which becomes messages. Refusal 400."""
     kind, upstream_path = WORKERS_PATHS[path]
-    asked = {name: value for name, value, *_ in members if value is not None}      # null counts as absent
+    asked = {name: value for name, value in values.items() if value is not None}      # null counts as absent
     if not MODEL_NAME.fullmatch(model):
         refuse_parameter("model", model, "the name of a model", "invalid_model")
     check_parameters(asked, kind)
@@ -2030,26 +2032,9 @@ def translate_request(path, body, text, members, model, shown, secrets=(), chang
     if kind == "text":
         prompt = asked["prompt"] if isinstance(asked["prompt"], str) else asked["prompt"][0]
         changes["prompt"] = [{"role": "user", "content": prompt}]
-    body = edit_members(body, text, members, changes, {"prompt": "messages"} if kind == "text" else {})
+    body = edit_members(body, changes, {"prompt": "messages"} if kind == "text" else {})
     return Call(kind, upstream_path, body, shown, os.urandom(12).hex(), int(time.time()), asked.get("stream") is True and kind != "embeddings",
                 asked.get("stream_options", {}).get("include_usage") is True, asked.get("encoding_format") == "base64", tuple(secrets))
-
-
-def edit_members(body, text, members, changes, names={}):
-    """`body` with the values of the members in `changes` replaced, new ones put in front, those in `names` renamed: no other byte differs."""
-    if not changes:
-        return body
-    pieces, done = [], 0
-    for name, _, start, end in members:     # between two values stand a comma, the name and a colon
-        between = text[done:start]
-        pieces.append(re.sub('"[^"]*"', json.dumps(names[name]), between) if name in names else between)
-        pieces.append(json.dumps(changes[name]) if name in changes else text[start:end])
-        done = end
-    text = "".join(pieces) + text[done:]
-    held = {name for name, *_ in members}
-    front = ", ".join("%s: %s" % (json.dumps(name), json.dumps(value)) for name, value in changes.items() if name not in held)
-    at = text.index("{") + 1
-    return (text[:at] + front + (", " if front and members else "") + text[at:]).encode()
 
 
 def check_parameters(asked, kind):
@@ -2097,9 +2082,8 @@ def check_characters(values, most):
 def read_json(data, secrets, needed=""):
     """Cloudflare's answer or event, parsed and out of its envelope. Refusal if it is an error in any form, or lacks the member that is needed."""
     try:
-        text = data.decode() if isinstance(data, bytes) else data
-        check_depth(text)
-        data = json.loads(text, parse_constant=refuse_constant)
+        check_depth(data)
+        data = json.loads(data.decode(), parse_constant=refuse_constant)
         while isinstance(data.get("result"), dict) and data.get("success") is not False:
             data = data["result"]
         failed = (data.get("success") is False or data.get("errors") or data.get("error") and data.get("object") != "response"
@@ -2321,7 +2305,7 @@ class StreamTranslator:
         """The events in bytes that one event is worth."""
         if data.strip() == "[DONE]":
             return self.finish()
-        choices, usage = read_answer(data, self.call.secrets, whole=False)
+        choices, usage = read_answer(data.encode(), self.call.secrets, whole=False)
         self.usage = usage or self.usage        # of two finish chunks the second has zeros
         return [event for choice in choices for event in self.render(choice)]
 
@@ -2371,7 +2355,7 @@ class ResponsesTranslator(StreamTranslator):
     def translate(self, name, data):
         if data.strip() == "[DONE]":        # these streams have none; what is done is told by an event
             return []
-        event = relabel_response(read_json(data, self.call.secrets, "type"), self.call)
+        event = relabel_response(read_json(data.encode(), self.call.secrets, "type"), self.call)
         self.usage = openai_usage(as_dict(event.get("response")).get("usage")) or self.usage
         self.done = event["type"] in self.LAST
         return [render_event(event, name)]
@@ -2431,10 +2415,10 @@ def translate_error(status, body, secrets=(), **fields):
 def error_told(error):
     """The object in an error, parsed or not, that has the code and the message; {} if there is none."""
     try:
-        error = error.decode() if isinstance(error, bytes) else error
-        if isinstance(error, str):
+        error = error.encode() if isinstance(error, str) else error
+        if isinstance(error, bytes):
             check_depth(error)
-            error = json.loads(error)
+            error = json.loads(error.decode())
     except (ValueError, RecursionError):
         return {}
     told = (dicts(as_dict(error).get("errors")) + [as_dict(error).get("error") or error])[0]

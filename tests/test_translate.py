@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from aiproxy import (Call, EventReader, Refusal, ResponsesTranslator, StreamTranslator, WORKERS_ALIASES, check_characters, edit_members, error_object, parse_members,
+from aiproxy import (Call, EventReader, Refusal, ResponsesTranslator, StreamTranslator, WORKERS_ALIASES, check_characters, edit_members, error_object, parse_object,
                      read_catalogue_page, translate_answer, translate_catalogue, translate_error, translate_request)
 from fake_cloudflare import (ACCOUNT, DUAL, FUNCTION_CALL, GPT_OSS, ITEM, KIMI, LEGACY, LEGACY_ROWS, LLAMA_31, LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW, OPENAI_ROWS,
                              PACKED, QWEN_3, RESPONSE_EVENTS, ROWS, TOKEN, TOOL_ID, TOOLS, USAGE, delta, envelope, error_envelope, item, named, sse)
@@ -21,8 +21,7 @@ def call(kind="chat", **others):
 
 def request(body, path="/v1/chat/completions", model="@cf/real/model", **others):
     body = (body if isinstance(body, str) else json.dumps(body)).encode()
-    text, members = parse_members(body)
-    return translate_request(path, body, text, members, model, "shown", **others)
+    return translate_request(path, body, parse_object(body), model, "shown", **others)
 
 
 def refusal(function, *args, **others):
@@ -85,7 +84,7 @@ def test_usage_in_the_stream_is_seen_only_where_it_is_asked_for():
 
 
 def test_edits_leave_an_empty_object_whole():
-    assert edit_members(b" {}", " {}", [], {"a": 1}) == b' {"a": 1}'
+    assert edit_members(b" {}", {"a": 1}) == b' {"a": 1}'
 
 
 GOOD = [("temperature", 5), ("temperature", 0), ("top_p", 2), ("top_k", 1), ("top_k", 50.0), ("presence_penalty", -2), ("frequency_penalty", 2.0), ("seed", 9999999999),

@@ -181,15 +181,15 @@ def same(one, other):
 @given(BODIES)
 def fuzz_json(body):
     try:
-        text, members = aiproxy.parse_members(body)
+        values = aiproxy.parse_object(body)
     except aiproxy.Refusal as refusal:
         assert refusal.status == 400
         return
     read = json.loads(body.decode("utf-8"))
-    assert same({name: value for name, value, *_ in members}, read) and len(members) == len(read)
+    assert same(values, read)
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in read.values())
-    for name, value, start, end in members:
-        assert same(json.loads(text[start:end]), value)      # and it stands where it is said to stand
+    for name in list(read)[:3] + ["a new one"]:      # an edit changes its member and no other
+        assert json.loads(aiproxy.edit_members(body, {name: [7]})) == dict(read, **{name: [7]})
 
 
 # ---- paths
