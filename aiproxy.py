@@ -912,8 +912,8 @@ def check_depth(body):
     if not (holds_many(body, b"[") or holds_many(body, b"{")):      # most bodies, and no more needs to be looked at
         return
     depth = 0
-    for mark in JSON_MARK.findall(body):
-        depth += (mark in b"[{") - (mark in b"]}")
+    for match in JSON_MARK.finditer(body):
+        depth += (match.group() in b"[{") - (match.group() in b"]}")
         if depth > MAX_DEPTH:
             raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
 
