@@ -9,7 +9,8 @@ Words used below. Client: whoever calls us. Upstream: the provider we call. Clie
 key we hide. Origin: only the CORS kind. Relay: to copy an answer through unchanged. Event: one block of a text/event-stream.
 Chunk: a piece of HTTP's chunked coding. To refuse: to answer with an error of our own.
 
-Start reading at Handler.handle_one_request and scroll down: the file is in the order in which a request travels.
+Start reading at Handler.handle_one_request and scroll down: the file is in the order in which a request travels. A client key is
+checked in Handler.check_client_key, a header field dropped in upstream_fields or downstream_fields, an event flushed in Stream.send_down.
 RFC 9110 is HTTP's meaning, RFC 9112 its bytes on the wire.
 """
 import base64
@@ -88,6 +89,7 @@ STALL_SECONDS = 60          # a client that takes no byte of its answer: nginx's
 MAX_FIELDS, MAX_LINE, MAX_HEAD = 100, 16384, 65536      # fields, bytes a line, bytes in all: what nginx and Apache allow
 MAX_CHUNK_LINE, MAX_TRAILER = 4096, 8192    # a chunk's size line with its extensions; all trailer fields
 MAX_DEPTH = 100             # nesting of a JSON body: far above any schema, far below any parser's stack
+MAX_VALUES = 1000000        # in a JSON body: parsed, each takes up to 100 bytes
 MAX_INTERIM = 20            # 1xx answers before the real one
 CATALOGUE_SECONDS, CATALOGUE_RETRY = 600, 30    # a model list that was read, or could not be, is asked for again after
 MAX_ANSWER = 64 << 20       # of an answer that has to be translated as a whole
@@ -193,6 +195,12 @@ class UpstreamFailed(Refusal):
     def __init__(self, code, message):
         fields = {"x_should_retry": "false"} if code == "upstream_tls_error" else {}
         super().__init__(504 if code == "upstream_timeout" else 502, code, message, **fields)
+
+
+def error_object(refusal):
+    """OpenAI's error form, in a body or as an event."""
+    kind = "rate_limit_error" if refusal.status == 429 else "invalid_request_error" if refusal.status < 500 else "server_error"
+    return {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -675,7 +683,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.relay_loop.hand_over(Linger(self.connection))
 
 
-# ---- Who is asking: client keys and origins ------------------------------------------------------------------------
+# ---- Who is asking: client keys, origins, rates --------------------------------------------------------------------
 
 
 def carried_keys(head):
@@ -715,6 +723,20 @@ def cors_fields(head, settings):
     return [(b"Vary", b"Origin")] if settings.origins else []
 
 
+def preflight_fields(head, settings):
+    """The answer to a browser's question before the request (Fetch standard, section 4.8): everything it asks, for an allowed origin."""
+    if not origin_allowed(head, settings):
+        return []
+    fields = [(b"Access-Control-Allow-Methods", ", ".join(METHODS).encode()), (b"Access-Control-Max-Age", b"86400"),
+              (b"Vary", b"Access-Control-Request-Headers")]
+    asked = head.get(b"access-control-request-headers")
+    if asked:
+        fields.append((b"Access-Control-Allow-Headers", asked))
+    if head.get(b"access-control-request-private-network") == b"true" and head.get(b"origin").decode("latin-1") in settings.origins:
+        fields.append((b"Access-Control-Allow-Private-Network", b"true"))
+    return fields
+
+
 def network_of(address):
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, which a single household has whole."""
     try:
@@ -752,20 +774,6 @@ def duration(seconds):
     minutes, seconds = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return ("%dh" % hours if hours else "") + ("%dm" % minutes if hours or minutes else "") + "%ds" % seconds
-
-
-def preflight_fields(head, settings):
-    """The answer to a browser's question before the request (Fetch standard, section 4.8): everything it asks, for an allowed origin."""
-    if not origin_allowed(head, settings):
-        return []
-    fields = [(b"Access-Control-Allow-Methods", ", ".join(METHODS).encode()), (b"Access-Control-Max-Age", b"86400"),
-              (b"Vary", b"Access-Control-Request-Headers")]
-    asked = head.get(b"access-control-request-headers")
-    if asked:
-        fields.append((b"Access-Control-Allow-Headers", asked))
-    if head.get(b"access-control-request-private-network") == b"true" and head.get(b"origin").decode("latin-1") in settings.origins:
-        fields.append((b"Access-Control-Allow-Private-Network", b"true"))
-    return fields
 
 
 # ---- For what: paths, models, aliases ------------------------------------------------------------------------------
@@ -877,6 +885,8 @@ def parse_object(body):
     """
     try:
         check_depth(body)
+        if len(body) > MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise ValueError("it holds more than %d values" % MAX_VALUES)
         values = STRICT_JSON.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise Refusal(400, "invalid_json", "The body is not JSON in UTF-8.")
@@ -1184,6 +1194,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 continue
             data = memoryview(chunk(piece, request.chunked) + (b"0\r\n\r\n" if request.chunked and body.done else b""))
 
+
 def answered(wire):
     """Has the upstream begun its final answer, or hung up? Interim answers while we send are not it."""
     try:
@@ -1474,7 +1485,7 @@ class Stream(Job):
         return self.frame(render_event({"error": error_object(UpstreamFailed(outcome, what + " in the middle of this answer."))}))
 
     def send_down(self, data):
-        """Send what the client takes now, keep the rest; finish when the body is over and all of it taken."""
+        """Send at once what the client takes, keep the rest: nothing is collected. Finish when the body is over and all of it taken."""
         try:
             data = self.pending + data if self.pending else data
             sent = self.client.send_some(data) if data else 0
@@ -1938,6 +1949,11 @@ class RequestBody:
             raise Refusal(408, "request_timeout", "The body came more slowly than %d bytes a second." % BODY_RATE)
 
 
+def render_event(data, name=""):
+    """One event in bytes, ASCII because a delta may hold half a surrogate pair. Never `id:` or `retry:`, which openai-python stumbles over."""
+    return ("event: %s\ndata: %s\n\n" % (name, json.dumps(data)) if name else "data: %s\n\n" % json.dumps(data)).encode()
+
+
 def chunk(data, chunked):
     """`data` as one chunk if the body is chunked. No empty one: that would be the last."""
     return b"%x\r\n%b\r\n" % (len(data), data) if chunked and data else data
@@ -2244,11 +2260,6 @@ def relabel_response(data, call):
 # -- streams
 
 
-def render_event(data, name=""):
-    """One event in bytes, ASCII because a delta may hold half a surrogate pair. Never `id:` or `retry:`, which openai-python stumbles over."""
-    return ("event: %s\ndata: %s\n\n" % (name, json.dumps(data)) if name else "data: %s\n\n" % json.dumps(data)).encode()
-
-
 class EventReader:
     """Events out of bytes as they come (WHATWG HTML, 9.2.6): LF or CRLF, comments, `data:` without a space and on several lines."""
 
@@ -2384,12 +2395,6 @@ class ResponsesTranslator(StreamTranslator):
 
 
 # -- errors
-
-
-def error_object(refusal):
-    """OpenAI's error form, in a body or as an event."""
-    kind = "rate_limit_error" if refusal.status == 429 else "invalid_request_error" if refusal.status < 500 else "server_error"
-    return {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
 
 
 def translate_error(status, body, secrets=(), **fields):

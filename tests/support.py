@@ -150,7 +150,6 @@ class Upstream:
             if not piece:
                 raise ConnectionResetError()
             return piece
-        announced = False
         try:
             while b"\r\n\r\n" not in data:
                 data += more()
@@ -158,7 +157,6 @@ class Upstream:
             with self.arrived:
                 self.received.append(received)
                 self.arrived.notify_all()
-                announced = True
             if received.field("transfer-encoding") == "chunked":
                 while True:
                     while b"\r\n" not in data:

@@ -2,7 +2,6 @@
 import http.client
 import resource
 import socket
-import socketserver
 import threading
 import time
 

@@ -61,6 +61,7 @@ REFUSED = [     # a body, and the code of its refusal; 400 but for the last
     pytest.param(b'{"model":"small","a":' + b"[" * DEEP + b"]" * DEEP + b"}", "invalid_json", id="deep lists"),
     pytest.param(b'{"model":"small","a":' + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b"}", "invalid_json", id="deep objects"),
     pytest.param(b"[" * DEEP, "invalid_json", id="deep and unfinished"),
+    pytest.param(b'{"model":"small","a":[' + b"[]," * 700000 + b"1]}", "invalid_json", id="a million values"),
     pytest.param(b'["model","small"]', "invalid_json", id="a list"),
     pytest.param(b'"small"', "invalid_json", id="a string"),
     pytest.param(b"", "invalid_json", id="nothing"),
