@@ -3080,6 +3080,8 @@ class Server(http.server.ThreadingHTTPServer):
         while True:
             try:
                 self.finish_request(request, client_address)
+            except OSError:                 # the client has just reset its connection
+                pass
             except Exception as error:      # a fault of ours outside of any request
                 self.report_fault(error)
             finally:

@@ -403,6 +403,22 @@ def free_places(running):
         assert running.server.all_done.wait_for(lambda: not running.server.connections, PATIENCE), running.server.connections
 
 
+def test_a_reset_just_behind_an_answer_is_no_fault(relay, monkeypatch):
+    running, warnings = relay(KEY="sk-hidden"), []
+    monkeypatch.setattr(running.server.log, "warn", warnings.append)
+    client = running.client()
+
+    def record(line):                       # the answer is out, the connection not closed yet
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.sock.close()
+        running.record(line)
+    monkeypatch.setattr(running.server.log, "write", record)
+    client.request("GET", "/nothing", fields=[("Connection", "close")])
+    assert running.wait_for_record()["status"] == 404
+    free_places(running)
+    assert not warnings
+
+
 @pytest.mark.parametrize("how", ["after an answer", "in mid-answer", "in a head", "when idle", "refused"])
 def test_a_client_that_leaves_by_a_reset_frees_its_place(by_hand, relay, how):
     running = relay(UPSTREAM=by_hand.url)
