@@ -89,7 +89,7 @@ STALL_SECONDS = 60          # a client that takes no byte of its answer: nginx's
 MAX_FIELDS, MAX_LINE, MAX_HEAD = 100, 16384, 65536      # fields, bytes a line, bytes in all: what nginx and Apache allow
 MAX_CHUNK_LINE, MAX_TRAILER = 4096, 8192    # a chunk's size line with its extensions; all trailer fields
 MAX_DEPTH = 100             # nesting of a JSON body: far above any schema, far below any parser's stack
-MAX_VALUES = 1000000        # in a JSON body: parsed, each takes up to 100 bytes
+MAX_VALUES = 1000000        # in a JSON body of more than four times as many bytes: parsed, each value takes some 70
 MAX_INTERIM = 20            # 1xx answers before the real one
 CATALOGUE_SECONDS, CATALOGUE_RETRY = 600, 30    # a model list that was read, or could not be, is asked for again after
 MAX_ANSWER = 64 << 20       # of an answer that has to be translated as a whole
@@ -99,7 +99,7 @@ HOLD_BYTES, HOLD_SECONDS = 65536, 0.5   # a body this small is read whole before
 USAGE_BYTES = 4096          # of an answer, kept from where its last `usage` begins
 PEEK_BYTES = 65536          # of an error answer, searched for the provider key before it may pass
 TLS_RECORD = 16384          # the most that TLS sends as one piece, readable only when whole (RFC 8446 section 5.1)
-PIECE = 65536               # bytes moved at a time
+PIECE, FIRST_PIECE = 65536, 8192    # bytes moved at a time; asked for at first, since memory for 64 KB that holds 200 bytes leaves holes
 SPARE_SECONDS = 5           # a thread without a client is kept this long
 MAX_BUCKETS = 10000         # clients whose rate is remembered; about 3 MB
 KEY_COOLDOWN = 60           # seconds a provider key rests after a 402, 403 or 429 that names no time
@@ -885,7 +885,7 @@ def parse_object(body):
     """
     try:
         check_depth(body)
-        if len(body) > MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        if len(body) > 4 * MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
             raise ValueError("it holds more than %d values" % MAX_VALUES)
         values = STRICT_JSON.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
@@ -1672,15 +1672,19 @@ class Wire:
     """A non-blocking socket, plain or TLS, with the bytes that were read from it and not used yet."""
 
     def __init__(self, sock):
-        self.sock, self.fd, self.buffer, self.mask, self.ended = sock, sock.fileno(), b"", 0, False
+        self.sock, self.fd, self.buffer, self.mask, self.ended, self.piece = sock, sock.fileno(), b"", 0, False, FIRST_PIECE
         self.pending = getattr(sock, "pending", int)        # TLS: bytes that are decrypted already; int() is 0
 
     def receive(self):
         """Up to PIECE bytes; b"" at the end, None if there is nothing yet. OSError if the connection broke."""
         try:
-            data = self.sock.recv(PIECE)
+            data = self.sock.recv(self.piece)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
+        if len(data) == self.piece:
+            self.piece = PIECE
+        elif len(data) < FIRST_PIECE:
+            self.piece = FIRST_PIECE
         self.ended = not data
         return data
 
@@ -3288,6 +3292,18 @@ def stay_on_one_cpu():
             os.sched_setaffinity(0, {random.choice(cpus)})
 
 
+def tune_malloc():
+    """Where the C library is glibc: one heap for all threads, and up to 16 MB of it kept for the next body instead of given back and cleared anew.
+
+    Measured with held bodies of 1 MB: 2.0 milliseconds of CPU a request without, 0.8 with. A heap for each of many threads would hold many times the
+    memory and hardly be faster, for malloc is called under the interpreter's lock."""
+    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):     # other systems
+        import ctypes
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-8, 1), (-3, 4 << 20), (-1, 16 << 20)):      # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(option, value)
+
+
 def main():
     """Run as a program. Exit status: 0 after a signal, 1 when it cannot run, 2 for a wrong setting or option."""
     try:
@@ -3313,6 +3329,7 @@ def main():
         print(check_report(settings))
         return 0
     stay_on_one_cpu()
+    tune_malloc()
     threading.stack_size(1 << 20)           # musl's 128 KiB is too little for JSON; more is never used
     try:
         server = Server(settings)

@@ -37,7 +37,7 @@ MAX_BODY = 4 << 20
 CLIENTS = 128           # AIPROXY_MAX_CONNECTIONS: a crowd reaches it
 MEMORY_SLACK = 4 << 20  # bytes that a relay may hold more than after the warm-up
 # How a relay is run: with the limits above, and giving back at SIGUSR1 what glibc keeps although it is free, which is no leak: places between what
-# is in use, and caches. It can do so only of its first arena, so there is one. The report tells both.
+# is in use, and caches. The report tells both.
 RUN = """import ctypes, signal, sys, aiproxy
 vars(aiproxy).update(%r)
 if hasattr(signal, "SIGUSR1"):
@@ -220,7 +220,7 @@ class Relay:
     def __init__(self, name, real_limits, **settings):
         self.name, self.gated = name, "KEY" in settings
         environ = {"AIPROXY_" + key: str(value) for key, value in settings.items()}
-        environ.update(AIPROXY_PORT="0", AIPROXY_LOG="json", AIPROXY_TIMEOUT=str(TIMEOUT), AIPROXY_MAX_CONNECTIONS=str(CLIENTS), PYTHONPATH=os.path.dirname(PROGRAM), MALLOC_ARENA_MAX="1")
+        environ.update(AIPROXY_PORT="0", AIPROXY_LOG="json", AIPROXY_TIMEOUT=str(TIMEOUT), AIPROXY_MAX_CONNECTIONS=str(CLIENTS), PYTHONPATH=os.path.dirname(PROGRAM))
         self.process = subprocess.Popen([sys.executable, "-c", RUN % ({} if real_limits else LIMITS)], env=clean_environ(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         self.said, self.outcomes, self.lines, self.address = [], collections.Counter(), 0, None
         while self.address is None:
