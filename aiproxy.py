@@ -3299,7 +3299,7 @@ def tune_malloc():
 
     Measured with held bodies of 1 MB: 2.0 milliseconds of CPU a request without, 0.8 with. A heap for each of many threads would hold many times the
     memory and hardly be faster, for malloc is called under the interpreter's lock."""
-    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):     # other systems
+    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError, MemoryError):     # other systems; the last where systemd denies ctypes memory
         import ctypes
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-8, 1), (-3, 4 << 20), (-1, 16 << 20)):      # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

@@ -65,6 +65,19 @@ def test_the_banner_says_what_is_in_force(upstream, env, shown):
             assert re.search(pattern, text.replace("no key needed", "transparent")), pattern
 
 
+CTYPES = {      # a Python or a system on which the memory cannot be tuned, as a module of our own
+    "missing": "raise ImportError", "forbidden": "raise MemoryError", "no library": "def CDLL(name): raise OSError", "no such name": "def CDLL(name): raise TypeError",
+    "another library": "def CDLL(name): return object()"}
+
+
+@pytest.mark.parametrize("code", list(CTYPES.values()), ids=list(CTYPES))
+def test_it_starts_where_the_memory_cannot_be_tuned(tmp_path, code):
+    (tmp_path / "ctypes.py").write_text(code)
+    with Program(env={"PYTHONPATH": str(tmp_path)}) as program:
+        assert ask(program).status == 200 and program.stop() == 0
+        quiet(program)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly(upstream, number):
     with Program(env={"AIPROXY_UPSTREAM": upstream.url, "AIPROXY_KEY": "sk-hidden-key"}) as program, Client(program.address) as client:
