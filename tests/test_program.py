@@ -2,10 +2,12 @@
 import re
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
-from support import CHAT, Client, Program, run_program
+from support import CHAT, PATIENCE, PROGRAM, Client, Program, clean_environ, run_program
 
 
 def quiet(program):
@@ -63,6 +65,14 @@ def test_the_banner_says_what_is_in_force(upstream, env, shown):
         assert upstream.url in text and program.url in text and "curl " in text and program.lines == []
         for pattern in shown:
             assert re.search(pattern, text.replace("no key needed", "transparent")), pattern
+
+
+@pytest.mark.parametrize("how", [["-m", "pdb", "-c", "continue"], ["-m", "cProfile"], []], ids=["a debugger", "a profiler", "nothing"])
+def test_it_runs_under_tools_that_run_it(how):
+    with subprocess.Popen([sys.executable] + how + [PROGRAM], env=clean_environ({"AIPROXY_PORT": "0"}), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert b" on http://" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
 
 
 CTYPES = {      # a Python or a system on which the memory cannot be tuned, as a module of our own
