@@ -238,7 +238,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = self.body = None
         self.method = self.path = self.query = ""
         self.cors = cors_fields(None, self.settings)
-        self.head_sent = False
+        self.head_sent = self.is_json = False
         self.record = Record(self.client_address[0])
         self.address = self.network
 
@@ -288,8 +288,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.websocket:
             self.query, self.record.model = resolve_query_model(self.query, self.settings)     # 400 403
         self.check_rate()                                   # 429
+        self.is_json = self.must_look_into_body()
         prefix, call = self.read_body(), None               # 408 413 415
-        if self.body_rules_apply():
+        if self.is_json:
             prefix, self.record.model, call = apply_body_rules(prefix, self.path, self.settings)       # 400 403
         if call:
             return self.relay_translated(call)              # 502 504, and Cloudflare's own
@@ -433,13 +434,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 answer.close(reusable=True)
         return list(itertools.chain(*pages))
 
-    def body_rules_apply(self):
-        """Must the body be read? With a hidden key that of every POST, in a transparent relay those on the inference paths."""
+    def must_look_into_body(self):
+        """With a hidden key into that of every POST, in a transparent relay into those on the inference paths, if a setting asks for it."""
         return self.settings.body_rules and self.method == "POST" and (self.settings.hidden or self.path in INFERENCE_PATHS)
 
     def read_body(self):
         """What must be held of the body: all of it for the model rules or if it is small, else its beginning (self.body.done tells)."""
-        hold, body = self.body_rules_apply(), self.body
+        hold, body = self.is_json, self.body
         if hold and self.head.get(b"content-encoding", b"identity").lower() != b"identity":
             raise Refusal(415, "unsupported_encoding", "The body must not be compressed here: its model has to be read.", Accept_Encoding="identity")
         body.limit = self.settings.max_body if hold or self.settings.hidden else None
@@ -463,7 +464,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The upstream's answer, its head read. 502 or 504 if there is none. With several keys the next is tried if one is refused."""
         settings = self.settings
         url = settings.upstream.url + (settings.upstream.base + target if target else settings.upstream.map_path(self.path) + self.query)
-        fields = upstream_fields(self.head, settings, self.body_rules_apply(), self.websocket)
+        fields = upstream_fields(self.head, settings, self.is_json, self.websocket)
         keys = self.server.key_ring.order(time.monotonic()) if settings.keys else [None]
         keys = keys if self.body.done else keys[:1]     # a body that is streamed cannot be sent twice
         for place in keys:
@@ -928,7 +929,9 @@ def check_depth(body):
 
 
 def holds_many(body, mark):
-    """Does `mark` stand there so often that its nesting may be too deep? find() is many times as fast as count()."""
+    """Does `mark` stand there so often that its nesting may be too deep? In a large body find() is many times as fast as count()."""
+    if len(body) < PIECE:
+        return body.count(mark) > MAX_DEPTH // 2
     position, most = -1, MAX_DEPTH // 2
     while most >= 0:
         position, most = body.find(mark, position + 1), most - 1
@@ -1016,6 +1019,8 @@ class KeyRing:
 
     def order(self, now):
         """The places of the keys to try, each once: those that do not rest, in turn; if all rest, the one that is ready first."""
+        if len(self.rests) == 1:
+            return [0]
         with self.lock:
             ready = [place for place, until in enumerate(self.rests) if until <= now]
             self.turn += 1
@@ -1641,6 +1646,7 @@ class Linger(Job):
 # ---- HTTP framing: one strict reader for both sides ----------------------------------------------------------------
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+POLL_EVENTS = (0, select.POLLIN, select.POLLOUT, select.POLLIN | select.POLLOUT) if hasattr(select, "poll") else ()     # by READ | WRITE; none on Windows
 
 
 class BadHead(Refusal):
@@ -1655,13 +1661,13 @@ def wait(timeout, *wants):
     for wire, mask in wants:
         if mask & READ and wire.pending():
             return [wire]
-    if hasattr(select, "poll"):
+    if POLL_EVENTS:
         poll = select.poll()
         for wire, mask in wants:
             if mask:
-                poll.register(wire.fd, (0, select.POLLIN, select.POLLOUT, select.POLLIN | select.POLLOUT)[mask])
-        ready = [fd for fd, _ in poll.poll(max(0, timeout) * 1000)]
-    else:                                   # Windows
+                poll.register(wire.fd, POLL_EVENTS[mask])
+        ready = dict(poll.poll(max(0, timeout) * 1000))
+    else:
         readable, writable, _ = select.select([w.fd for w, m in wants if m & READ], [w.fd for w, m in wants if m & WRITE], [], max(0, timeout))
         ready = readable + writable
     return [wire for wire, _ in wants if wire.fd in ready]
@@ -1744,6 +1750,8 @@ class Wire:
     def read_head(self, first_line, more):
         """The Head at the front of the buffer; calls more() until it is whole. BadHead as soon as it can no longer be good."""
         searched = 0
+        if not self.buffer:
+            more()
         while True:
             end = self.buffer.find(b"\r\n\r\n", max(0, searched - 3))
             if end < 0 or end > MAX_LINE:
@@ -1789,19 +1797,15 @@ def parse_head(block, first_line):
 class Head:
     """A start line's parts and the fields, as bytes: in the order and the spelling in which they came, and by lower-case name."""
 
-    __slots__ = ("start", "fields", "by_name", "raw")
+    __slots__ = ("start", "fields", "by_name", "raw", "get")
 
     def __init__(self, start, fields, raw=b""):
-        self.start, self.fields, self.by_name, self.raw = start, fields, {}, raw
-        for name, value in fields:
-            self.by_name.setdefault(name.lower(), []).append(value)
-
-    def get(self, name, default=None):
-        values = self.by_name.get(name)
-        return values[0] if values else default
+        self.start, self.fields, self.raw = start, fields, raw
+        self.by_name = {name.lower(): value for name, value in reversed(fields)}    # of repeated fields the first
+        self.get = self.by_name.get
 
     def all(self, name):
-        return self.by_name.get(name, ())
+        return [value for other, value in self.fields if other.lower() == name] if name in self.by_name else ()
 
     def elements(self, name):
         """The comma-separated elements of all the fields of this name."""
@@ -1913,11 +1917,7 @@ class RequestBody:
 
     def __init__(self, client, decoder):
         self.client, self.decoder, self.length = client, decoder, decoder.length
-        self.limit, self.received, self.waited = None, 0, 0.0
-
-    @property
-    def done(self):
-        return self.decoder.done
+        self.limit, self.received, self.waited, self.done = None, 0, 0.0, decoder.done
 
     def check_limit(self):
         if self.limit is not None and max(self.received, self.length or 0) > self.limit:
@@ -1936,6 +1936,7 @@ class RequestBody:
         piece = self.decoder.feed(data) if data else b""
         if self.decoder.broken:
             raise Refusal(400, "bad_request", "The chunked body is malformed: %s." % self.decoder.broken)
+        self.done = self.decoder.done
         if self.done:
             self.client.buffer = self.decoder.surplus
         self.received += len(piece)
