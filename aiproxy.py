@@ -488,8 +488,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_for_key(self, answer):
         """502 for an answer that says that our key is bad, or repeats it: the client has no part in either."""
         if answer.status != 401:
-            with contextlib.suppress(OSError):      # the relay will meet the same end and tell the client
+            try:
                 answer.hold(PEEK_BYTES)
+            except socket.timeout:
+                pass                        # the relay waits on
+            except OSError:                 # told only once: what is read next would look like a plain end
+                answer.body.broken = answer.body.broken or "it was cut off"
             plain = inflate(answer.held, PEEK_BYTES * 8) if answer.coded else b""
             if not any(key in answer.held + plain for key in self.settings.keys):
                 return
@@ -1285,11 +1289,10 @@ class Answer:
         body = self.body
         while body is not None and not body.done:
             if not self.wire.buffer:
-                try:
-                    self.more()
-                except ConnectionResetError:
+                wait_for_upstream(self.timeout, self.wire, READ, self.client)
+                if not self.wire.fill():        # a plain end; a reset is an OSError, and never the end of a body
                     if not body.at_end():
-                        raise
+                        raise ConnectionResetError()
                     body.done, self.reusable = True, False
                     break
             data, self.wire.buffer = self.wire.buffer, b""
@@ -1469,7 +1472,7 @@ class Stream(Job):
     def advance(self, data):
         """The next bytes for the client, given the next from the upstream; b"" is its end. Sets `ending` when the body is over."""
         body = self.body.feed(data) if data else b""
-        if self.body.done or not data and self.body.at_end():
+        if self.body.done or not data and not self.body.broken and self.body.at_end():
             self.ending = "ok"
         elif self.body.broken or not data:
             return self.frame(body) + self.cut("upstream_died")

@@ -218,3 +218,20 @@ def test_an_answer_in_any_two_pieces_is_the_same_answer(upstream, relay, place, 
     upstream.answer = answer_in_two
     reply = scene.play()
     assert reply.body == BODY and reply.complete and scene.reused
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+def test_a_reset_in_an_error_that_is_held_is_no_end_of_it(upstream, relay, version):
+    def reply(received):
+        received.send(answer(b"", BODY, b"HTTP/1.1 429 X"))
+        hang_up(received, "reset")
+    upstream.answer = reply
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
+    with running.client() as client:
+        client.request("POST", CHAT, b"{}", [("Authorization", "Bearer ck-alice")], version)
+        try:
+            seen = client.read_reply("POST")
+        except (ConnectionError, AssertionError):      # HTTP/1.0: a reset that overtakes the head
+            seen = None
+        assert version == "HTTP/1.0" and seen is None or not seen.complete
+    assert running.wait_for_record()["outcome"] in ("upstream_died", "upstream_bad_response")

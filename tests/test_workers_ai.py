@@ -260,6 +260,15 @@ def test_the_log_knows_the_usage_of_every_kind(workers):
             "alice", path, body.get("model", LLAMA), 200, 200, "ok")
 
 
+def test_a_whole_answer_that_ends_by_a_reset_is_a_502(cloudflare, workers):
+    def answer(received):
+        received.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + json.dumps(envelope({"response": "It may go on"})).encode())
+        received.reset()
+    cloudflare.answer = answer
+    reply = post(workers())
+    assert (reply.status, reply.code) == (502, "upstream_bad_response")
+
+
 @pytest.mark.parametrize("end", ["close", "reset", "broken chunk", "length", "half an event", "last chunk"])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
 def test_a_cut_stream_ends_in_an_error_event_and_never_in_stop(cloudflare, workers, end, version):
