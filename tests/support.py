@@ -30,8 +30,9 @@ def event(text):
 class Received:
     """One request as the upstream received it, and the connection to answer it on."""
 
-    def __init__(self, connection, number):
+    def __init__(self, connection, number, reading=None):
         self.connection, self.number = connection, number       # number: the how-manieth connection to this upstream
+        self.reading = reading or threading.Lock()              # one thread reads at a time: two in one TLS connection corrupt memory up to CPython 3.13
         self.head = self.body = b""
         self.whole = False
 
@@ -54,14 +55,18 @@ class Received:
     def wait_closed(self, timeout=PATIENCE):
         """Seconds until the other side hung up; None if it did not."""
         begin = time.monotonic()
-        self.connection.settimeout(timeout)
+        if not self.reading.acquire(timeout=timeout):
+            return None
         try:
+            self.connection.settimeout(timeout)
             while self.connection.recv(65536):
                 pass
         except socket.timeout:
             return None
         except OSError:
             pass
+        finally:
+            self.reading.release()
         return time.monotonic() - begin
 
     def reset(self):
@@ -105,9 +110,9 @@ class Upstream:
         except OSError:
             pass
         self.listener.close()
-        for connection in self.open:
+        for connection in self.open:                        # its own thread closes it: not under the hands of a reader
             try:
-                connection.close()
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
             except OSError:
                 pass
 
@@ -122,13 +127,13 @@ class Upstream:
             threading.Thread(target=self.serve, args=(connection, self.connections), daemon=True).start()
 
     def serve(self, connection, number):
+        rest, reading = b"", threading.Lock()
         try:
             if self.tls:
                 connection = self.tls.wrap_socket(connection, server_side=True)
             self.open.append(connection)
-            rest = b""
             while True:
-                received = Received(connection, number)
+                received = Received(connection, number, reading)
                 rest = self.read_request(received, rest)
                 if rest is None:
                     return
@@ -140,12 +145,15 @@ class Upstream:
             pass
         except Exception as error:      # kept for the test to see: a thread's own exception would be lost
             self.errors.append(error)
-            connection.close()
+        finally:
+            with reading:
+                connection.close()
 
     def read_request(self, received, data):
         """Reads one request; the bytes behind it, or None if the connection ended."""
         def more():
-            piece = received.connection.recv(65536)
+            with received.reading:
+                piece = received.connection.recv(65536)
             self.all_bytes += piece
             if not piece:
                 raise ConnectionResetError()
