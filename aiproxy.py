@@ -463,12 +463,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def open_upstream(self, prefix, target="", method=""):
         """The upstream's answer, its head read. 502 or 504 if there is none. With several keys the next is tried if one is refused."""
         settings = self.settings
-        url = settings.upstream.url + (settings.upstream.base + target if target else settings.upstream.map_path(self.path) + self.query)
+        target = settings.upstream.base + target if target else settings.upstream.map_path(self.path) + self.query
         fields = upstream_fields(self.head, settings, self.is_json, self.websocket)
         keys = self.server.key_ring.order(time.monotonic()) if settings.keys else [None]
         keys = keys if self.body.done else keys[:1]     # a body that is streamed cannot be sent twice
         for place in keys:
-            request = UpstreamRequest(url, method or self.method, fields + ([] if place is None else [settings.key_fields[place]]), prefix, self)
+            request = UpstreamRequest(settings.upstream, target, method or self.method, fields + ([] if place is None else [settings.key_fields[place]]), prefix, self)
             answer = self.server.opener.open(request, timeout=settings.timeout)
             self.record.upstream_status = answer.status
             answer.forget(settings.never_down)
@@ -639,8 +639,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Head and first bytes in one write: two would wait for each other's acknowledgement."""
         self.record.status = status
         self.head_sent = True
-        lines = [b"HTTP/1.1 %d %b\r\n" % (status, reason)] + [b"%b: %b\r\n" % field for field in fields]
-        self.client.send(b"".join(lines) + b"\r\n" + body)
+        lines = [b"HTTP/1.1 %d %b" % (status, reason)] + [b": ".join(field) for field in fields]
+        self.client.send(b"\r\n".join(lines) + b"\r\n\r\n" + body)
 
     def answer_json(self, status, body, fields=(), outcome="ok"):
         """An answer of our own."""
@@ -1073,11 +1073,15 @@ class Catalogue:
 
 
 class UpstreamRequest(urllib.request.Request):
-    """urllib's request, and what it cannot hold: repeated fields, a body still coming, the client to watch meanwhile."""
+    """urllib's request, and what it cannot hold: repeated fields, a body still coming, the client to watch meanwhile.
 
-    def __init__(self, url, method, fields, prefix, handler):
-        super().__init__(url, method=method, origin_req_host="")     # which is for cookies; left out, it costs a second parsing of the URL
-        self.fields, self.prefix, self.websocket = list(fields), prefix, handler.websocket
+    The upstream's URL is parsed once, at the start: whatever `target` is, it goes to that host.
+    """
+
+    def __init__(self, upstream, target, method, fields, prefix, handler):
+        self.__dict__ = upstream.parsed.copy()
+        self._full_url, self.selector, self.method, self.headers = upstream.url + target, target, method, {}
+        self.fields, self.prefix, self.websocket = fields, prefix, handler.websocket
         self.client, self.body = handler.client, handler.body
         self.chunked, self.whole = not self.body.done and self.body.length is None, False      # whole: all of it has been sent
         if self.chunked:
@@ -1086,9 +1090,11 @@ class UpstreamRequest(urllib.request.Request):
             self.fields.append((b"Content-Length", b"%d" % (len(prefix) if self.body.done else self.body.length)))
 
     def encode_head(self):
-        lines = [b"%b %b HTTP/1.1\r\n" % (self.method.encode(), self.selector.encode())] + [b"%b: %b\r\n" % field for field in self.fields]
-        lines += [b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in self.headers.items() if not self._tunnel_host]     # ProxyHandler's
-        return b"".join(lines) + b"\r\n"
+        fields = self.fields
+        if self.headers and not self._tunnel_host:      # ProxyHandler's
+            fields = fields + [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        lines = [b"%b %b HTTP/1.1" % (self.method.encode(), self.selector.encode())] + [b": ".join(field) for field in fields]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
@@ -2594,6 +2600,7 @@ class Upstream:
         self.base, self.shown = parts.path.rstrip("/") + below, url.rstrip("/")
         netloc = ("[%s]" % host if ":" in host else host) + (":%d" % parts.port if parts.port else "")
         self.netloc, self.url = netloc.encode(), "%s://%s" % (parts.scheme, netloc)
+        self.parsed = vars(urllib.request.Request(self.url, origin_req_host=""))     # for UpstreamRequest
         if self.key_header is None:         # a base URL of a provider that we know wants its key as that row says
             known = [row for row in PROVIDERS.values() if urllib.parse.urlsplit(row[0]).netloc == netloc]
             _, self.key_header, self.paths = known[0] if known else ("", "Authorization", OPENAI_PATHS)
