@@ -1135,13 +1135,14 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def kept(self):
         """A kept connection that is still good: younger than POOL_SECONDS and silent. What speaks out of turn is not trusted."""
-        with contextlib.suppress(IndexError):       # none left
+        try:
             while True:
                 connection, since = self.idle.pop()
                 if time.monotonic() - since < POOL_SECONDS and connection.wire.is_silent():
                     return connection
                 connection.close()
-        return None
+        except IndexError:                  # none left
+            return None
 
     def keep(self, connection):
         self.idle.append((connection, time.monotonic()))
@@ -1224,13 +1225,16 @@ def answered(wire):
 def wait_for_upstream(timeout, wire, mask, client):
     """Sleep until the upstream's wire is ready, the client in view: ClientGone. socket.timeout after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    ready = []
-    while wire not in ready:
-        ready = wait(deadline - time.monotonic(), (wire, mask), *([(client, READ)] if client and client.watched else []))
+    while True:
+        wants = ((wire, mask), (client, READ)) if client and client.watched else ((wire, mask),)
+        ready = wait(timeout, *wants)
         if not ready:
             raise socket.timeout()
         if client in ready:
             client.notice()
+        if wire in ready:
+            return
+        timeout = deadline - time.monotonic()
 
 
 def connect_within(address, deadline):
@@ -1670,23 +1674,25 @@ def wait(timeout, *wants):
     for wire, mask in wants:
         if mask & READ and wire.pending():
             return [wire]
-    if POLL_EVENTS:
-        poll = select.poll()
-        for wire, mask in wants:
-            if mask:
-                poll.register(wire.fd, POLL_EVENTS[mask])
-        ready = dict(poll.poll(max(0, timeout) * 1000))
-    else:
-        readable, writable, _ = select.select([w.fd for w, m in wants if m & READ], [w.fd for w, m in wants if m & WRITE], [], max(0, timeout))
-        ready = readable + writable
-    return [wire for wire, _ in wants if wire.fd in ready]
+    timeout = timeout if timeout > 0 else 0
+    if not POLL_EVENTS:
+        readable, writable, _ = select.select([w for w, m in wants if m & READ], [w for w, m in wants if m & WRITE], [], timeout)
+        return readable + writable
+    poll, by_number = select.poll(), {}
+    for wire, mask in wants:
+        by_number[wire.number] = wire
+        poll.register(wire.number, POLL_EVENTS[mask])
+    return [by_number[number] for number, _ in poll.poll(timeout * 1000)]
 
 
 class Wire:
     """A non-blocking socket, plain or TLS, with the bytes that were read from it and not used yet."""
 
     def __init__(self, sock):
-        self.sock, self.fd, self.buffer, self.mask, self.ended, self.piece = sock, sock.fileno(), b"", 0, False, FIRST_PIECE
+        self.sock, self.number, self.buffer, self.mask, self.ended, self.piece = sock, sock.fileno(), b"", 0, False, FIRST_PIECE
+        self.fileno, self.poll = sock.fileno, POLL_EVENTS and select.poll()
+        if self.poll:
+            self.poll.register(self.number, select.POLLIN)
         self.pending = getattr(sock, "pending", int)        # TLS: bytes that are decrypted already; int() is 0
 
     def receive(self):
@@ -1724,7 +1730,10 @@ class Wire:
             sent += self.send_some(memoryview(data)[sent:])
 
     def wait_readable(self, timeout):
-        return bool(wait(timeout, (self, READ)))
+        """wait() for this wire alone. For the one thread that reads it."""
+        if not self.poll:
+            return bool(wait(timeout, (self, READ)))
+        return self.pending() > 0 or bool(self.poll.poll(timeout * 1000 if timeout > 0 else 0))
 
     @property
     def watched(self):
@@ -1743,7 +1752,7 @@ class Wire:
     def is_silent(self):
         """Nothing came on an idle connection: no hang-up, no stray bytes. A TLS ticket is no byte of the stream."""
         try:
-            return self.receive() is None
+            return not self.wait_readable(0) or self.receive() is None
         except OSError:
             return False
 
@@ -3165,7 +3174,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             now = time.monotonic()
             old = [handler for handler, since in self.idle.items() if now - since >= age]
-            silent = list(itertools.islice((handler for handler in old if not handler.client.wait_readable(0)), most))
+            silent = list(itertools.islice((handler for handler in old if not wait(0, (handler.client, READ))), most))
             for handler in silent:
                 del self.idle[handler]
                 with contextlib.suppress(OSError):      # it may have just gone by itself
