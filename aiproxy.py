@@ -211,7 +211,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.client, self.network = Wire(self.connection), network_of(self.client_address[0])
         self.settings = self.server.settings
-        self.first_request, self.reset_on_close, self.version = True, False, (1, 1)
+        self.first_request, self.reset_on_close, self.http10 = True, False, False
 
     def handle_one_request(self):
         """Read one request, answer it, log it. Whatever goes wrong ends here."""
@@ -300,8 +300,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_head(self):
         method, target, major, minor = self.head.start
-        self.method, self.record.method = method.decode(), method.decode()
-        self.version = min((int(major), int(minor)), (1, 1))
+        self.method = self.record.method = method.decode()
+        self.http10 = minor == b"0"
         target = target.decode()
         self.record.path = target.partition("?")[0]
         if major != b"1":
@@ -310,7 +310,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for name in ONCE:
                 if len(self.head.all(name)) > 1:
                     raise BadHead(400, "The field %s stands there twice." % name.decode())
-        chunked = is_chunked(self.head, self.version < (1, 1))      # RFC 9112 section 6.3: without a length there is no body
+        chunked = is_chunked(self.head, self.http10)      # RFC 9112 section 6.3: without a length there is no body
         self.body = RequestBody(self.client, ChunkedBody() if chunked else PlainBody(content_length(self.head) or 0))
         self.cors = cors_fields(self.head, self.settings)
         forwarded = self.head.elements(b"x-forwarded-for")
@@ -318,7 +318,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.record.client = forwarded[-1].decode("latin-1")
             self.address = network_of(self.record.client)
         host = self.head.get(b"host")
-        if host is None and self.version >= (1, 1) or host is not None and not HOST.fullmatch(host):
+        if host is None and not self.http10 or host is not None and not HOST.fullmatch(host):
             raise BadHead(400, "The request needs one valid Host field.")
         if self.method not in METHODS:
             known = self.method in ("TRACE", "CONNECT")     # TRACE would echo keys, CONNECT would make an open proxy of us
@@ -335,11 +335,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.path, mark, query = target.partition("?")
         self.query = mark + query
         self.record.path = self.path
-        if self.path[:1] != "/" or self.path[:2] == "//" or "#" in query or BAD_ESCAPE.search(self.path) or DOT_SEGMENT.search(self.path):
+        if self.path[:1] != "/" or self.path[:2] == "//" or "#" in query or BAD_ESCAPE.search(self.path) or (
+                "." in self.path or "%" in self.path) and DOT_SEGMENT.search(self.path):
             raise BadHead(400, "The request target is not a plain path: no //, no dot segments, no fragment.")
-        self.websocket = self.method == "GET" and self.version >= (1, 1) and self.body.done and is_websocket(self.head)
+        self.websocket = self.method == "GET" and not self.http10 and self.body.done and is_websocket(self.head)
         expect = self.head.get(b"expect", b"").lower()
-        if expect and self.version >= (1, 1) and expect != b"100-continue":
+        if expect and not self.http10 and expect != b"100-continue":
             raise Refusal(417, "expectation_failed", "The only expectation understood is 100-continue.")
 
     def answer_about_us(self):
@@ -445,9 +446,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(415, "unsupported_encoding", "The body must not be compressed here: its model has to be read.", Accept_Encoding="identity")
         body.limit = self.settings.max_body if hold or self.settings.hidden else None
         body.check_limit()
-        if self.head.get(b"expect") and self.version >= (1, 1) and not body.done and not self.client.buffer:
+        if self.head.get(b"expect") and not self.http10 and not body.done and not self.client.buffer:
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        pieces, held, until = [], 0, time.monotonic() + HOLD_SECONDS
+        first = b"" if body.done else body.read_some()
+        if body.done:                           # most are here with their head
+            return first
+        pieces, held, until = [first], len(first), time.monotonic() + HOLD_SECONDS
         while not body.done:
             piece = body.read_some()
             pieces.append(piece)
@@ -511,7 +515,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         stream = None
         try:
             keep = not self.wants_close()
-            chunked = answer.body is not None and answer.body.length is None and self.version >= (1, 1)
+            chunked = answer.body is not None and answer.body.length is None and not self.http10
             fields = self.downstream_fields(answer)
             if chunked:
                 fields.append((b"Transfer-Encoding", b"chunked"))
@@ -536,7 +540,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if stream.ending == "ok":
             self.close_connection = not keep
         else:
-            self.reset_on_close = self.version < (1, 1) and answer.length is None     # a plain end would look like the end
+            self.reset_on_close = self.http10 and answer.length is None     # a plain end would look like the end
 
     def relay_translated(self, call):
         """An answer of Workers AI in OpenAI's format, each event as it arrives. Errors before the first byte are Refusals."""
@@ -572,7 +576,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def relay_events(self, answer, translator):
         """A stream: this thread reads it, for it has more to do than to move bytes."""
-        chunked = self.version >= (1, 1)
+        chunked = not self.http10
         fields = self.downstream_fields(answer, translated=True) + [(b"Content-Type", b"text/event-stream; charset=utf-8")]
         self.start_answer(200, b"OK", fields + [(b"Transfer-Encoding", b"chunked") if chunked else (b"Connection", b"close")], b"")
         while not translator.done:
@@ -599,7 +603,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def wants_close(self):
         """Must the connection end with this answer?"""
-        return self.version < (1, 1) or b"close" in self.head.tokens(b"connection") or not self.body.done or self.server.closing
+        return self.http10 or b"close" in self.head.tokens(b"connection") or not self.body.done or self.server.closing
 
     def downstream_fields(self, answer, translated=False):
         """End-to-end fields as they came, and the few that we add."""
