@@ -131,7 +131,8 @@ LIMITS_BY_PATH = {      # the names that count on a path, the one that all provi
 LOOKED_AT = frozenset(("model", "n", "best_of") + TOKEN_LIMITS)
 INFERENCE_PATHS = OPENAI_PATHS + ANTHROPIC_PATHS
 
-KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")     # where a client may carry its key
+OTHER_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
+KEY_FIELDS = (b"authorization",) + OTHER_KEY_FIELDS     # where a client may carry its key
 
 # Meant for the next hop alone (RFC 9110 section 7.6.1); `Trailer` announces what we drop; the last is the h2c upgrade's.
 HOP_BY_HOP = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade",
@@ -149,7 +150,7 @@ UP_WITH_HIDDEN_KEY = frozenset((
 # Never come down: about the upstream's own connection, host or browser session, or ours to write.
 NEVER_DOWN = HOP_BY_HOP | frozenset((b"content-length", b"set-cookie", b"alt-svc", b"strict-transport-security", b"nel", b"report-to"))
 NEVER_DOWN_WITH_HIDDEN_KEY = NEVER_DOWN | frozenset((b"server", b"openai-organization", b"openai-project"))
-EXPOSED = (b"x-request-id", b"request-id", b"retry-after", b"retry-after-ms", b"x-should-retry")   # a browser's script may read these
+EXPOSED = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"      # a browser's script may read these
 ONCE = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization", b"origin")   # two of these: two readings
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -246,7 +247,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The head of the next request. A silent kept-alive client is let go after IDLE_SECONDS, or when room is needed."""
         client, first = self.client, self.first_request
         self.first_request = False
-        deadline = time.monotonic() + (HEAD_SECONDS if first else IDLE_SECONDS)
+        deadline = self.record.began + HEAD_SECONDS
 
         def more():
             if not client.wait_readable(deadline - time.monotonic()):
@@ -256,7 +257,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         if not client.buffer:
             self.server.note_idle(self)
-            arrived = client.wait_readable(deadline - time.monotonic())
+            arrived = client.wait_readable(HEAD_SECONDS if first else IDLE_SECONDS)
             if not self.server.note_busy(self) or not arrived and not first:
                 raise ClientGone("idle")
             if arrived and not client.fill():
@@ -612,7 +613,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = [field for field in fields if not field[0].lower().startswith(b"content-") and field[0].lower() not in (b"etag", b"last-modified")]
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
             fields.append((b"Date", self.server.date()))
-        theirs, names = answer.head.get(b"x-request-id") or answer.head.get(b"request-id"), {name.lower() for name, _ in fields}
+        theirs, names = answer.head.get(b"x-request-id") or answer.head.get(b"request-id"), answer.head.by_name
         if theirs:
             self.record.id = theirs.decode("latin-1")[:200]
         if b"x-request-id" not in names:
@@ -681,7 +682,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Which fields of an answer a browser's script may read."""
         if not self.cors or self.cors[0][0] == b"Vary":
             return []
-        return [(b"Access-Control-Expose-Headers", b", ".join(EXPOSED + tuple(sorted(name for name in names if b"ratelimit-" in name))))]
+        limits = sorted(name for name in names if b"ratelimit-" in name) if b"ratelimit-" in b" ".join(names) else []
+        return [(b"Access-Control-Expose-Headers", b", ".join([EXPOSED] + limits))]
 
     def finish(self):
         """Close as the answer needs it: a reset for a cut HTTP/1.0 answer, a linger where bytes are still coming, else at once."""
@@ -696,14 +698,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def carried_keys(head):
     """The different keys that a request carries, as a set of bytes; `openai-insecure-api-key.KEY` is how browsers' WebSockets do it."""
-    keys = {value for name in KEY_FIELDS[1:] for value in head.all(name)}
     scheme, _, credential = head.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() == b"bearer":
-        keys.add(credential.strip())
+    keys = {credential.strip()} if scheme.lower() == b"bearer" else set()
+    for name in OTHER_KEY_FIELDS:
+        keys.update(head.all(name))
     for protocol in head.elements(b"sec-websocket-protocol"):
         if protocol.startswith(b"openai-insecure-api-key."):
             keys.add(protocol.partition(b".")[2])
-    return keys - {b""}
+    keys.discard(b"")
+    return keys
 
 
 def origin_allowed(head, settings):
@@ -978,19 +981,18 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_int=bound
 def upstream_fields(head, settings, is_json, websocket):
     """The header fields of the request to the upstream, Host first, all but the provider key. The client's own key never is among them."""
     dropped = head.tokens(b"connection")        # fields that the client named as meant for this hop
-    fields, own_keys = [(b"Host", settings.upstream.netloc)], settings.hidden or settings.client_keys
+    fields, hidden, own_keys = [(b"Host", settings.upstream.netloc)], settings.hidden, settings.hidden or settings.client_keys
     for name, value in head.fields:
         low = name.lower().replace(b"_", b"-")  # CGI-like servers take Content_Length for Content-Length
+        if hidden and low not in UP_WITH_HIDDEN_KEY and not (websocket and low.startswith(b"sec-websocket-")):
+            continue
         if low in NEVER_UP or low in dropped or low.startswith(NEVER_UP_PREFIXES) or low in KEY_FIELDS and own_keys:
             continue
-        if low.startswith(b"sec-websocket-") and (websocket or not settings.hidden):
-            if low == b"sec-websocket-protocol" and own_keys:
-                value = b", ".join(part for part in map(bytes.strip, value.split(b",")) if not part.startswith(b"openai-insecure-api-key."))
+        if low == b"sec-websocket-protocol" and own_keys:
+            value = b", ".join(part for part in map(bytes.strip, value.split(b",")) if not part.startswith(b"openai-insecure-api-key."))
             if not value:
                 continue
-        elif settings.hidden and low not in UP_WITH_HIDDEN_KEY:
-            continue
-        if low == b"accept-encoding" and settings.hidden:   # error answers are searched for the key: only what we can decode
+        if low == b"accept-encoding" and hidden:    # error answers are searched for the key: only what we can decode
             value = b", ".join(part for part in head.elements(low) if re.match(rb"(?:x-)?gzip|deflate|identity", part)) or b"identity"
         if not (low == b"content-type" and is_json or low == b"accept-encoding" and settings.workers):      # these we write ourselves
             fields.append((name, value))
@@ -1294,9 +1296,10 @@ class Answer:
 
     def forget(self, words):
         """Take out of the head what holds one of `words`: an upstream may repeat our key."""
-        if any(word in self.head.raw for word in words):
-            self.reason = b""
-            self.head = Head(self.head.start, [field for field in self.head.fields if not any(word in part for word in words for part in field)])
+        for word in words:
+            if word in self.head.raw:
+                self.reason = b""
+                self.head = Head(self.head.start, [(name, value) for name, value in self.head.fields if word not in name and word not in value], self.head.raw)
 
     def read_piece(self):
         """The next decoded bytes of the body, b"" at its end. OSError if it is cut off or breaks the rules."""
@@ -1802,15 +1805,15 @@ def check_begun(block, searched, first_line):
 
 def parse_head(block, first_line):
     """The Head in `block`, a head without its last empty line."""
-    first_end, lines = (block + b"\r\n").index(b"\r\n"), block.count(b"\r\n")
-    start = first_line.fullmatch(block, 0, first_end)
+    lines, first_end = block.count(b"\r\n"), block.find(b"\r\n")
+    start = first_line.fullmatch(block, 0, first_end if lines else len(block))
     if not start:
         raise BadHead(400, "The first line is malformed.")
     if lines > MAX_FIELDS:
         raise BadHead(431, "There are more than %d header fields." % MAX_FIELDS)
     if len(block) > MAX_LINE and max(map(len, block.split(b"\r\n"))) > MAX_LINE:
         raise BadHead(431, "A header field is longer than %d bytes." % MAX_LINE)
-    found = FIELD_LINES.findall(block, first_end)
+    found = FIELD_LINES.findall(block, first_end) if lines else []
     if len(found) != lines:
         raise BadHead(400, "A header field is malformed.")
     return Head(start.groups(), [(name, value.strip(b" \t")) for name, value in found], block)
@@ -1827,10 +1830,16 @@ class Head:
         self.get = self.by_name.get
 
     def all(self, name):
-        return [value for other, value in self.fields if other.lower() == name] if name in self.by_name else ()
+        if name not in self.by_name:
+            return ()
+        if len(self.by_name) == len(self.fields):       # none is repeated
+            return (self.by_name[name],)
+        return [value for other, value in self.fields if other.lower() == name]
 
     def elements(self, name):
         """The comma-separated elements of all the fields of this name."""
+        if name not in self.by_name:
+            return ()
         return [part.strip(b" \t") for value in self.all(name) for part in value.split(b",") if part.strip(b" \t")]
 
     def tokens(self, name):
@@ -1839,19 +1848,19 @@ class Head:
 
 def content_length(head):
     """The one Content-Length, or None. BadHead unless it is 1 to 18 digits, once: RFC 9112 section 6.3, without the leniency."""
-    values = head.all(b"content-length")
-    if not values:
+    value = head.get(b"content-length")
+    if value is None:
         return None
-    if len(values) > 1 or len(values[0]) > 18 or not values[0].isdigit():
+    if len(value) > 18 or not value.isdigit() or len(head.all(b"content-length")) > 1:
         raise BadHead(400, "Content-Length must be one number.")
-    return int(values[0])
+    return int(value)
 
 
 def is_chunked(head, http10):
     """Is the body chunked? BadHead for any other transfer coding, for one beside a Content-Length, and in HTTP/1.0 (RFC 9112 section 6.1)."""
-    codings = head.all(b"transfer-encoding")
-    if not codings:
+    if b"transfer-encoding" not in head.by_name:
         return False
+    codings = head.all(b"transfer-encoding")
     if len(codings) > 1 or codings[0].lower() != b"chunked" or http10:
         raise BadHead(400, "The only transfer coding is chunked, once, in HTTP/1.1.")
     if head.all(b"content-length"):
