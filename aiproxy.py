@@ -898,7 +898,10 @@ def parse_object(body):
         check_depth(body)
         if len(body) > 4 * MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
             raise ValueError("it holds more than %d values" % MAX_VALUES)
-        values = STRICT_JSON.decode(body.decode("utf-8"))
+        text = body.decode("utf-8").strip(" \t\n\r")
+        values, end = STRICT_JSON.raw_decode(text)
+        if end < len(text):
+            raise ValueError("something follows it")
     except UnicodeDecodeError:
         raise Refusal(400, "invalid_json", "The body is not JSON in UTF-8.")
     except ValueError as error:
@@ -930,7 +933,7 @@ def edit_members(body, changes, names={}):
 
 def check_depth(body):
     """ValueError above MAX_DEPTH. Counted in the bytes before they are parsed: a parser recurses, and a thread's stack is small."""
-    if not (holds_many(body, b"[") or holds_many(body, b"{")):      # most bodies, and no more needs to be looked at
+    if not holds_many(body):                # most bodies, and no more needs to be looked at
         return
     depth = 0
     for match in JSON_MARK.finditer(body):
@@ -939,16 +942,19 @@ def check_depth(body):
             raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
 
 
-def holds_many(body, mark):
-    """Does `mark` stand there so often that its nesting may be too deep? In a large body find() is many times as fast as count()."""
+def holds_many(body):
+    """Are there so many brackets that their nesting may be too deep? In a large body find() is many times as fast as count()."""
     if len(body) < PIECE:
-        return body.count(mark) > MAX_DEPTH // 2
-    position, most = -1, MAX_DEPTH // 2
-    while most >= 0:
-        position, most = body.find(mark, position + 1), most - 1
-        if position < 0:
-            return False
-    return True
+        return body.count(b"[") + body.count(b"{") > MAX_DEPTH
+    for bracket in (b"[", b"{"):
+        position = -1
+        for _ in range(MAX_DEPTH // 2 + 1):
+            position = body.find(bracket, position + 1)
+            if position < 0:
+                break
+        else:
+            return True
+    return False
 
 
 def unique_members(pairs):
