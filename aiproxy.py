@@ -531,8 +531,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.start_answer(answer.status, answer.reason, fields, first)
             self.record.first_byte()
             if not stream.ending:
-                self.server.relay_loop.hand_over(stream)
-                stream.done.acquire()
+                self.server.relay_loop.carry_out(stream)
         finally:
             answer.close(reusable=stream is not None and stream.ending == "ok" and self.body.done)
             self.record.outcome = stream.ending if stream and stream.ending else "client_gone"
@@ -632,8 +631,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.first_byte()
         job = Tunnel(self.client, answer.wire, self.settings.timeout)
         try:
-            self.server.relay_loop.hand_over(job)
-            job.done.acquire()
+            self.server.relay_loop.carry_out(job)
         finally:
             answer.close()
         self.record.outcome, self.record.bytes = job.ending, job.bytes
@@ -1389,6 +1387,13 @@ class RelayLoop(threading.Thread):
         with contextlib.suppress(BlockingIOError):      # the bell has been rung already
             self.button.send(b"!")
 
+    def carry_out(self, job):
+        """Hand over and sleep until it is done."""
+        job.done = threading.Lock()
+        job.done.acquire()
+        self.hand_over(job)
+        job.done.acquire()
+
     def run(self):
         tick = 0
         while True:
@@ -1430,12 +1435,12 @@ class RelayLoop(threading.Thread):
 
 
 class Job:
-    """Something that the relay loop does for its wires. `ending` says how it ended; whoever handed it over sleeps on `done`."""
+    """Something that the relay loop does for its wires. `ending` says how it ended; `done` is the lock of a thread that waits for that."""
+
+    done, ending, finished, bytes = None, "", False, 0
 
     def __init__(self, client, upstream, timeout):
         self.client, self.upstream, self.timeout = client, upstream, timeout
-        self.done, self.ending, self.finished, self.bytes = threading.Lock(), "", False, 0
-        self.done.acquire()
 
     def stop(self, now):
         self.finish("shutdown")
@@ -1446,7 +1451,8 @@ class Job:
             self.loop.watch(self.client, 0, None)
             self.loop.watch(self.upstream, 0, None)
             self.loop.jobs.discard(self)
-            self.done.release()
+            if self.done:
+                self.done.release()
 
 
 class Stream(Job):
@@ -2981,11 +2987,16 @@ def show_demo(server):
 class Record:
     """What the log says of one request."""
 
+    method = path = model = outcome = ""
+    status = upstream_status = first = None
+    bytes = 0
+
     def __init__(self, address):
-        self.client, self.method, self.path, self.model, self.id = address, "", "", "", "req_%016x" % random.getrandbits(64)
-        self.status = self.upstream_status = self.first = None
-        self.tokens = lambda: (None, None)      # prompt and completion tokens, counted only if the log is on
-        self.bytes, self.outcome, self.began = 0, "", time.monotonic()
+        self.client, self.id, self.began = address, "req_%016x" % random.getrandbits(64), time.monotonic()
+
+    def tokens(self):
+        """Prompt and completion tokens. Set to a function that counts them, which is called only if the log is on."""
+        return None, None
 
     def first_byte(self):
         self.first = self.first or time.monotonic() - self.began
