@@ -328,7 +328,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if target == "*" and self.method == "OPTIONS":
             self.path = target
             return
-        absolute = ABSOLUTE_FORM.fullmatch(target)
+        absolute = target[:1] != "/" and ABSOLUTE_FORM.fullmatch(target)
         if absolute:
             if host is None or absolute.group(1).encode().lower() != host.lower():
                 raise BadHead(400, "The authority in the request target is not the Host field.")
@@ -1194,8 +1194,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     def send(self, request, connection):
         """Send head and body. False: a kept connection that took nothing. An answer before the end of the body ends the sending."""
         wire, client, body = connection.wire, request.client, request.body
-        data = memoryview(request.encode_head() + chunk(request.prefix, request.chunked))
-        untouched = True
+        data, untouched = request.encode_head() + chunk(request.prefix, request.chunked), True
+        data = memoryview(data) if len(data) > TLS_RECORD else data
         while True:
             while data:
                 try:
@@ -1341,11 +1341,12 @@ class Answer:
     def close(self, reusable=False):
         """Give the connection back if the exchange came to its clean end, else close it: the upstream stops working for us."""
         connection, self.connection = self.connection, None
-        spent = self.body is None or self.body.done and not self.body.surplus
-        if connection and reusable and self.reusable and spent and not self.wire.buffer:
-            self.pool.keep(connection)
-        elif connection:
-            connection.close()
+        if connection:
+            spent = self.body is None or self.body.done and not self.body.surplus
+            if reusable and self.reusable and spent and not self.wire.buffer:
+                self.pool.keep(connection)
+            else:
+                connection.close()
 
 
 def inflate(data, most):
@@ -1509,7 +1510,7 @@ class Stream(Job):
 
     def frame(self, body):
         self.bytes += len(body)
-        self.tail = self.usage.see(self.tail, body) if self.logged else (self.tail + body)[-4:]
+        self.tail = self.usage.see(self.tail, body) if self.logged else (self.tail + body[-4:])[-4:]
         return chunk(body, self.chunked)
 
     def cut(self, outcome):
@@ -1983,7 +1984,8 @@ class RequestBody:
         if self.done:
             self.client.buffer = self.decoder.surplus
         self.received += len(piece)
-        self.check_limit()
+        if self.length is None:             # else it has been checked before the first byte
+            self.check_limit()
         return piece
 
     def wait(self, timeout, *upstream):
