@@ -1378,6 +1378,7 @@ class RelayLoop(threading.Thread):
         super().__init__(daemon=True, name="relay-loop")
         self.selector = selectors.DefaultSelector()
         self.jobs, self.inbox, self.every_tick, self.warn, self.stopping = set(), collections.deque(), every_tick, warn, False
+        self.now = time.monotonic()
         self.bell, self.button = socket.socketpair()
         self.bell.setblocking(False)
         self.button.setblocking(False)
@@ -1398,19 +1399,20 @@ class RelayLoop(threading.Thread):
     def run(self):
         tick = 0
         while True:
-            for key, mask in self.selector.select(0.5):
+            ready = self.selector.select(0.5)
+            self.now = time.monotonic()         # once for all that is ready
+            for key, mask in ready:
                 self.guard(key.data, mask)
             while self.inbox:
                 job = self.inbox.popleft()
                 self.jobs.add(job)
                 job.loop = self
                 self.guard(job.start)
-            now = time.monotonic()
-            if now - tick >= 0.5:
-                tick = now
+            if self.now - tick >= 0.5:
+                tick = self.now
                 for job in list(self.jobs):
-                    self.guard(job.stop if self.stopping else job.on_tick, now)
-                self.guard(self.every_tick, now)
+                    self.guard(job.stop if self.stopping else job.on_tick, tick)
+                self.guard(self.every_tick, tick)
 
     def guard(self, step, *args):
         """A fault in one job ends that job, not the loop that all share."""
@@ -1475,7 +1477,7 @@ class Stream(Job):
         return begun + (self.advance(data) if data or self.body.done or self.body.broken else b"")
 
     def start(self):
-        self.heard = self.taken = time.monotonic()
+        self.heard = self.taken = self.loop.now
         self.arm()
         if self.upstream.pending():
             self.on_upstream(READ)
@@ -1494,7 +1496,7 @@ class Stream(Job):
                 return self.send_down(self.cut("upstream_died"))
             if data is None:
                 return
-            self.heard = time.monotonic()
+            self.heard = self.loop.now
             self.send_down(self.advance(data))
             if not self.upstream.pending():     # TLS may hold bytes that no selector sees
                 return
@@ -1529,12 +1531,12 @@ class Stream(Job):
         except OSError:
             return self.finish("client_gone")
         if sent or not self.pending:
-            self.taken = time.monotonic()
+            self.taken = self.loop.now
         self.pending = data[sent:]
         if self.ending and not self.pending:
             self.finish(self.ending)
         elif self.pending or not self.upstream.mask:
-            self.heard = time.monotonic()
+            self.heard = self.loop.now
             self.arm()
 
     def on_client(self, mask):
@@ -1600,7 +1602,7 @@ class Tunnel(Job):
     """Bytes both ways, whatever they are, until either side closes or both are silent for `timeout` seconds."""
 
     def start(self):
-        self.heard, self.closing = time.monotonic(), False
+        self.heard, self.closing = self.loop.now, False
         self.pending = {self.client: self.upstream.buffer, self.upstream: self.client.buffer}       # what each still has to take
         self.client.buffer = self.upstream.buffer = b""
         self.on_ready(WRITE, self.client, self.upstream)
@@ -1618,7 +1620,7 @@ class Tunnel(Job):
                 if mask & READ and not self.pending[other] and not self.closing:
                     data = wire.receive()
                     if data is not None:
-                        self.heard, self.closing, self.pending[other] = time.monotonic(), not data, data
+                        self.heard, self.closing, self.pending[other] = self.loop.now, not data, data
                         self.bytes += len(data) if other is self.client else 0
                 for side in (self.client, self.upstream):
                     if self.pending[side]:
@@ -1651,7 +1653,7 @@ class Linger(Job):
         super().__init__(wire, wire, LINGER_SECONDS)
 
     def start(self):
-        self.deadline = time.monotonic() + self.timeout
+        self.deadline = self.loop.now + self.timeout
         self.loop.watch(self.client, READ, self.on_client)
         try:
             self.client.sock.shutdown(socket.SHUT_WR)
@@ -1913,20 +1915,21 @@ class ChunkedBody:
 
     def feed(self, data):
         data, body, position = self.rest + data if self.rest else data, [], 0
-        while not self.done and not self.broken:
+        self.rest, size = b"", len(data)
+        while position < size and not self.done and not self.broken:
             if self.left:
                 piece = data[position:position + self.left]
                 body.append(piece)
                 position += len(piece)
                 self.left -= len(piece)
-                if self.left:
-                    break
+                continue
             end = data.find(b"\r\n", position)
             if end < 0:
-                self.broken = self.begun_wrong(data[position:]) if position < len(data) else ""
+                self.rest = data[position:]
+                self.broken = self.begun_wrong(self.rest)
                 break
             position, self.broken = end + 2, self.take_line(data[position:end])
-        self.rest, self.surplus = (b"", data[position:]) if self.done else (data[position:], b"")
+        self.surplus = data[position:] if self.done else b""
         return body[0] if len(body) == 1 else b"".join(body)
 
     def take_line(self, line):
@@ -1935,11 +1938,10 @@ class ChunkedBody:
             self.expected = "size"
             return "a chunk is longer than its size" if line else ""
         if self.expected == "size":
-            size = CHUNK_LINE.fullmatch(line)
-            if not size or len(line) > MAX_CHUNK_LINE:
+            size = chunk_size(line) if len(line) <= MAX_CHUNK_LINE else None
+            if size is None:
                 return "a chunk's size is malformed"
-            self.left = int(size.group(1), 16)
-            self.expected = "chunk end" if self.left else "trailer"
+            self.left, self.expected = size, "chunk end" if size else "trailer"
             return ""
         self.done, self.trailer = not line, self.trailer + len(line)
         field = FIELD_LINE.fullmatch(line)
@@ -1954,6 +1956,13 @@ class ChunkedBody:
 
     def at_end(self):
         return self.done
+
+
+@functools.lru_cache(256)                   # the events of a stream are of much the same sizes
+def chunk_size(line):
+    """The size that the first line of a chunk tells; None if it is malformed."""
+    size = CHUNK_LINE.fullmatch(line)
+    return int(size.group(1), 16) if size else None
 
 
 class RequestBody:
