@@ -131,8 +131,8 @@ LIMITS_BY_PATH = {      # the names that count on a path, the one that all provi
 LOOKED_AT = frozenset(("model", "n", "best_of") + TOKEN_LIMITS)
 INFERENCE_PATHS = OPENAI_PATHS + ANTHROPIC_PATHS
 
-OTHER_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
-KEY_FIELDS = (b"authorization",) + OTHER_KEY_FIELDS     # where a client may carry its key
+OTHER_KEY_FIELDS = frozenset((b"x-api-key", b"api-key", b"x-goog-api-key"))
+KEY_FIELDS = OTHER_KEY_FIELDS | {b"authorization"}      # where a client may carry its key
 
 # Meant for the next hop alone (RFC 9110 section 7.6.1); `Trailer` announces what we drop; the last is the h2c upgrade's.
 HOP_BY_HOP = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade",
@@ -698,8 +698,8 @@ def carried_keys(head):
     """The different keys that a request carries, as a set of bytes; `openai-insecure-api-key.KEY` is how browsers' WebSockets do it."""
     scheme, _, credential = head.get(b"authorization", b"").partition(b" ")
     keys = {credential.strip()} if scheme.lower() == b"bearer" else set()
-    for name in OTHER_KEY_FIELDS:
-        keys.update(head.all(name))
+    if not OTHER_KEY_FIELDS.isdisjoint(head.by_name):
+        keys.update(value for name in OTHER_KEY_FIELDS for value in head.all(name))
     for protocol in head.elements(b"sec-websocket-protocol"):
         if protocol.startswith(b"openai-insecure-api-key."):
             keys.add(protocol.partition(b".")[2])
