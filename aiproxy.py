@@ -474,7 +474,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         keys = keys if self.body.done else keys[:1]     # a body that is streamed cannot be sent twice
         for place in keys:
             request = UpstreamRequest(settings.upstream, target, method or self.method, fields + ([] if place is None else [settings.key_fields[place]]), prefix, self)
-            answer = self.server.opener.open(request, timeout=settings.timeout)
+            answer = self.server.open(request, timeout=settings.timeout)
             self.record.upstream_status = answer.status
             answer.forget(settings.never_down)
             if place is None or answer.status not in KEY_SPENT:
@@ -1142,6 +1142,11 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             raise
 
     https_open = http_open
+
+    def answer_to(self, request, timeout):
+        """What the opener comes to when there is no proxy to ask first. Its search for us would be a twentieth of a request's work."""
+        request.timeout = timeout
+        return self.http_open(request)
 
     def kept(self):
         """A kept connection that is still good: younger than POOL_SECONDS and silent. What speaks out of turn is not trusted."""
@@ -3103,6 +3108,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.upstreams = KeepAliveHandler(settings)
         self.relay_loop = RelayLoop(self.upstreams.close_old, self.log.warn)
         self.opener, self.proxy = build_opener(settings, self.upstreams)
+        self.open = self.opener.open if self.proxy else self.upstreams.answer_to
         self.cap = cap_connections(settings.max_connections)
         super().__init__(address, Handler)
         self.log.start()
