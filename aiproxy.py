@@ -612,7 +612,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = [field for field in fields if not field[0].lower().startswith(b"content-") and field[0].lower() not in (b"etag", b"last-modified")]
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
             fields.append((b"Date", self.server.date()))
-        theirs, names = answer.head.get(b"x-request-id") or answer.head.get(b"request-id"), answer.head.by_name
+        theirs, names = answer.head.get(b"x-request-id") or answer.head.get(b"request-id"), answer.head.by_name.keys() - answer.head.tokens(b"connection")
         if theirs:
             self.record.id = theirs.decode("latin-1")[:200]
         if b"x-request-id" not in names:

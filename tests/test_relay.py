@@ -175,3 +175,8 @@ def test_a_transparent_relay_passes_every_method(upstream, relay):
     for number, method in enumerate(["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"], 1):
         assert running.ask(method, "/v1/files/1", b"x" if method in ("PUT", "PATCH", "POST") else None).status == 200
         assert upstream.wait_for(number).line == "%s /v1/files/1 HTTP/1.1" % method
+
+
+def test_a_request_id_that_the_upstream_keeps_for_itself_is_replaced(upstream, hidden):
+    upstream.answer = OK.replace(b"\r\n\r\n", b"\r\nConnection: x-request-id\r\nx-request-id: up-1\r\n\r\n")
+    assert len(hidden.chat().all("x-request-id")) == 1
