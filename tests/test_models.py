@@ -1,9 +1,12 @@
 """Which models: the allow-list, its aliases, the default, and bodies that could be read in two ways."""
+import collections
 import json
+import random
 import threading
 
 import pytest
 
+import aiproxy
 from support import CHAT
 
 ALL = {"MODELS": "small,big=vendor/big-2,vendor/big-2", "KEY": "sk-hidden-key", "CLIENT_KEYS": "ck-alice"}
@@ -40,6 +43,7 @@ def test_the_default_model_may_be_an_alias(upstream, relay):
 
 
 DEEP = 100000
+LONG = b"Qk1m" * 20000      # what a string may hold in place of which less is read: 80 kB
 REFUSED = [     # a body, and the code of its refusal; 400 but for the last
     pytest.param(b"{}", "missing_model", id="none"),
     pytest.param(b'{"model":""}', "invalid_model", id="empty"),
@@ -62,6 +66,18 @@ REFUSED = [     # a body, and the code of its refusal; 400 but for the last
     pytest.param(b'{"model":"small","a":' + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b"}", "invalid_json", id="deep objects"),
     pytest.param(b"[" * DEEP, "invalid_json", id="deep and unfinished"),
     pytest.param(b'{"model":"small","a":[' + b"[]," * 1400000 + b"1]}", "invalid_json", id="a million values"),
+    pytest.param(b'{"a":"%b","model":"secret"}' % LONG, "model_not_allowed", id="behind a long string"),
+    pytest.param(b'{"model":"small","a":"%b","model":"secret"}' % LONG, "invalid_model", id="twice, behind a long string"),
+    pytest.param(b'{"model":"small","a":"%b\\","model":"secret"}' % LONG, "invalid_json", id="a long string with its end escaped"),
+    pytest.param(b'{"model":"small","a":"%b\\\\","model":"secret"}' % LONG, "invalid_model", id="a long string with a backslash escaped"),
+    pytest.param(b'{"model":"small","a":"%b' % LONG, "invalid_json", id="an unfinished long string"),
+    pytest.param(b'{"model":"small","a":%b}' % LONG, "invalid_json", id="long and no string"),
+    pytest.param(b'{"model":"small"}%b""' % LONG, "invalid_json", id="a long something behind"),
+    pytest.param(b'{"model":"small","a":"%b\xff%b"}' % (LONG, LONG), "invalid_json", id="long and not UTF-8"),
+    pytest.param(b'{"model":"small","a":"%b\0%b"}' % (LONG, LONG), "invalid_json", id="long with a NUL"),
+    pytest.param(b'{"model":"small","a":"%b\n%b"}' % (LONG, LONG), "invalid_json", id="long with an LF"),
+    pytest.param(b'{"model":"small","%b":1,"%b":2}' % (LONG, LONG), "invalid_json", id="a long name twice"),
+    pytest.param(b'{"model":"small%b"}' % LONG, "model_not_allowed", id="a long model"),
     pytest.param(b'["model","small"]', "invalid_json", id="a list"),
     pytest.param(b'"small"', "invalid_json", id="a string"),
     pytest.param(b"", "invalid_json", id="nothing"),
@@ -91,6 +107,59 @@ def test_what_is_not_json_with_one_allowed_model_never_goes_up(upstream, relay, 
 def test_many_brackets_inside_strings_are_not_nesting(upstream, relay):
     body = json.dumps({"model": "small", "messages": ["[{\"" * 5000]}).encode()
     assert relay(**ALL).chat(body).status == 200 and upstream.received[0].body == body
+
+
+LONG_TEXT = LONG.decode()
+
+
+@pytest.mark.parametrize("settings", [{}, {"MAX_CHARS": "1000000"}], ids=["passed over", "counted"])
+@pytest.mark.parametrize("before,behind", [
+    ('{"messages":["%s"],' % LONG_TEXT, "}"), ("{", ',"a":"%s","b":"%s"}' % (LONG_TEXT, LONG_TEXT)), ("{", ',"a":"%s\\n%s\\""}' % (LONG_TEXT, LONG_TEXT)),
+    ("{", ',"a":"%s\u4f60\U0001f600%s"}' % (LONG_TEXT, LONG_TEXT)), ('{"%s" : 1,' % LONG_TEXT, ',"b":""}'), ("{" + " " * 80000, "\n" * 80000 + "}"),
+    ("{", ',"prompt":[%s1]}' % ("17, " * 20000)), ("{", ',"a":["%s",%s"%s"]}' % (LONG_TEXT, " " * 80000, LONG_TEXT))],
+    ids=["in front", "two behind", "escapes", "other letters", "a name", "white space", "numbers", "both"])
+def test_a_long_body_is_read_as_a_short_one(upstream, relay, settings, before, behind):
+    running = relay(**ALL, **settings)
+    body = before + '"model":"big"' + behind
+    assert running.chat(body.encode()).status == 200
+    assert upstream.received[0].body.decode() == before + '"model":"vendor/big-2"' + behind
+
+
+def like(value, read):
+    """Is `read` the value, or one whose long strings are cut?"""
+    if isinstance(value, dict):
+        return list(value) == list(read) and all(like(value[name], read[name]) for name in value)
+    if isinstance(value, list):
+        return len(value) == len(read) and all(map(like, value, read))
+    if isinstance(value, str) and value != read:
+        return value.count('"') == read.count('"') and all(b == a or len(a) >= 4 and b == "x" + a[:4] for a, b in zip(value.split('"'), read.split('"')))
+    return value == read
+
+
+def test_whatever_is_cut_the_rest_is_read_the_same(monkeypatch):
+    """Random texts of what could mislead a reader who skips, beside the reading of every character."""
+    monkeypatch.setattr(aiproxy, "LONG_STRING", 4)
+    chance, outcomes = random.Random(7), collections.Counter()
+    parts = ['"', '"', '"', "\\", '\\"', "{", "}", "[", "]", ",", ":", " ", "1", "x", "aaaaa", '"aaaaaaaaaaaa"', '"bbbbbbbbb":', "111111111111", " " * 12, "\n", "[" * 9, "\0", '","', '":"']
+    for _ in range(60000):
+        text = "".join(chance.choice(parts) for _ in range(chance.randrange(9)))
+        for text in (text, '{"a":"%s"}' % text, '{"model":1,"aaaaaaaaaa":[%s]}' % text):
+            outcomes[compare(text)] += 1
+    assert min(outcomes["same"], outcomes["refused"], outcomes["cut"]) > 1000, outcomes
+
+
+def compare(text):
+    """Read it both ways: what one refuses the other refuses, and what both read is alike."""
+    try:
+        value = aiproxy.parse_object(text.encode())
+    except aiproxy.Refusal as refusal:
+        with pytest.raises(aiproxy.Refusal) as other:
+            aiproxy.parse_object(text.encode(), whole=False)
+        assert other.value.message == refusal.message, text
+        return "refused"
+    read = aiproxy.parse_object(text.encode(), whole=False)
+    assert like(value, read), (text, read)
+    return "same" if read == value else "cut"
 
 
 def test_the_model_behind_an_alias_is_allowed_only_if_listed(upstream, relay):
