@@ -88,7 +88,7 @@ STALL_SECONDS = 60          # a client that takes no byte of its answer: nginx's
 MAX_FIELDS, MAX_LINE, MAX_HEAD = 100, 16384, 65536      # fields, bytes a line, bytes in all: what nginx and Apache allow
 MAX_CHUNK_LINE, MAX_TRAILER = 4096, 8192    # a chunk's size line with its extensions; all trailer fields
 MAX_DEPTH = 100             # nesting of a JSON body: far above any schema, far below any parser's stack
-MAX_VALUES = 1000000        # in a JSON body of more than four times as many bytes: parsed, each value takes some 70
+MAX_VALUES = 1000000        # in a JSON text of more than four times as many characters: parsed, each value takes some 70 bytes
 LONG_STRING = 16384         # characters; what a longer string holds is passed over where nobody asks for it
 MAX_INTERIM = 20            # 1xx answers before the real one
 CATALOGUE_SECONDS, CATALOGUE_RETRY = 600, 30    # a model list that was read, or could not be, is asked for again after
@@ -897,8 +897,6 @@ def parse_object(body, whole=True):
     """
     try:
         check_depth(body)
-        if len(body) > 4 * MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-            raise ValueError("it holds more than %d values" % MAX_VALUES)
         text = body.decode("utf-8").strip(" \t\n\r")
         short = text if whole else cut_long_strings(text)
         try:
@@ -935,7 +933,9 @@ def cut_long_strings(text):
 
 
 def read_value(text):
-    """The value that the JSON text is. ValueError."""
+    """The value that the JSON text is. ValueError, also if it would be far larger when parsed."""
+    if len(text) > 4 * MAX_VALUES and sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise ValueError("it holds more than %d values" % MAX_VALUES)
     values, end = STRICT_JSON.raw_decode(text)
     if end < len(text):
         raise ValueError("something follows it")

@@ -109,6 +109,11 @@ def test_many_brackets_inside_strings_are_not_nesting(upstream, relay):
     assert relay(**ALL).chat(body).status == 200 and upstream.received[0].body == body
 
 
+def test_what_looks_like_a_million_values_in_a_string_is_one(upstream, relay):
+    body = b'{"model":"small","a":"%b"}' % (b"a,b," * 1200000)
+    assert relay(**ALL).chat(body).status == 200 and upstream.received[0].body == body
+
+
 LONG_TEXT = LONG.decode()
 
 
