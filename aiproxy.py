@@ -309,7 +309,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.path = target.partition("?")[0]
         if major != b"1":
             raise Refusal(505, "version_not_supported", "This proxy speaks HTTP/1.1.")
-        if len(self.head.by_name) < len(self.head.fields):          # some are repeated
+        if self.head.repeats:
             for name in ONCE:
                 if len(self.head.all(name)) > 1:
                     raise BadHead(400, "The field %s stands there twice." % name.decode())
@@ -614,7 +614,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = [field for field in fields if not field[0].lower().startswith(b"content-") and field[0].lower() not in (b"etag", b"last-modified")]
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
             fields.append((b"Date", self.server.date()))
-        theirs, names = answer.head.get(b"x-request-id") or answer.head.get(b"request-id"), answer.head.by_name.keys() - answer.head.tokens(b"connection")
+        theirs = answer.head.get(b"x-request-id") or answer.head.get(b"request-id")
+        dropped, names = answer.head.tokens(b"connection"), answer.head.by_name
+        names = names.keys() - dropped if dropped else names
         if theirs:
             self.record.id = theirs.decode("latin-1")[:200]
         if b"x-request-id" not in names:
@@ -898,7 +900,7 @@ def parse_object(body, whole=True):
     try:
         check_depth(body)
         text = body.decode("utf-8").strip(" \t\n\r")
-        short = text if whole else cut_long_strings(text)
+        short = text if whole or len(text) < LONG_STRING else cut_long_strings(text)
         try:
             values = read_value(short)
         except ValueError:
@@ -1875,17 +1877,17 @@ def parse_head(block, first_line):
 class Head:
     """A start line's parts and the fields, as bytes: in the order and the spelling in which they came, and by lower-case name."""
 
-    __slots__ = ("start", "fields", "by_name", "raw", "get")
+    __slots__ = ("start", "fields", "by_name", "repeats", "raw", "get")
 
     def __init__(self, start, fields, raw=b""):
         self.start, self.fields, self.raw = start, fields, raw
         self.by_name = {name.lower(): value for name, value in reversed(fields)}    # of repeated fields the first
-        self.get = self.by_name.get
+        self.get, self.repeats = self.by_name.get, len(self.by_name) < len(fields)
 
     def all(self, name):
         if name not in self.by_name:
             return ()
-        if len(self.by_name) == len(self.fields):       # none is repeated
+        if not self.repeats:
             return (self.by_name[name],)
         return [value for other, value in self.fields if other.lower() == name]
 
@@ -1904,7 +1906,7 @@ def content_length(head):
     value = head.get(b"content-length")
     if value is None:
         return None
-    if len(value) > 18 or not value.isdigit() or len(head.all(b"content-length")) > 1:
+    if len(value) > 18 or not value.isdigit() or head.repeats and len(head.all(b"content-length")) > 1:
         raise BadHead(400, "Content-Length must be one number.")
     return int(value)
 
