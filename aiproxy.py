@@ -89,7 +89,7 @@ MAX_FIELDS, MAX_LINE, MAX_HEAD = 100, 16384, 65536      # fields, bytes a line, 
 MAX_CHUNK_LINE, MAX_TRAILER = 4096, 8192    # a chunk's size line with its extensions; all trailer fields
 MAX_DEPTH = 100             # nesting of a JSON body: far above any schema, far below any parser's stack
 MAX_VALUES = 1000000        # in a JSON text of more than four times as many characters: parsed, each value takes some 70 bytes
-LONG_STRING = 16384         # characters; what a longer string holds is passed over where nobody asks for it
+LONG_STRING = 16384         # characters; the rest of a string that may be this long is passed over where nobody asks for it
 MAX_INTERIM = 20            # 1xx answers before the real one
 CATALOGUE_SECONDS, CATALOGUE_RETRY = 600, 30    # a model list that was read, or could not be, is asked for again after
 MAX_ANSWER = 64 << 20       # of an answer that has to be translated as a whole
@@ -172,7 +172,7 @@ DOT_SEGMENT = re.compile(r"(?:^|[/\\]|%(?:25)*(?:2f|5c))(?:\.|%(?:25)*2e){1,2}(?
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
 SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'*/ -]+")     # what a `*` in AIPROXY_PATHS may stand for, decoded
 JSON_MARK = re.compile(rb'[\[{\]}]|"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)         # brackets, and strings to pass over
-NAME_END = re.compile(r'"[ \t\n\r]*:')
+NAME_END = re.compile(r'"[ \t\n\r]*:')                                            # of a member's name, where a value's end has no colon
 MARK = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")                                   # between names and values: RFC 8259 section 2
 
 # ---- One request, top to bottom ------------------------------------------------------------------------------------
@@ -917,7 +917,7 @@ def parse_object(body, whole=True):
 
 
 def cut_long_strings(text):
-    """JSON with the middle of each long string left out: to look for its end is many times as fast as json's look at each of its characters.
+    """JSON with the middle of each long string left out. find() is many times as fast as json's look at each character.
 
     A run without a quote or a backslash is within a string, or else the x that stands for it makes the text unreadable. Names are not cut, nor is
     a string with a NUL, a CR or an LF: json refuses it. Of the other control characters in a long string the upstream is the judge.

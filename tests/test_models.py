@@ -43,7 +43,7 @@ def test_the_default_model_may_be_an_alias(upstream, relay):
 
 
 DEEP = 100000
-LONG = b"Qk1m" * 20000      # what a string may hold in place of which less is read: 80 kB
+LONG = b"Qk1m" * 20000      # 80 kB, more than is read of a string that nobody asks for
 REFUSED = [     # a body, and the code of its refusal; 400 but for the last
     pytest.param(b"{}", "missing_model", id="none"),
     pytest.param(b'{"model":""}', "invalid_model", id="empty"),
