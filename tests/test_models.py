@@ -130,6 +130,13 @@ def test_a_long_body_is_read_as_a_short_one(upstream, relay, settings, before, b
     assert upstream.received[0].body.decode() == before + '"model":"vendor/big-2"' + behind
 
 
+@pytest.mark.parametrize("settings,status", [({}, 200), ({"MAX_CHARS": "1000000"}, 400)], ids=["passed over", "counted"])
+def test_a_control_character_in_a_long_string_is_the_upstreams_to_judge_unless_it_is_read(upstream, relay, settings, status):
+    body = b'{"model":"small","a":"%b\x01%b"}' % (LONG, LONG)
+    assert relay(**ALL, **settings).chat(body).status == status
+    assert [request.body for request in upstream.received] == [body] * (status == 200)
+
+
 def like(value, read):
     """Is `read` the value, or one whose long strings are cut?"""
     if isinstance(value, dict):
