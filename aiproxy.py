@@ -1276,13 +1276,12 @@ def wait_for_upstream(timeout, wire, mask, client):
     """Sleep until the upstream's wire is ready, the client in view: ClientGone. socket.timeout after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
-        wants = ((wire, mask), (client, READ)) if client and client.watched else ((wire, mask),)
-        ready = wait(timeout, *wants)
+        ready = wait(timeout, wire, mask, client if client and client.watched else None)
         if not ready:
             raise socket.timeout()
-        if client in ready:
+        if client and client.number in ready:
             client.notice()
-        if wire in ready:
+        if wire.number in ready:
             return
         timeout = deadline - time.monotonic()
 
@@ -1731,20 +1730,21 @@ class BadHead(Refusal):
         super().__init__(status, "bad_request", message)
 
 
-def wait(timeout, *wants):
-    """Sleep until one of `wants`, pairs of wire and READ | WRITE, is ready; a list of those wires, empty after `timeout` seconds."""
-    for wire, mask in wants:
-        if mask & READ and wire.pending():
-            return [wire]
+def wait(timeout, wire, mask, other=None):
+    """Sleep until `wire` is ready for READ | WRITE, or there is something to read from `other`: their numbers, none after `timeout` seconds."""
+    if mask & READ and wire.pending():
+        return (wire.number,)
+    if other and other.pending():
+        return (other.number,)
     timeout = timeout if timeout > 0 else 0
     if not POLL_EVENTS:
-        readable, writable, _ = select.select([w for w, m in wants if m & READ], [w for w, m in wants if m & WRITE], [], timeout)
-        return readable + writable
-    poll, by_number = select.poll(), {}
-    for wire, mask in wants:
-        by_number[wire.number] = wire
-        poll.register(wire.number, POLL_EVENTS[mask])
-    return [by_number[number] for number, _ in poll.poll(timeout * 1000)]
+        read = [wire.number] * (mask & READ) + ([other.number] if other else [])
+        return sum(select.select(read, [wire.number] if mask & WRITE else [], [], timeout), [])
+    poll = select.poll()
+    poll.register(wire.number, POLL_EVENTS[mask])
+    if other:
+        poll.register(other.number, select.POLLIN)
+    return dict(poll.poll(timeout * 1000))
 
 
 class Wire:
@@ -1752,7 +1752,7 @@ class Wire:
 
     def __init__(self, sock):
         self.sock, self.number, self.buffer, self.mask, self.ended, self.piece = sock, sock.fileno(), b"", 0, False, FIRST_PIECE
-        self.fileno, self.poll = sock.fileno, POLL_EVENTS and select.poll()
+        self.poll = POLL_EVENTS and select.poll()
         if self.poll:
             self.poll.register(self.number, select.POLLIN)
         self.pending = getattr(sock, "pending", int)        # TLS: bytes that are decrypted already; int() is 0
@@ -1787,14 +1787,14 @@ class Wire:
         """Send all to a client; ClientGone if it takes nothing for STALL_SECONDS."""
         sent = self.send_some(data)
         while sent < len(data):
-            if not wait(STALL_SECONDS, (self, WRITE)):
+            if not wait(STALL_SECONDS, self, WRITE):
                 raise ClientGone("client_stalled")
             sent += self.send_some(memoryview(data)[sent:])
 
     def wait_readable(self, timeout):
         """wait() for this wire alone. For the one thread that reads it."""
         if not self.poll:
-            return bool(wait(timeout, (self, READ)))
+            return bool(wait(timeout, self, READ))
         return self.pending() > 0 or bool(self.poll.poll(timeout * 1000 if timeout > 0 else 0))
 
     @property
@@ -2037,11 +2037,11 @@ class RequestBody:
             self.check_limit()
         return piece
 
-    def wait(self, timeout, *upstream):
+    def wait(self, timeout, upstream=None):
         """Wait for more, for `timeout` seconds or as long as patience lasts, and no longer than until the upstream speaks. Refusal 408."""
         patience = BODY_GRACE + self.received / BODY_RATE - self.waited
         begin = time.monotonic()
-        ready = wait(patience if timeout is None else min(timeout, patience), (self.client, READ), *((wire, READ) for wire in upstream))
+        ready = wait(patience if timeout is None else min(timeout, patience), self.client, READ, upstream)
         self.waited += time.monotonic() - begin
         if not ready and self.waited >= BODY_GRACE + self.received / BODY_RATE:
             raise Refusal(408, "request_timeout", "The body came more slowly than %d bytes a second." % BODY_RATE)
@@ -3256,7 +3256,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             now = time.monotonic()
             old = [handler for handler, since in self.idle.items() if now - since >= age]
-            silent = list(itertools.islice((handler for handler in old if not wait(0, (handler.client, READ))), most))
+            silent = list(itertools.islice((handler for handler in old if not wait(0, handler.client, READ)), most))
             for handler in silent:
                 del self.idle[handler]
                 with contextlib.suppress(OSError):      # it may have just gone by itself

@@ -87,7 +87,7 @@ def test_an_idle_connection_that_ended_or_spoke_out_of_turn_is_not_trusted(eithe
 def wait_until_readable(idle):
     """Until what the upstream did has reached the relay's side of the one idle connection."""
     (connection, _), = idle
-    assert aiproxy.wait(PATIENCE, (connection.wire, aiproxy.READ))
+    assert aiproxy.wait(PATIENCE, connection.wire, aiproxy.READ)
 
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
