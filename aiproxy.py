@@ -3243,25 +3243,21 @@ class Server(http.server.ThreadingHTTPServer):
     # -- who is connected
 
     def note_idle(self, handler):
-        with self.lock:
-            self.idle[handler] = time.monotonic()
+        self.idle[handler] = time.monotonic()
 
     def note_busy(self, handler):
-        """False if the connection was given up meanwhile."""
-        with self.lock:
-            return self.idle.pop(handler, None) is not None
+        """False if the connection was given up meanwhile: one step of a dict's, so without a lock that all would wait for."""
+        return self.idle.pop(handler, None) is not None
 
     def give_up_idle(self, most, age=0):
         """Hang up on up to `most` idle clients, the longest idle first, none whose next request has just come; how many it was."""
-        with self.lock:
-            now = time.monotonic()
-            old = [handler for handler, since in self.idle.items() if now - since >= age]
-            silent = list(itertools.islice((handler for handler in old if not wait(0, handler.client, READ)), most))
-            for handler in silent:
-                del self.idle[handler]
-                with contextlib.suppress(OSError):      # it may have just gone by itself
-                    handler.connection.shutdown(socket.SHUT_RDWR)   # which wakes its thread
-        return len(silent)
+        now = time.monotonic()
+        silent = (handler for handler, since in list(self.idle.items()) if now - since >= age and not wait(0, handler.client, READ))
+        given_up = list(itertools.islice(filter(self.note_busy, silent), most))
+        for handler in given_up:
+            with contextlib.suppress(OSError):      # it may have just gone by itself
+                handler.connection.shutdown(socket.SHUT_RDWR)   # which wakes its thread
+        return len(given_up)
 
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
