@@ -605,7 +605,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def wants_close(self):
         """Must the connection end with this answer?"""
-        return self.http10 or b"close" in self.head.tokens(b"connection") or not self.body.done or self.server.closing
+        return self.http10 or b"close" in self.head.connection or not self.body.done or self.server.closing
 
     def downstream_fields(self, answer, translated=False):
         """End-to-end fields as they came, and the few that we add."""
@@ -615,7 +615,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
             fields.append((b"Date", self.server.date()))
         theirs = answer.head.get(b"x-request-id") or answer.head.get(b"request-id")
-        dropped, names = answer.head.tokens(b"connection"), answer.head.by_name
+        dropped, names = answer.head.connection, answer.head.by_name
         names = names.keys() - dropped if dropped else names
         if theirs:
             self.record.id = theirs.decode("latin-1")[:200]
@@ -1019,7 +1019,7 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_int=bound
 
 def upstream_fields(head, settings, is_json, websocket):
     """The header fields of the request to the upstream, Host first, all but the provider key. The client's own key never is among them."""
-    dropped = head.tokens(b"connection")        # fields that the client named as meant for this hop
+    dropped = head.connection                   # fields that the client named as meant for this hop
     fields, hidden, own_keys = [(b"Host", settings.upstream.netloc)], settings.hidden, settings.hidden or settings.client_keys
     for name, value in head.fields:
         low = name.lower().replace(b"_", b"-")  # CGI-like servers take Content_Length for Content-Length
@@ -1046,13 +1046,13 @@ def upstream_fields(head, settings, is_json, websocket):
 
 def is_websocket(head):
     """RFC 6455 section 4.1. No other upgrade is ever passed on: h2c would be a way around every check."""
-    return [token.lower() for token in head.elements(b"upgrade")] == [b"websocket"] and b"upgrade" in head.tokens(b"connection")
+    return [token.lower() for token in head.elements(b"upgrade")] == [b"websocket"] and b"upgrade" in head.connection
 
 
 def downstream_fields(head, settings):
     """The fields of the upstream's answer that come down: as they came, repeated ones repeated, in order."""
     never = NEVER_DOWN_WITH_HIDDEN_KEY if settings.hidden else NEVER_DOWN
-    dropped = head.tokens(b"connection")
+    dropped = head.connection
     return [(name, value) for name, value in head.fields
             if not ((low := name.lower()) in never or low in dropped or low.startswith(b"access-control-"))]
 
@@ -1326,7 +1326,7 @@ class Answer:
                 self.length = self.body.length
         except BadHead as bad:
             raise UpstreamFailed("upstream_bad_response", "The upstream's answer cannot be read: %s" % bad.message)
-        self.reusable = minor != b"0" and b"close" not in self.head.tokens(b"connection") and request.whole
+        self.reusable = minor != b"0" and b"close" not in self.head.connection and request.whole
         self.kind = self.head.get(b"content-type", b"").partition(b";")[0].strip().lower()
         self.events = self.kind == b"text/event-stream"
         self.coded = self.head.get(b"content-encoding", b"identity").lower() != b"identity"
@@ -1877,12 +1877,13 @@ def parse_head(block, first_line):
 class Head:
     """A start line's parts and the fields, as bytes: in the order and the spelling in which they came, and by lower-case name."""
 
-    __slots__ = ("start", "fields", "by_name", "repeats", "raw", "get")
+    __slots__ = ("start", "fields", "by_name", "repeats", "raw", "get", "connection")
 
     def __init__(self, start, fields, raw=b""):
         self.start, self.fields, self.raw = start, fields, raw
         self.by_name = {name.lower(): value for name, value in reversed(fields)}    # of repeated fields the first
         self.get, self.repeats = self.by_name.get, len(self.by_name) < len(fields)
+        self.connection = self.tokens(b"connection")        # `close`, and the names of fields that are for this hop alone
 
     def all(self, name):
         if name not in self.by_name:
