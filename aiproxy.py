@@ -646,8 +646,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Head and first bytes in one write: two would wait for each other's acknowledgement."""
         self.record.status = status
         self.head_sent = True
-        lines = [b"HTTP/1.1 %d %b" % (status, reason)] + [b": ".join(field) for field in fields]
-        self.client.send(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        self.client.send(render_head(b"HTTP/1.1 %d %b" % (status, reason), fields) + body)
 
     def answer_json(self, status, body, fields=(), outcome="ok"):
         """An answer of our own."""
@@ -684,8 +683,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Which fields of an answer a browser's script may read."""
         if not self.cors or self.cors[0][0] == b"Vary":
             return []
-        limits = sorted(name for name in names if b"ratelimit-" in name) if b"ratelimit-" in b" ".join(names) else []
-        return [(b"Access-Control-Expose-Headers", b", ".join([EXPOSED] + limits))]
+        limits = sorted(name for name in names if b"ratelimit-" in name) if b"ratelimit-" in b" ".join(names) else ()
+        return [(b"Access-Control-Expose-Headers", b", ".join((EXPOSED, *limits)))]
 
     def finish(self):
         """Close as the answer needs it: a reset for a cut HTTP/1.0 answer, a linger where bytes are still coming, else at once."""
@@ -1138,8 +1137,7 @@ class UpstreamRequest(urllib.request.Request):
         fields = self.fields
         if self.headers and not self._tunnel_host:      # ProxyHandler's
             fields = fields + [(name.encode(), value.encode()) for name, value in self.headers.items()]
-        lines = [b"%b %b HTTP/1.1" % (self.method.encode(), self.selector.encode())] + [b": ".join(field) for field in fields]
-        return b"\r\n".join(lines) + b"\r\n\r\n"
+        return render_head(b"%b %b HTTP/1.1" % (self.method.encode(), self.selector.encode()), fields)
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
@@ -1900,6 +1898,11 @@ class Head:
 
     def tokens(self, name):
         return {part.lower() for part in self.elements(name)} if name in self.by_name else frozenset()
+
+
+def render_head(first_line, fields):
+    """The bytes of a head that parse_head would read."""
+    return b"\r\n".join([first_line, *map(b": ".join, fields), b"\r\n"])
 
 
 def content_length(head):
