@@ -475,7 +475,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         keys = self.server.key_ring.order(time.monotonic()) if settings.keys else [None]
         keys = keys if self.body.done else keys[:1]     # a body that is streamed cannot be sent twice
         for place in keys:
-            request = UpstreamRequest(settings.upstream, target, method or self.method, fields + ([] if place is None else [settings.key_fields[place]]), prefix, self)
+            request = settings.upstream.request(target, method or self.method, fields + ([] if place is None else [settings.key_fields[place]]), prefix, self)
             answer = self.server.open(request, timeout=settings.timeout)
             self.record.upstream_status = answer.status
             answer.forget(settings.never_down)
@@ -1119,12 +1119,11 @@ class Catalogue:
 class UpstreamRequest(urllib.request.Request):
     """urllib's request, and what it cannot hold: repeated fields, a body still coming, the client to watch meanwhile.
 
-    The upstream's URL is parsed once, at the start: whatever `target` is, it goes to that host.
+    The upstream's URL is parsed once, at the start, into a subclass of this: whatever `target` is, it goes to that host.
     """
 
-    def __init__(self, upstream, target, method, fields, prefix, handler):
-        self.__dict__ = upstream.parsed.copy()
-        self._full_url, self.selector, self.method, self.headers = upstream.url + target, target, method, {}
+    def __init__(self, target, method, fields, prefix, handler):
+        self._full_url, self.selector, self.method, self.headers = self._full_url + target, target, method, {}
         self.fields, self.prefix, self.websocket = fields, prefix, handler.websocket
         self.client, self.body = handler.client, handler.body
         self.chunked, self.whole = not self.body.done and self.body.length is None, False      # whole: all of it has been sent
@@ -2689,7 +2688,7 @@ class Upstream:
         self.base, self.shown = parts.path.rstrip("/") + below, url.rstrip("/")
         netloc = ("[%s]" % host if ":" in host else host) + (":%d" % parts.port if parts.port else "")
         self.netloc, self.url = netloc.encode(), "%s://%s" % (parts.scheme, netloc)
-        self.parsed = vars(urllib.request.Request(self.url, origin_req_host=""))     # for UpstreamRequest
+        self.request = type("UpstreamRequest", (UpstreamRequest,), vars(urllib.request.Request(self.url, origin_req_host="")))
         if self.key_header is None:         # a base URL of a provider that we know wants its key as that row says
             known = [row for row in PROVIDERS.values() if urllib.parse.urlsplit(row[0]).netloc == netloc]
             _, self.key_header, self.paths = known[0] if known else ("", "Authorization", OPENAI_PATHS)
