@@ -3046,7 +3046,12 @@ class Record:
     bytes = 0
 
     def __init__(self, address):
-        self.client, self.id, self.began = address, "req_%016x" % random.getrandbits(64), time.monotonic()
+        self.client, self.began = address, time.monotonic()
+
+    @functools.cached_property
+    def id(self):
+        """Made up only when nobody has set it: most upstreams name their answers."""
+        return "req_%016x" % random.getrandbits(64)
 
     def tokens(self):
         """Prompt and completion tokens. Set to a function that counts them, which is called only if the log is on."""
