@@ -538,7 +538,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer.close(reusable=stream is not None and stream.ending == "ok" and self.body.done)
             self.record.outcome = stream.ending if stream and stream.ending else "client_gone"
         self.record.bytes = stream.bytes
-        self.record.tokens = stream.usage.counts
+        if stream.usage:
+            self.record.tokens = stream.usage.counts
         if stream.ending == "ok":
             self.close_connection = not keep
         else:
@@ -1501,7 +1502,7 @@ class Stream(Job):
         super().__init__(handler.client, answer.wire, handler.settings.timeout)
         self.body, self.held, self.chunked = answer.body, answer.held, chunked
         self.tells = answer.events and not answer.coded and answer.length is None   # may a cut be told by an event?
-        self.pending, self.tail, self.usage, self.logged = b"", b"\n\n", UsageWatch(), handler.settings.log != "off"
+        self.pending, self.tail, self.usage = b"", b"\n\n", UsageWatch() if handler.settings.log != "off" else None
 
     def begin(self):
         """What is already here, framed for the client: often the whole body, and the loop is never needed."""
@@ -1548,7 +1549,7 @@ class Stream(Job):
 
     def frame(self, body):
         self.bytes += len(body)
-        self.tail = self.usage.see(self.tail, body) if self.logged else (self.tail + body[-4:])[-4:]
+        self.tail = self.usage.see(self.tail, body) if self.usage else (self.tail + body[-4:])[-4:]
         return chunk(body, self.chunked)
 
     def cut(self, outcome):
