@@ -156,14 +156,14 @@ ONCE = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"aut
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                        # RFC 9110 section 5.6.2
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 section 3
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x3e\x40-\x7e]+)(\?[\x21-\x7e]*)? HTTP/([0-9])\.([0-9])")     # RFC 9112 section 3
 STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")  # section 4
 FIELD = rb"(" + TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)"                        # section 5; no folding, no bare CR or LF
 FIELD_LINE, FIELD_LINES = re.compile(FIELD), re.compile(rb"\r\n" + FIELD + rb"(?=\r\n|\Z)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")     # section 7.1
 CHUNK_LINE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?)?\r?")
 USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
-ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.I)                       # section 3.2.2
+ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)                       # section 3.2.2
 BARE_LF = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")   # RFC 9110 section 7.2
 LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
@@ -302,11 +302,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the head: is it well formed, and do we speak its version and method?
 
     def check_head(self):
-        method, target, major, minor = self.head.start
+        method, target, query, major, minor = self.head.start
         self.method = self.record.method = method.decode()
+        self.path = self.record.path = target.decode()
+        self.query = query.decode() if query else ""
         self.http10 = minor == b"0"
-        target = target.decode()
-        self.record.path = target.partition("?")[0]
         if major != b"1":
             raise Refusal(505, "version_not_supported", "This proxy speaks HTTP/1.1.")
         if self.head.repeats:
@@ -327,18 +327,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             known = self.method in ("TRACE", "CONNECT")     # TRACE would echo keys, CONNECT would make an open proxy of us
             raise Refusal(405 if known else 501, "method_not_allowed", "The method %s is not served here." % self.method[:20],
                           **({"Allow": ", ".join(METHODS)} if known else {}))
-        if target == "*" and self.method == "OPTIONS":
-            self.path = target
+        if self.path == "*" and self.method == "OPTIONS" and not self.query:
             return
-        absolute = target[:1] != "/" and ABSOLUTE_FORM.fullmatch(target)
+        absolute = self.path[:1] != "/" and ABSOLUTE_FORM.fullmatch(self.path)
         if absolute:
             if host is None or absolute.group(1).encode().lower() != host.lower():
                 raise BadHead(400, "The authority in the request target is not the Host field.")
-            target = absolute.group(2) if absolute.group(2).startswith("/") else "/" + absolute.group(2)
-        self.path, mark, query = target.partition("?")
-        self.query = mark + query
-        self.record.path = self.path
-        if self.path[:1] != "/" or self.path[:2] == "//" or "#" in query or BAD_ESCAPE.search(self.path) or (
+            self.path = self.record.path = absolute.group(2) or "/"
+        if self.path[:1] != "/" or self.path[:2] == "//" or "#" in self.query or BAD_ESCAPE.search(self.path) or (
                 "." in self.path or "%" in self.path) and DOT_SEGMENT.search(self.path):
             raise BadHead(400, "The request target is not a plain path: no //, no dot segments, no fragment.")
         self.websocket = self.method == "GET" and not self.http10 and self.body.done and is_websocket(self.head)

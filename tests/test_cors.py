@@ -108,7 +108,8 @@ def test_a_preflight_needs_no_key_and_never_goes_up(upstream, hidden, path):
 
 
 def test_an_options_for_the_server_is_answered_here(upstream, relay):
-    assert relay(ORIGINS="*").ask("OPTIONS", "*").status == 204 and not upstream.received
+    running = relay(ORIGINS="*")
+    assert [running.ask("OPTIONS", target).status for target in ("*", "*?a=1")] == [204, 400] and not upstream.received
 
 
 def test_a_plain_options_tells_the_methods_where_a_key_is_hidden(upstream, hidden):
