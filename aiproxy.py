@@ -240,7 +240,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def start_record(self):
         self.head = self.body = None
         self.method = self.path = self.query = ""
-        self.cors = cors_fields(None, self.settings)
         self.head_sent = self.is_json = False
         self.record = Record(self.client_address[0])
         self.address = self.network
@@ -315,7 +314,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise BadHead(400, "The field %s stands there twice." % name.decode())
         chunked = is_chunked(self.head, self.http10)      # RFC 9112 section 6.3: without a length there is no body
         self.body = RequestBody(self.client, ChunkedBody() if chunked else PlainBody(content_length(self.head) or 0))
-        self.cors = cors_fields(self.head, self.settings)
         forwarded = self.head.elements(b"x-forwarded-for")
         if forwarded and LOOPBACK.fullmatch(self.address):      # a proxy of our own in front, which knows
             self.record.client = forwarded[-1].decode("latin-1")
@@ -623,12 +621,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
             if b"cache-control" not in names:
                 fields.append((b"Cache-Control", b"no-cache"))
-        return fields + self.cors + self.expose(names)
+        return fields + cors_fields(self.head, self.settings, names)
 
     def tunnel(self, answer):
         """A WebSocket: after the 101, bytes both ways until either side closes."""
         fields = downstream_fields(answer.head, self.settings)
-        self.start_answer(101, answer.reason, fields + [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")] + self.cors, b"")
+        self.start_answer(101, answer.reason, fields + [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")] + cors_fields(self.head, self.settings), b"")
         self.record.first_byte()
         job = Tunnel(self.client, answer.wire, self.settings.timeout)
         try:
@@ -654,7 +652,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         keep, lines = outcome == "ok" and not self.wants_close(), list(fields)
         if not any(name == b"Date" for name, _ in lines):       # else they are the upstream's, and complete
             lines += [(b"Date", self.server.date()), (b"x-request-id", self.record.id.encode())]
-            lines += self.cors + self.expose({name.lower() for name, _ in lines})
+            lines += cors_fields(self.head, self.settings, {name.lower() for name, _ in lines})
         if status != 204:
             lines.append((b"Content-Length", b"%d" % len(content)))
         if not keep:
@@ -675,13 +673,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_json(refusal.status, {"error": error_object(refusal)}, refusal.fields, self.record.outcome or refusal.code)
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
-
-    def expose(self, names):
-        """Which fields of an answer a browser's script may read."""
-        if not self.cors or self.cors[0][0] == b"Vary":
-            return []
-        limits = sorted(name for name in names if b"ratelimit-" in name) if b"ratelimit-" in b" ".join(names) else ()
-        return [(b"Access-Control-Expose-Headers", b", ".join((EXPOSED, *limits)))]
 
     def finish(self):
         """Close as the answer needs it: a reset for a cut HTTP/1.0 answer, a linger where bytes are still coming, else at once."""
@@ -723,12 +714,15 @@ def names_loopback(host):
     return LOOPBACK.fullmatch(re.sub(r":[0-9]*\Z", "", host.decode("latin-1"))) is not None
 
 
-def cors_fields(head, settings):
-    """The CORS fields of every answer: the origin if it is allowed, reflected only where a list decides. `head` is None until it is known."""
+def cors_fields(head, settings, names=()):
+    """The CORS fields of every answer: the origin if it is allowed, reflected only where a list decides, and which of the fields `names` a
+    page's script may read. `head` is the request's, None if it could not be read."""
+    limits = sorted(name for name in names if b"ratelimit-" in name) if b"ratelimit-" in b" ".join(names) else ()
+    exposed = (b"Access-Control-Expose-Headers", b", ".join((EXPOSED, *limits)))
     if settings.any_origin:
-        return [(b"Access-Control-Allow-Origin", b"*")]
+        return [(b"Access-Control-Allow-Origin", b"*"), exposed]
     if head and head.get(b"origin") is not None and origin_allowed(head, settings):
-        return [(b"Access-Control-Allow-Origin", head.get(b"origin")), (b"Vary", b"Origin")]
+        return [(b"Access-Control-Allow-Origin", head.get(b"origin")), (b"Vary", b"Origin"), exposed]
     return [(b"Vary", b"Origin")] if settings.origins else []
 
 
