@@ -319,7 +319,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.record.client = forwarded[-1].decode("latin-1")
             self.address = network_of(self.record.client)
         host = self.head.get(b"host")
-        if host is None and not self.http10 or host is not None and not HOST.fullmatch(host):
+        if not (self.http10 if host is None else is_host(host)):
             raise BadHead(400, "The request needs one valid Host field.")
         if self.method not in METHODS:
             known = self.method in ("TRACE", "CONNECT")     # TRACE would echo keys, CONNECT would make an open proxy of us
@@ -332,8 +332,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if host is None or absolute.group(1).encode().lower() != host.lower():
                 raise BadHead(400, "The authority in the request target is not the Host field.")
             self.path = self.record.path = absolute.group(2) or "/"
-        if self.path[:1] != "/" or self.path[:2] == "//" or "#" in self.query or BAD_ESCAPE.search(self.path) or (
-                "." in self.path or "%" in self.path) and DOT_SEGMENT.search(self.path):
+        if not is_plain_path(self.path) or "#" in self.query:
             raise BadHead(400, "The request target is not a plain path: no //, no dot segments, no fragment.")
         self.websocket = self.method == "GET" and not self.http10 and self.body.done and is_websocket(self.head)
         expect = self.head.get(b"expect", b"").lower()
@@ -709,6 +708,11 @@ def origin_allowed(head, settings):
     return origin.decode("latin-1") in settings.origins or origin == b"http://" + host and names_loopback(host)    # the latter: our start page
 
 
+@functools.lru_cache(64)                    # clients call few hosts and few paths
+def is_host(value):
+    return HOST.fullmatch(value) is not None
+
+
 def names_loopback(host):
     """Is this the value of a Host field that leads to this machine?"""
     return LOOPBACK.fullmatch(re.sub(r":[0-9]*\Z", "", host.decode("latin-1"))) is not None
@@ -782,6 +786,12 @@ def duration(seconds):
 # ---- For what: paths, models, aliases ------------------------------------------------------------------------------
 
 
+@functools.lru_cache(64)
+def is_plain_path(path):
+    """Is this a path that all servers read in the same way? Nothing empty in front, no dot segments, no odd escapes."""
+    return path[:1] == "/" and path[:2] != "//" and not BAD_ESCAPE.search(path) and not DOT_SEGMENT.search(path)
+
+
 def openai_form(path):
     """The path that a client with a slightly wrong base URL meant: /v1/v1/x and the bare inference paths are /v1/x."""
     if path.startswith("/v1/v1/"):
@@ -813,8 +823,8 @@ def is_plain(segment):
 def apply_body_rules(body, path, settings):
     """The body to send up, the model that the client named, and for Workers AI the Call. Only what a setting changes differs. Refusal 400 or 403."""
     values = parse_object(body, whole=settings.workers or settings.max_chars)
-    for name in values.keys() - LOOKED_AT:
-        if name.casefold() in LOOKED_AT:        # some parsers would take it for the real one
+    for name in values:
+        if name not in LOOKED_AT and name.casefold() in LOOKED_AT:      # some parsers would take it for the real one
             raise Refusal(400, "invalid_" + ("model" if name.casefold() == "model" else "parameter"), "`%s` must be written in lower case." % name.casefold())
     model = resolve_model(values, settings)
     real = settings.aliases.get(model, model)
@@ -1043,8 +1053,8 @@ def downstream_fields(head, settings):
     """The fields of the upstream's answer that come down: as they came, repeated ones repeated, in order."""
     never = NEVER_DOWN_WITH_HIDDEN_KEY if settings.hidden else NEVER_DOWN
     dropped = head.connection
-    return [(name, value) for name, value in head.fields
-            if not ((low := name.lower()) in never or low in dropped or low.startswith(b"access-control-"))]
+    return [field for field in head.fields
+            if not ((low := field[0].lower()) in never or low in dropped or low.startswith(b"access-control-"))]
 
 
 # ---- From where: the upstream, kept alive --------------------------------------------------------------------------
