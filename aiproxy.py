@@ -164,6 +164,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 CHUNK_LINE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?)?\r?")
 USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)                       # section 3.2.2
+READABLE_CODING = re.compile(rb"(?:x-)?gzip|deflate|identity")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")   # RFC 9110 section 7.2
 LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
@@ -690,9 +691,8 @@ def carried_keys(head):
     keys = {credential.strip()} if scheme.lower() == b"bearer" else set()
     if not OTHER_KEY_FIELDS.isdisjoint(head.by_name):
         keys.update(value for name in OTHER_KEY_FIELDS for value in head.all(name))
-    for protocol in head.elements(b"sec-websocket-protocol"):
-        if protocol.startswith(b"openai-insecure-api-key."):
-            keys.add(protocol.partition(b".")[2])
+    if b"sec-websocket-protocol" in head.by_name:
+        keys.update(protocol.partition(b".")[2] for protocol in head.elements(b"sec-websocket-protocol") if protocol.startswith(b"openai-insecure-api-key."))
     keys.discard(b"")
     return keys
 
@@ -721,8 +721,8 @@ def names_loopback(host):
 def cors_fields(head, settings, names=()):
     """The CORS fields of every answer: the origin if it is allowed, reflected only where a list decides, and which of the fields `names` a
     page's script may read. `head` is the request's, None if it could not be read."""
-    limits = sorted(name for name in names if b"ratelimit-" in name) if b"ratelimit-" in b" ".join(names) else ()
-    exposed = (b"Access-Control-Expose-Headers", b", ".join((EXPOSED, *limits)))
+    limits = sorted(name for name in names if b"ratelimit-" in name) if b"ratelimit-" in b" ".join(names) else []
+    exposed = (b"Access-Control-Expose-Headers", b", ".join([EXPOSED] + limits) if limits else EXPOSED)
     if settings.any_origin:
         return [(b"Access-Control-Allow-Origin", b"*"), exposed]
     if head and head.get(b"origin") is not None and origin_allowed(head, settings):
@@ -1032,7 +1032,7 @@ def upstream_fields(head, settings, is_json, websocket):
             if not value:
                 continue
         if low == b"accept-encoding" and hidden:    # error answers are searched for the key: only what we can decode
-            value = b", ".join(part for part in head.elements(low) if re.match(rb"(?:x-)?gzip|deflate|identity", part)) or b"identity"
+            value = b", ".join(part for part in head.elements(low) if READABLE_CODING.match(part)) or b"identity"
         if not (low == b"content-type" and is_json or low == b"accept-encoding" and settings.workers):      # these we write ourselves
             fields.append((name, value))
     if is_json:
@@ -1826,13 +1826,13 @@ class Wire:
         if not self.buffer:
             more()
         while True:
-            end = self.buffer.find(b"\r\n\r\n", max(0, searched - 3))
+            end = self.buffer.find(b"\r\n\r\n", searched)
             if end < 0 or end > MAX_LINE:
                 check_begun(self.buffer if end < 0 else self.buffer[:end], searched, first_line)
             if end >= 0:
                 block, self.buffer = self.buffer[:end], self.buffer[end + 4:]
                 return parse_head(block, first_line)
-            searched = len(self.buffer)
+            searched = max(0, len(self.buffer) - 3)     # the end may have begun
             more()
 
 
