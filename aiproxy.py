@@ -3257,7 +3257,7 @@ class Server(http.server.ThreadingHTTPServer):
     def give_up_idle(self, most, age=0):
         """Hang up on up to `most` idle clients, the longest idle first, none whose next request has just come; how many it was."""
         now = time.monotonic()
-        silent = (handler for handler, since in list(self.idle.items()) if now - since >= age and not wait(0, handler.client, READ))
+        silent = (handler for handler, since in self.idle.copy().items() if now - since >= age and not wait(0, handler.client, READ))
         given_up = list(itertools.islice(filter(self.note_busy, silent), most))
         for handler in given_up:
             with contextlib.suppress(OSError):      # it may have just gone by itself
