@@ -249,14 +249,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The head of the next request. A silent kept-alive client is let go after IDLE_SECONDS, or when room is needed."""
         client, first = self.client, self.first_request
         self.first_request = False
-        deadline = self.record.began + HEAD_SECONDS
-
-        def more():
-            if not client.wait_readable(deadline - time.monotonic()):
-                raise Refusal(408, "request_timeout", "The head of the request did not arrive within %d seconds." % HEAD_SECONDS)
-            if not client.fill():
-                raise ClientGone("client_gone")
-
+        self.deadline = self.record.began + HEAD_SECONDS
         if not client.buffer:
             self.server.note_idle(self)
             arrived = client.wait_readable(HEAD_SECONDS if first else IDLE_SECONDS)
@@ -266,9 +259,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone("client_gone")
         self.record.began = time.monotonic()
         if not first:
-            deadline = self.record.began + HEAD_SECONDS
-        client.skip_empty_lines(more)
-        return client.read_head(REQUEST_LINE, more)
+            self.deadline = self.record.began + HEAD_SECONDS
+        client.skip_empty_lines(self.more)
+        return client.read_head(REQUEST_LINE, self.more)
+
+    def more(self):
+        """Wait for more bytes of a head."""
+        if not self.client.wait_readable(self.deadline - time.monotonic()):
+            raise Refusal(408, "request_timeout", "The head of the request did not arrive within %d seconds." % HEAD_SECONDS)
+        if not self.client.fill():
+            raise ClientGone("client_gone")
 
     def walk_ladder(self):
         """Every step answers, refuses or lets the request go on; the statuses are in the order in which they can happen."""
@@ -378,12 +378,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         carried = carried_keys(self.head)
         if len(carried) > 1:
             raise BadHead(400, "The request carries two different keys.")
-        # As bytes and against all, so that neither letters nor places show in the time.
-        names = [name for name, known in settings.client_keys for key in carried if hmac.compare_digest(key, known)]
-        if not names:
+        key, client = carried.pop() if carried else b"", ""
+        for name, known in settings.client_keys:        # as bytes and against all, so that neither letters nor places show in the time
+            if hmac.compare_digest(key, known):
+                client = client or name
+        if not client:
             raise Refusal(401, "invalid_api_key", "Incorrect client key." if self.head.get(b"authorization") else
                           "A client key is needed: send it as Authorization: Bearer.", WWW_Authenticate="Bearer")
-        self.record.client = self.address = names[0]
+        self.record.client = self.address = client
 
     def check_rate(self):
         """429 once the client has used up its AIPROXY_RATE; the fields are OpenAI's."""
@@ -1052,9 +1054,12 @@ def is_websocket(head):
 def downstream_fields(head, settings):
     """The fields of the upstream's answer that come down: as they came, repeated ones repeated, in order."""
     never = NEVER_DOWN_WITH_HIDDEN_KEY if settings.hidden else NEVER_DOWN
-    dropped = head.connection
-    return [field for field in head.fields
-            if not ((low := field[0].lower()) in never or low in dropped or low.startswith(b"access-control-"))]
+    dropped, fields = head.connection, []
+    for field in head.fields:
+        low = field[0].lower()
+        if not (low in never or low in dropped or low.startswith(b"access-control-")):
+            fields.append(field)
+    return fields
 
 
 # ---- From where: the upstream, kept alive --------------------------------------------------------------------------
@@ -1864,7 +1869,7 @@ def parse_head(block, first_line):
     found = FIELD_LINES.findall(block, first_end) if lines else []
     if len(found) != lines:
         raise BadHead(400, "A header field is malformed.")
-    return Head(start.groups(), [(name, value.strip(b" \t")) for name, value in found], block)
+    return Head(start.groups(), found, block)
 
 
 class Head:
@@ -1872,9 +1877,13 @@ class Head:
 
     __slots__ = ("start", "fields", "by_name", "repeats", "raw", "get", "connection")
 
-    def __init__(self, start, fields, raw=b""):
-        self.start, self.fields, self.raw = start, fields, raw
-        self.by_name = {name.lower(): value for name, value in reversed(fields)}    # of repeated fields the first
+    def __init__(self, start, found, raw=b""):
+        self.start, self.raw = start, raw
+        self.fields, self.by_name = fields, by_name = [], {}
+        for name, value in found:
+            value = value.strip(b" \t")
+            fields.append((name, value))
+            by_name.setdefault(name.lower(), value)     # of repeated fields the first
         self.get, self.repeats = self.by_name.get, len(self.by_name) < len(fields)
         self.connection = self.tokens(b"connection")        # `close`, and the names of fields that are for this hop alone
 
