@@ -101,6 +101,7 @@ PEEK_BYTES = 65536          # of an error answer, searched for the provider key 
 TLS_RECORD = 16384          # the most that TLS sends as one piece, readable only when whole (RFC 8446 section 5.1)
 PIECE, FIRST_PIECE = 65536, 8192    # bytes moved at a time; asked for at first, since memory for 64 KB that holds 200 bytes leaves holes
 SPARE_SECONDS = 5           # a thread without a client is kept this long
+LOG_SECONDS, MAX_LOG_LINES = 0.05, 10000    # between two writes, for many lines are one write; lines that wait to be read
 MAX_BUCKETS = 10000         # clients whose rate is remembered; about 3 MB
 KEY_COOLDOWN = 60           # seconds a provider key rests after a 402, 403 or 429 that names no time
 KEY_SPENT = (401, 402, 403, 429)    # what an upstream says when another key may fare better
@@ -198,6 +199,12 @@ class UpstreamFailed(Refusal):
     def __init__(self, code, message):
         fields = {"x_should_retry": "false"} if code == "upstream_tls_error" else {}
         super().__init__(504 if code == "upstream_timeout" else 502, code, message, **fields)
+
+
+@functools.lru_cache(1)                     # made once a second
+def http_date(now):
+    """A time as a Date field has it."""
+    return email.utils.formatdate(now, usegmt=True).encode()
 
 
 def error_object(refusal):
@@ -610,7 +617,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if translated:                          # the body is another one
             fields = [field for field in fields if not field[0].lower().startswith(b"content-") and field[0].lower() not in (b"etag", b"last-modified")]
         if answer.head.get(b"date") is None:                        # RFC 9110 section 6.6.1
-            fields.append((b"Date", self.server.date()))
+            fields.append((b"Date", http_date(int(time.time()))))
         theirs = answer.head.get(b"x-request-id") or answer.head.get(b"request-id")
         dropped, names = answer.head.connection, answer.head.by_name
         names = names.keys() - dropped if dropped else names
@@ -653,7 +660,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """An answer that is here as a whole. The connection lives on if all is well and the request was read to its end."""
         keep, lines = outcome == "ok" and not self.wants_close(), list(fields)
         if not any(name == b"Date" for name, _ in lines):       # else they are the upstream's, and complete
-            lines += [(b"Date", self.server.date()), (b"x-request-id", self.record.id.encode())]
+            lines += [(b"Date", http_date(int(time.time()))), (b"x-request-id", self.record.id.encode())]
             lines += cors_fields(self.head, self.settings, {name.lower() for name, _ in lines})
         if status != 204:
             lines.append((b"Content-Length", b"%d" % len(content)))
@@ -3067,10 +3074,18 @@ class Record:
 
     def as_dict(self, scrub=str):
         prompt_tokens, completion_tokens = self.tokens()
-        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "client": scrub(self.client), "method": scrub(self.method) or "-", "path": scrub(self.path)[:256],
+        return {"time": log_time(int(time.time())), "client": scrub(self.client), "method": scrub(self.method) or "-", "path": scrub(self.path)[:256],
                 "model": scrub(self.model)[:100], "status": self.status, "upstream_status": self.upstream_status,
                 "first_byte": self.first and round(self.first, 4), "total": round(time.monotonic() - self.began, 4), "bytes": self.bytes,
                 "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "request_id": scrub(self.id), "outcome": self.outcome or "client_gone"}
+
+
+@functools.lru_cache(1)
+def log_time(now):
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+
+
+LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"     # Record.as_dict, in its order
 
 
 class Log(threading.Thread):
@@ -3078,52 +3093,58 @@ class Log(threading.Thread):
 
     def __init__(self, form, secrets):
         super().__init__(daemon=True, name="log")
-        self.form, self.secrets, self.lines, self.lost = form, [key.decode() for key in secrets], queue.Queue(10000), 0
+        self.form, self.secrets, self.lines, self.lost = form, [key.decode() for key in secrets], queue.SimpleQueue(), 0
 
     def write(self, record):
         if self.form != "off":
-            record = record.as_dict(self.scrub)
-            self.put(sys.stdout, json.dumps(record) if self.form == "json" else
-                     ("{time} {client} {method} {path} {model} {status} upstream={upstream_status} first={first_byte}s total={total}s bytes={bytes} "
-                      "tokens={prompt_tokens}+{completion_tokens} id={request_id} {outcome}").format(**{name: printable(value) for name, value in record.items()}))
+            values = record.as_dict(self.scrub)
+            self.put(sys.stdout, json.dumps(values) if self.form == "json" else LOG_LINE % tuple(map(printable, values.values())))
 
     def warn(self, text):
         self.put(sys.stderr, "aiproxy: " + self.scrub(text))
 
     def put(self, stream, line):
-        try:
-            self.lines.put_nowait((stream, line + "\n"))
-        except queue.Full:
+        if self.lines.qsize() < MAX_LOG_LINES:
+            self.lines.put((stream, line + "\n"))
+        else:
             self.lost += 1
 
     def scrub(self, text):
         """Without our keys: a client may put one into a path or a model's name, encoded or not."""
         for secret in self.secrets:
-            if secret not in text and secret in urllib.parse.unquote(text):
+            if "%" in text and secret not in text and secret in urllib.parse.unquote(text):
                 text = urllib.parse.unquote(text)
             text = text.replace(secret, "***")
         return text
 
     def run(self):
-        while True:
-            stream, line = self.lines.get()
+        batch = []
+        while None not in batch:
+            time.sleep(LOG_SECONDS if batch else 0)
+            batch = [self.lines.get()]
+            while not self.lines.empty():
+                batch.append(self.lines.get())
             if self.lost:
-                line, self.lost = line + "(%d lines lost: nobody read them in time)\n" % self.lost, 0
-            with contextlib.suppress(OSError, ValueError):      # nobody listens any more
-                stream.write(line)
-                if stream is sys.stderr:
+                batch.append((sys.stdout, "(%d lines lost: nobody read them in time)\n" % self.lost))
+                self.lost = 0
+            for stream in (sys.stderr, sys.stdout):
+                with contextlib.suppress(OSError, ValueError):      # nobody listens any more
+                    stream.write("".join(item[1] for item in batch if item and item[0] is stream))
                     stream.flush()
-                if self.lines.empty():
-                    sys.stdout.flush()
-            self.lines.task_done()
+
+    def close(self, seconds):
+        """Wait until all lines are written, or for so long."""
+        self.lines.put(None)
+        self.join(seconds)
 
 
 def printable(value):
     """A value as one word of a log line: nothing in it can end the line, start another field or move a terminal's cursor."""
-    if value is None or value == "":
-        return "-"
-    text = str(value)
-    return text if re.fullmatch(r"[\x21-\x7e]+", text) else json.dumps(text).replace(" ", "\\u0020")
+    if not value:
+        return "-" if value is None or value == "" else value
+    if not isinstance(value, str) or value.isascii() and value.isprintable() and " " not in value:
+        return value
+    return json.dumps(value).replace(" ", "\\u0020")
 
 
 def fault_place(error):
@@ -3145,7 +3166,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings):
         self.settings, self.started, self.closing = settings, int(time.time()), False
-        self.date_made = 0, b""
         self.lock, self.idle, self.connections = threading.Lock(), {}, 0
         self.per_client, self.clients, self.spare_threads = collections.Counter(), queue.SimpleQueue(), 0
         self.all_done = threading.Condition(self.lock)
@@ -3247,13 +3267,6 @@ class Server(http.server.ThreadingHTTPServer):
     def report_fault(self, error):
         self.log.warn("fault: " + fault_place(error))
 
-    def date(self):
-        """The time as a Date field has it, made once a second."""
-        now = int(time.time())
-        if self.date_made[0] != now:
-            self.date_made = now, email.utils.formatdate(now, usegmt=True).encode()
-        return self.date_made[1]
-
     # -- who is connected
 
     def note_idle(self, handler):
@@ -3288,8 +3301,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self.all_done.wait(0.1)
         self.relay_loop.stopping = True
         until = time.monotonic() + 1        # for what is cut to be seen cut, and for the last log lines
-        while (self.connections or self.log.lines.unfinished_tasks) and time.monotonic() < until:
+        while self.connections and time.monotonic() < until:
             time.sleep(0.01)
+        self.log.close(max(0.1, until - time.monotonic()))
 
     # -- how to reach us
 

@@ -147,9 +147,9 @@ def test_a_thread_serves_one_client_after_the_other(relay):
 
 def test_lines_that_nobody_reads_are_counted_and_lost():
     log = aiproxy.Log("text", [])     # its thread does not run: as when stdout takes nothing
-    for _ in range(log.lines.maxsize + 5):
+    for _ in range(aiproxy.MAX_LOG_LINES + 5):
         log.write(aiproxy.Record("192.0.2.1"))
-    assert log.lines.qsize() == log.lines.maxsize == 10000 and log.lost == 5
+    assert log.lines.qsize() == aiproxy.MAX_LOG_LINES == 10000 and log.lost == 5
 
 
 def test_what_a_client_sends_early_is_taken_in_up_to_a_bound(upstream, relay, monkeypatch):
