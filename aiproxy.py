@@ -1132,7 +1132,8 @@ class Catalogue:
 class UpstreamRequest(urllib.request.Request):
     """urllib's request, and what it cannot hold: repeated fields, a body still coming, the client to watch meanwhile.
 
-    The upstream's URL is parsed once, at the start, into a subclass of this: whatever `target` is, it goes to that host.
+    The upstream's URL is parsed once, at the start, and what urllib makes of it stands in a subclass of this (Upstream.request), not in each
+    object: so whatever `target` is, it goes to that host.
     """
 
     def __init__(self, target, method, fields, prefix, handler):
@@ -2700,7 +2701,7 @@ class Upstream:
         self.base, self.shown = parts.path.rstrip("/") + below, url.rstrip("/")
         netloc = ("[%s]" % host if ":" in host else host) + (":%d" % parts.port if parts.port else "")
         self.netloc, self.url = netloc.encode(), "%s://%s" % (parts.scheme, netloc)
-        self.request = type("UpstreamRequest", (UpstreamRequest,), vars(urllib.request.Request(self.url, origin_req_host="")))
+        self.request = type("UpstreamRequest", (UpstreamRequest,), vars(urllib.request.Request(self.url, origin_req_host="")))     # see there
         if self.key_header is None:         # a base URL of a provider that we know wants its key as that row says
             known = [row for row in PROVIDERS.values() if urllib.parse.urlsplit(row[0]).netloc == netloc]
             _, self.key_header, self.paths = known[0] if known else ("", "Authorization", OPENAI_PATHS)
