@@ -1,4 +1,8 @@
-"""An upstream that the test plays itself, line by line: for what happens between two halves of a request or an answer."""
+"""An upstream that the test plays itself, line by line.
+
+For what happens between two halves of a request or a response.
+"""
+
 import socket
 
 from support import PATIENCE, Client
@@ -8,7 +12,8 @@ class Peer(Client):
     """The upstream's end of one connection."""
 
     def __init__(self, sock):
-        self.sock, self.data = sock, b""
+        self.sock = sock
+        self.data = b""
         sock.settimeout(PATIENCE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -24,7 +29,8 @@ class ByHand:
     """A listener on a free port; accept() waits for the relay's next connection."""
 
     def __init__(self):
-        self.listener, self.peers = socket.socket(), []
+        self.peers = []
+        self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(128)
         self.listener.settimeout(PATIENCE)

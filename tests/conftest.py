@@ -1,4 +1,5 @@
-"""Fixtures: a relay in this process on a port of its own, and a fake upstream that does exactly what a test tells it to."""
+"""Fixtures: a relay in this process on a free port, and a fake upstream that a test scripts."""
+
 import os
 import sys
 import threading
@@ -11,45 +12,61 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import aiproxy  # noqa: E402
 from support import Relay, Upstream  # noqa: E402
 
+PROXY_AND_PLATFORM_VARIABLES = {
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "all_proxy",
+    "port",
+    "fc_server_port",
+    "ssl_cert_file",
+}
+
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch):
     """The machine's own environment must not change what a test sees."""
     for name in list(os.environ):
-        if name.startswith(("AIPROXY_", "CLOUDFLARE_")) or name.lower() in ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "port", "fc_server_port", "ssl_cert_file"):
+        is_setting = name.startswith(("AIPROXY_", "CLOUDFLARE_"))
+        if is_setting or name.lower() in PROXY_AND_PLATFORM_VARIABLES:
             monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def upstream():
-    """A plain HTTP upstream; answers 200 {"ok":true} until told otherwise."""
+    """A plain HTTP upstream; it answers 200 {"ok":true} until a test sets another answer."""
     with Upstream() as fake:
         yield fake
 
 
 @pytest.fixture
 def relay(upstream):
-    """start(**settings) → a running relay in front of `upstream`; names without their AIPROXY_ prefix."""
+    """start(**settings) returns a running relay in front of `upstream`.
+
+    The names of the settings go without their AIPROXY_ prefix.
+    """
     running = []
 
     def start(**settings):
         settings.setdefault("UPSTREAM", upstream.url)
         running.append(Relay(**settings))
         return running[-1]
+
     yield start
+
     for one in running:
         one.close()
 
 
 @pytest.fixture
 def hidden(relay):
-    """A relay that hides the key sk-hidden-key and asks for the client key of alice."""
+    """A relay with the provider key sk-hidden-key, which asks for the client key of alice."""
     return relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice")
 
 
 @pytest.fixture
 def no_thread_fails(monkeypatch):
-    """Fails the test if a thread dies of an exception."""
+    """Fail the test if an exception ends a thread."""
     failures = []
     monkeypatch.setattr(threading, "excepthook", lambda args: failures.append(args))
     yield

@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """A soak: python3 tests/soak.py --seconds 60
 
-Two relays run as processes, one that hides a key and one that is transparent, in front of one upstream that stalls, resets, lies
-about lengths and sends garbage. Good, bad, slow, vanishing and huge clients come all at once. In the end
+Two relays run as processes, one with a provider key configured and one transparent, in front of
+one upstream that stalls, resets, lies about lengths and sends garbage. Good, bad, slow, vanishing
+and huge clients come all at once. In the end
 
-- every answer that a good client got was right byte for byte, and every answer that the upstream broke was seen to be broken;
+- every response to a good client was right byte for byte, and every response that the upstream
+  broke was seen to be broken;
 - memory, threads and file descriptors of the relays are back where they were after the warm-up;
-- neither said a word of a fault, no client saw the provider key, the upstream saw no client key, and SIGTERM ends both with 0.
+- neither reported a fault, no client saw the provider key, the upstream saw no client key, and
+  SIGTERM ends both with 0.
 
-The limits of aiproxy.py that are half a minute or more are cut to a few seconds, so that a minute sees them all reached often;
---real-limits leaves them alone. Memory and descriptors are read from /proc: elsewhere these two checks are left out.
+The limits of aiproxy.py that are half a minute or more are cut to a few seconds, so that a minute
+sees them all reached often; --real-limits leaves them alone. Memory and descriptors are read from
+/proc: elsewhere these two checks are left out.
 The last line is "N passed, N failed"; exit status 1 if any failed.
 """
 import argparse
@@ -20,74 +24,110 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 
-from support import CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, chunk, clean_environ, event  # noqa: E402
+from support import (  # noqa: E402
+    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, chunk, clean_environ, event)
 
-PROVIDER_KEY, CLIENT_KEY = "sk-soak-provider-key", "ck-soak-client-key"
+PROVIDER_KEY = "sk-soak-provider-key"
+CLIENT_KEY = "ck-soak-client-key"
 AUTH = [("Authorization", "Bearer " + CLIENT_KEY)]
-TIMEOUT = 8             # AIPROXY_TIMEOUT: long enough for a machine that stumbles
-LIMITS = dict(HEAD_SECONDS=5, STALL_SECONDS=5, BODY_GRACE=5, POOL_SECONDS=5, IDLE_SECONDS=6, SPARE_SECONDS=2)
-MAX_BODY = 4 << 20
-CLIENTS = 128           # AIPROXY_MAX_CONNECTIONS: a crowd reaches it
-MEMORY_SLACK = 4 << 20  # bytes that a relay may hold more than after the warm-up
-# How a relay is run: with the limits above, and giving back at SIGUSR1 what glibc keeps although it is free, which is no leak: places between what
-# is in use, and caches. The report tells both.
+CHUNKED = [("Transfer-Encoding", "chunked")]
+
+TIMEOUT = 8                 # AIPROXY_TIMEOUT: long enough for a machine that stumbles
+MAX_BODY = 4 << 20          # AIPROXY_MAX_BODY
+MAX_CONNECTIONS = 128       # AIPROXY_MAX_CONNECTIONS: a crowd reaches it
+MEMORY_SLACK = 4 << 20      # bytes that a relay may use more than after the warm-up
+SETTLE_SECONDS = 40         # until the relays' own limits have ended threads and connections
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # for SO_LINGER: close() sends a reset
+
+# Constants of aiproxy.py that no setting reaches, and their values here, in seconds.
+LIMITS = {
+    "HEAD_SECONDS": 5,      # for a whole request head
+    "STALL_SECONDS": 5,     # for a client that takes nothing of its response
+    "BODY_GRACE": 5,        # before a request body has to keep a minimum data rate
+    "POOL_SECONDS": 5,      # for an idle upstream connection
+    "IDLE_SECONDS": 6,      # for an idle client connection
+}
+
+# The program with these limits. At SIGUSR1 it returns to the system what glibc keeps although it
+# is free: places between what is in use, and caches. That is no leak; the report gives both.
 RUN = """import ctypes, signal, sys, aiproxy
-vars(aiproxy).update(%r)
+limits = %r
+unknown = set(limits) - set(vars(aiproxy))
+if unknown:
+    sys.exit("LIMITS in soak.py: not in aiproxy.py: " + ", ".join(sorted(unknown)))
+vars(aiproxy).update(limits)
 if hasattr(signal, "SIGUSR1"):
     signal.signal(signal.SIGUSR1, lambda *_: getattr(ctypes.CDLL(None), "malloc_trim", int)(0))
 sys.exit(aiproxy.main())
 """
 
-# ---- What is asked for, and what the right answer is. A request's body says how the upstream shall answer it. ----------------
+# ---- What the upstream does -----------------------------------------------------------------
+# A request's body is a task: "how" names the behavior, "seed" and "size" make the right body.
 
 
-def truth(want):
-    """The body of the right answer."""
-    if want["how"] == "a usage that hurts":
-        return b'{"usage":{"seed":%d,"a":' % want["seed"] + b"[" * 30000
-    if "events" in want["how"]:
-        return b"".join(event(json.dumps({"seed": want["seed"], "n": n})) for n in range(want["size"])) + event("[DONE]")
-    return (hashlib.sha512(b"%d" % want["seed"]).digest() * (want["size"] // 64 + 1))[:want["size"]]
+def right_body(task):
+    """The body of the right response."""
+    seed, size = task["seed"], task["size"]
+    if task["how"] == "a deeply nested usage":
+        return b'{"usage":{"seed":%d,"a":' % seed + b"[" * 30000
+    if "events" in task["how"]:
+        texts = [json.dumps({"seed": seed, "n": number}) for number in range(size)]
+        return b"".join(event(text) for text in texts + ["[DONE]"])
+    digest = hashlib.sha512(b"%d" % seed).digest()
+    return (digest * (size // len(digest) + 1))[:size]
 
 
 def pieces(data, seed):
     """`data` in pieces of every size."""
-    dice, at = random.Random(seed), 0
-    while at < len(data):
-        size = dice.choice((1, 2, 15, 100, 1000, 10000, 70000))
-        yield data[at:at + size]
-        at += size
+    dice = random.Random(seed)
+    start = 0
+    while start < len(data):
+        end = start + dice.choice((1, 2, 15, 100, 1000, 10000, 70000))
+        yield data[start:end]
+        start = end
 
 
 def with_length(body, length=None):
-    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (len(body) if length is None else length) + body
+    """A response with this body, whose content-length may be wrong."""
+    if length is None:
+        length = len(body)
+    head = (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % length)
+    return head + body
 
 
-def stall(peer, want):
-    """Say no more until the other side hangs up."""
+def stall(peer):
+    """Send nothing more until the other side closes."""
     peer.settimeout(60)
     while peer.recv(65536):
         pass
     raise ConnectionResetError()
 
 
-def reset(peer, want):
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+def reset(peer):
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     raise ConnectionResetError()
 
 
-def hang_up(peer, want):
+def hang_up(peer):
     raise ConnectionResetError()
 
 
-def send_chunked(peer, body, pause=0.0):
+def send_length(peer, task):
+    peer.sendall(with_length(right_body(task)))
+
+
+def send_chunked(peer, task, pause=0.0):
+    body = right_body(task)
     peer.sendall(EVENT_HEAD)
     for piece in pieces(body, len(body)):
         peer.sendall(chunk(piece))
@@ -96,70 +136,165 @@ def send_chunked(peer, body, pause=0.0):
     peer.sendall(b"0\r\n\r\n")
 
 
-def send_until_close(peer, want):
-    peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + truth(want))
+def send_slowly(peer, task):
+    send_chunked(peer, task, pause=0.005)
+
+
+def send_until_close(peer, task):
+    peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + right_body(task))
     peer.shutdown(socket.SHUT_WR)
-    stall(peer, want)
+    stall(peer)
 
 
-GOOD = {        # how: what the upstream does
-    "length": lambda peer, want: peer.sendall(with_length(truth(want))),
-    "chunked": lambda peer, want: send_chunked(peer, truth(want)),
+def send_events(peer, task):
+    """One event a chunk."""
+    peer.sendall(EVENT_HEAD)
+    for one in right_body(task).split(b"\n\n")[:-1]:
+        peer.sendall(chunk(one + b"\n\n"))
+    peer.sendall(b"0\r\n\r\n")
+
+
+def send_trailing_data(peer, task):
+    peer.sendall(with_length(right_body(task)) + with_length(b"poison"))
+
+
+def send_one_chunk(peer, task):
+    peer.sendall(EVENT_HEAD + chunk(right_body(task)) + b"0\r\n\r\n")
+
+
+GOOD = {
+    "length": send_length,
+    "chunked": send_chunked,
     "until close": send_until_close,
-    "events": lambda peer, want: [peer.sendall(EVENT_HEAD)] + [peer.sendall(chunk(one + b"\n\n")) for one in truth(want).split(b"\n\n")[:-1]] + [peer.sendall(b"0\r\n\r\n")],
-    "slow events": lambda peer, want: send_chunked(peer, truth(want), 0.005),
-    "more than it said": lambda peer, want: peer.sendall(with_length(truth(want)) + with_length(b"poison")),
-    "a usage that hurts": lambda peer, want: peer.sendall(EVENT_HEAD + chunk(truth(want)) + b"0\r\n\r\n"),
+    "events": send_events,
+    "slow events": send_slowly,
+    "trailing data": send_trailing_data,
+    "a deeply nested usage": send_one_chunk,
 }
 
 
-def half(want):
-    return truth(want)[:want["size"] // 2]
+def half_body(task):
+    return with_length(right_body(task)[:task["size"] // 2], task["size"])
 
 
-def after(data, act):
-    """An upstream that sends `data`, bytes or made of the request, and then does `act`."""
-    def behave(peer, want):
-        peer.sendall(data(want) if callable(data) else data)
-        act(peer, want)
-    return behave
+def two_lengths(task):
+    status_line, rest = with_length(right_body(task)).split(b"\r\n", 1)
+    return status_line + b"\r\nContent-Length: 3\r\n" + rest
 
 
-BROKEN = {      # an answer of these must be seen to be none: an error of ours, or cut
-    "silent": stall,
-    "silent in a head": after(b"HTTP/1.1 200 OK\r\nX: ", stall),
-    "silent in a body": after(lambda want: with_length(half(want), want["size"]), stall),
-    "silent in events": after(lambda want: EVENT_HEAD + chunk(event("1")), stall),
-    "reset": reset,
-    "reset in a head": after(b"HTTP/1.1 200 OK\r\nX: ", reset),
-    "reset in a body": after(lambda want: with_length(half(want), want["size"]), reset),
-    "hang-up in events": after(lambda want: EVENT_HEAD + chunk(event("1")), hang_up),
-    "less than it said": after(lambda want: with_length(half(want), want["size"]), hang_up),
-    "two lengths": after(lambda want: b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n" + with_length(truth(want))[17:], hang_up),
-    "length and chunked": after(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", hang_up),
-    "a length of nonsense": after(b"HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\n12345", hang_up),
-    "garbage": after(lambda want: truth(want), stall),
-    "garbage in a head": after(b"HTTP/1.1 200 OK\r\nX\x00: \x01\r\n\r\n", hang_up),
-    "garbage for a chunk": after(EVENT_HEAD + chunk(event("1")) + b"zz\r\n\r\n", stall),
-    "a chunk without end": after(EVENT_HEAD + b"ffffffffffffffff\r\n" + bytes(100000), hang_up),
-    "a head without end": after(b"HTTP/1.1 200 OK\r\n" + b"X: %b\r\n" % (b"a" * 1000) * 100, stall),
-    "interim answers only": after(b"HTTP/1.1 100 Continue\r\n\r\n" * 100, stall),
-    "the key in an error": after(lambda want: b"HTTP/1.1 403 No\r\nConnection: close\r\nContent-Length: 99\r\n\r\n" + PROVIDER_KEY.encode().center(99), hang_up),
+HEAD_START = b"HTTP/1.1 200 OK\r\nX: "
+HALF_STREAM = EVENT_HEAD + chunk(event("1"))
+LENGTH_AND_CHUNKED = (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n"
+                      b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+BAD_LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\n12345"
+BAD_FIELD = b"HTTP/1.1 200 OK\r\nX\x00: \x01\r\n\r\n"
+ENDLESS_CHUNK = EVENT_HEAD + b"ffffffffffffffff\r\n" + bytes(100000)
+ENDLESS_HEAD = b"HTTP/1.1 200 OK\r\n" + b"X: %b\r\n" % (b"a" * 1000) * 100
+INTERIM_ONLY = b"HTTP/1.1 100 Continue\r\n\r\n" * 100
+KEY_IN_ERROR = (b"HTTP/1.1 403 No\r\nConnection: close\r\nContent-Length: 99\r\n\r\n"
+                + PROVIDER_KEY.encode().center(99))
+
+# What is sent, as bytes or made of the task, and what happens then. The client must see that it
+# is no whole response: it gets an error of the relay, or a body that is cut.
+BROKEN = {
+    "silent": (b"", stall),
+    "silent in a head": (HEAD_START, stall),
+    "silent in a body": (half_body, stall),
+    "silent in events": (HALF_STREAM, stall),
+    "reset": (b"", reset),
+    "reset in a head": (HEAD_START, reset),
+    "reset in a body": (half_body, reset),
+    "closed in events": (HALF_STREAM, hang_up),
+    "closed in a body": (half_body, hang_up),
+    "two lengths": (two_lengths, hang_up),
+    "length and chunked": (LENGTH_AND_CHUNKED, hang_up),
+    "bad length": (BAD_LENGTH, hang_up),
+    "garbage": (right_body, stall),
+    "garbage in a head": (BAD_FIELD, hang_up),
+    "garbage for a chunk": (HALF_STREAM + b"zz\r\n\r\n", stall),
+    "endless chunk": (ENDLESS_CHUNK, hang_up),
+    "endless head": (ENDLESS_HEAD, stall),
+    "interim responses only": (INTERIM_ONLY, stall),
+    "key in an error": (KEY_IN_ERROR, hang_up),
 }
+CUT_IN_A_BODY = ("closed in a body", "silent in a body", "reset in a body")
+
+
+def send_broken(peer, task):
+    data, then = BROKEN[task["how"]]
+    if callable(data):
+        data = data(task)
+    peer.sendall(data)
+    then(peer)
+
+
+def send_endless(peer):
+    peer.sendall(EVENT_HEAD)
+    while True:
+        peer.sendall(chunk(event("x" * 50000)))
+        time.sleep(0.01)
+
+
+def echo(peer):
+    """The upstream's end of a WebSocket, which sends back what it receives."""
+    peer.sendall(b"HTTP/1.1 101 Switching Protocols\r\n"
+                 b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    while True:
+        data = peer.recv(65536)
+        peer.sendall(data)
+        if not data:
+            raise ConnectionResetError()
+
+
+def read_head(stream):
+    """The next request's head in lower case; None at the end of the connection."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        line = stream.readline()
+        if not line:
+            return None
+        head += line
+    return head.lower()
+
+
+def read_chunked_body(stream):
+    body = b""
+    while True:
+        size = int(stream.readline(), 16)
+        body += stream.read(size + 2)[:-2]
+        if not size:
+            return body
+
+
+def read_body(stream, head):
+    if b"transfer-encoding: chunked" in head:
+        return read_chunked_body(stream)
+    if b"content-length: " not in head:
+        return b""
+    length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    body = stream.read(length)
+    if len(body) < length:
+        raise ConnectionResetError()
+    return body
 
 
 class Upstream:
-    """Does as each request says. A thread for each connection, all in a process of its own, which says on stdout where it is and what it found wrong."""
+    """Does what each request asks for.
+
+    It has a process of its own and a thread for each connection. On stdout it prints its address
+    and then a line for each thing that is wrong with a request.
+    """
 
     def run(self):
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        self.say("http://127.0.0.1:%d" % self.listener.getsockname()[1])
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.print("http://127.0.0.1:%d" % listener.getsockname()[1])
         while True:
-            peer = self.listener.accept()[0]
+            peer = listener.accept()[0]
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self.serve, args=(peer,), daemon=True).start()
 
-    def say(self, line):
+    def print(self, line):
+        """A whole line in one write: many threads print."""
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
@@ -168,347 +303,484 @@ class Upstream:
             try:
                 while True:
                     peer.settimeout(PATIENCE * 3)
-                    head = b""
-                    while not head.endswith(b"\r\n\r\n"):
-                        line = stream.readline()
-                        if not line:
-                            return
-                        head += line
-                    self.answer(peer, stream, head.lower())
+                    head = read_head(stream)
+                    if head is None:
+                        return
+                    self.respond(peer, stream, head)
             except (OSError, ValueError):
-                pass                            # the relay hung up, as its client had
+                pass    # the relay closed the connection, since its client had
 
-    def answer(self, peer, stream, head):
-        if b"ck-soak" in head and b"sk-soak" in head or b"x-forwarded-for" in head:
-            self.say("the upstream saw a client's key or address")
+    def respond(self, peer, stream, head):
+        both_keys = b"ck-soak" in head and b"sk-soak" in head
+        if both_keys or b"x-forwarded-for" in head:
+            self.print("the upstream saw a client's key or address")
         if b"upgrade: websocket" in head:
-            peer.sendall(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-            while True:
-                data = peer.recv(65536)
-                peer.sendall(data)
-                if not data:
-                    raise ConnectionResetError()
-        body = b""
-        if b"transfer-encoding: chunked" in head:
-            while True:
-                size = int(stream.readline(), 16)
-                body += stream.read(size + 2)[:-2]
-                if not size:
-                    break
-        elif b"content-length: " in head:
-            length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
-            body = stream.read(length)
-            if len(body) < length:
-                raise ConnectionResetError()
-        want = json.loads(body)
-        if hashlib.md5(want.pop("pad", "").encode()).hexdigest() != want["sum"]:
-            self.say("an upload arrived damaged")
-        if want["how"] == "endless":
-            peer.sendall(EVENT_HEAD)
-            while True:
-                peer.sendall(chunk(event("x" * 50000)))
-                time.sleep(0.01)
-        (GOOD.get(want["how"]) or BROKEN[want["how"]])(peer, want)
+            echo(peer)
+
+        task = json.loads(read_body(stream, head))
+        padding = task.pop("pad", "").encode()
+        if hashlib.md5(padding).hexdigest() != task["sum"]:
+            self.print("an upload arrived damaged")
+
+        if task["how"] == "endless":
+            send_endless(peer)
+        elif task["how"] in GOOD:
+            GOOD[task["how"]](peer, task)
+        else:
+            send_broken(peer, task)
 
 
-# ---- The relays ----------------------------------------------------------------------------------------------------------------
+# ---- The relays -----------------------------------------------------------------------------
+
+Usage = collections.namedtuple("Usage", "memory threads descriptors")     # memory in bytes
 
 
 class Relay:
-    """aiproxy.py as a process, what it says, and what it uses."""
+    """aiproxy.py as a process, what it prints, and what it uses."""
 
     def __init__(self, name, real_limits, **settings):
-        self.name, self.gated = name, "KEY" in settings
-        environ = {"AIPROXY_" + key: str(value) for key, value in settings.items()}
-        environ.update(AIPROXY_PORT="0", AIPROXY_LOG="json", AIPROXY_TIMEOUT=str(TIMEOUT), AIPROXY_MAX_CONNECTIONS=str(CLIENTS), PYTHONPATH=os.path.dirname(PROGRAM))
-        self.process = subprocess.Popen([sys.executable, "-c", RUN % ({} if real_limits else LIMITS)], env=clean_environ(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-        self.said, self.outcomes, self.lines, self.address = [], collections.Counter(), 0, None
-        while self.address is None:
-            line = self.process.stderr.readline()
-            self.said.append(line)
-            assert line, "the relay did not start: %s" % "".join(self.said)
-            if " on http://" in line:
-                self.address = "127.0.0.1", int(line.rpartition(":")[2])
-        for read in (self.read_said, self.read_log):
+        self.name = name
+        self.has_provider_key = "KEY" in settings
+        self.errors = []                            # lines of its stderr
+        self.outcomes = collections.Counter()       # of the requests in its log
+        self.peak = 0                               # bytes of memory
+        self.untrimmed = 0                          # bytes of memory before SIGUSR1
+
+        self.process = self.start(real_limits, settings)
+        self.address = self.read_address()
+        for read in (self.read_errors, self.read_log):
             threading.Thread(target=read, daemon=True).start()
 
-    def read_said(self):
-        self.said += self.process.stderr
+    def start(self, real_limits, settings):
+        settings = dict(settings, PORT=0, LOG="json", TIMEOUT=TIMEOUT)
+        settings["MAX_CONNECTIONS"] = MAX_CONNECTIONS
+        environ = {"AIPROXY_" + key: str(value) for key, value in settings.items()}
+        environ["PYTHONPATH"] = os.path.dirname(PROGRAM)
+        limits = {} if real_limits else LIMITS
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN % limits], env=clean_environ(environ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+
+    def read_address(self):
+        """The address in the banner."""
+        while True:
+            line = self.process.stderr.readline()
+            self.errors.append(line)
+            assert line, "the relay did not start: %s" % "".join(self.errors)
+            if " on http://" in line:
+                return "127.0.0.1", int(line.rpartition(":")[2])
+
+    def read_errors(self):
+        for line in self.process.stderr:
+            self.errors.append(line)
 
     def read_log(self):
         for line in self.process.stdout:
             self.outcomes[json.loads(line)["outcome"]] += 1
 
-    def uses(self):
-        """(bytes of memory, threads, file descriptors); None where there is no /proc."""
+    def usage(self):
+        """What it uses now; None where there is no /proc."""
         folder = "/proc/%d/" % self.process.pid
         if not os.path.exists(folder + "status"):
             return None
         with open(folder + "status") as file:
             status = dict(line.split(":", 1) for line in file)
         self.peak = int(status["VmHWM"].split()[0]) << 10
-        return int(status["VmRSS"].split()[0]) << 10, int(status["Threads"]), len(os.listdir(folder + "fd"))
+        return Usage(
+            memory=int(status["VmRSS"].split()[0]) << 10,
+            threads=int(status["Threads"]),
+            descriptors=len(os.listdir(folder + "fd")))
 
-    def settle(self, fresh):
-        """What it uses when nobody is there any more; waits as long as its limits say for threads and connections to end."""
-        deadline, now = time.monotonic() + PATIENCE + 40, self.uses()
-        while now and time.monotonic() < deadline and (now[1] > fresh[1] or now[2] > fresh[2]):
+    def settled_usage(self, fresh):
+        """What it uses when the clients have left.
+
+        Waits until there are no more threads and descriptors than at the start, for as long as
+        the relay's limits allow them to stay.
+        """
+        deadline = time.monotonic() + PATIENCE + SETTLE_SECONDS
+        usage = self.usage()
+        if usage is None:
+            return None
+        while usage.threads > fresh.threads or usage.descriptors > fresh.descriptors:
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.2)
-            now = self.uses()
-        self.untrimmed = now and now[0]
-        if now:
-            self.process.send_signal(signal.SIGUSR1)
-            time.sleep(1)
-        return self.uses()
+            usage = self.usage()
+        self.untrimmed = usage.memory
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        return self.usage()
 
 
 class Report:
-    """Counts of what was seen, and the failures."""
+    """Counts of what happened, and the failures."""
 
     def __init__(self):
-        self.lock, self.passed, self.failures, self.seen = threading.Lock(), 0, [], collections.Counter()
+        self.lock = threading.Lock()
+        self.passed = 0
+        self.failures = []
+        self.counts = collections.Counter()
 
-    def check(self, right, what):
+    def check(self, passed, message):
+        if not passed:
+            self.fail(message)
+            return
         with self.lock:
-            self.passed += bool(right)
-        if not right:
-            self.fail(what)
+            self.passed += 1
 
-    def fail(self, what):
+    def fail(self, message):
         with self.lock:
-            self.failures.append(what)
+            self.failures.append(message)
 
-    def count(self, what):
+    def count(self, label):
         with self.lock:
-            self.seen[what] += 1
+            self.counts[label] += 1
 
 
-# ---- The clients: each method is one visit ------------------------------------------------------------------------------------
+# ---- The clients: each method is one visit --------------------------------------------------
+
+MALFORMED = (
+    b"GARBAGE\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\nHost: x\n\n",
+    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"GET /../x HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
+    b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nX : y\r\n\r\n",
+)
+FORBIDDEN = (       # path, body, header fields, status
+    (CHAT, b'{"model":"m"}', [("Authorization", "Bearer wrong")], 401),
+    (CHAT, b'{"model":"other"}', AUTH, 403),
+    (CHAT, b"not JSON", AUTH, 400),
+    ("/v1/files", b"{}", AUTH, 404),
+    (CHAT, b"[" * 100000, AUTH, 400),
+    (CHAT, b"5\r\nabcdefgh\r\n0\r\n\r\n", AUTH + CHUNKED, 400),
+)
+
+
+def post_head(length):
+    """A request's head as bytes, for clients that do not send it at once."""
+    return (b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %b\r\n"
+            b"Content-Length: %d\r\n\r\n" % (CHAT.encode(), CLIENT_KEY.encode(), length))
+
+
+class SlowReader(Client):
+    """Takes its response a little at a time."""
+
+    def __init__(self, address):
+        super().__init__(address, receive_buffer=4096)
+
+    def more(self):
+        time.sleep(0.002)
+        data = self.sock.recv(2000)
+        self.data += data
+        return bool(data)
 
 
 class Visitor(threading.Thread):
-    """Comes again and again as `kind` until `deadline`."""
+    """Comes again and again as a client of this kind until `deadline`."""
 
     def __init__(self, kind, relays, report, deadline, seed):
         super().__init__(daemon=True)
-        self.kind, self.relays, self.report, self.deadline, self.dice = kind, relays, report, deadline, random.Random(seed)
+        self.kind = kind                    # the name of a method
+        self.relays = relays
+        self.relay = None                   # the one that it visits now
+        self.report = report
+        self.deadline = deadline
+        self.dice = random.Random(seed)
 
     def run(self):
+        visit = getattr(self, self.kind)
         while time.monotonic() < self.deadline:
             self.relay = self.dice.choice(self.relays)
             try:
-                getattr(self, self.kind)()
-            except Exception as error:      # nothing here may end a visitor unseen
-                self.report.fail("%s client of the %s relay: %s: %s" % (self.kind, self.relay.name, type(error).__name__, str(error)[:200]))
+                visit()
+            except Exception as error:      # nothing may end a visitor unseen
+                self.report.fail("%s client of the %s relay: %s: %s" % (
+                    self.kind, self.relay.name, type(error).__name__, str(error)[:200]))
             time.sleep(self.dice.random() * 0.02)
 
-    def want(self, how, size=None, pad=0):
-        """A request's body and what it asks for."""
-        want = {"model": "m", "how": how, "seed": self.dice.randrange(1 << 30), "size": size or self.dice.choice((1, 10, 200) if "events" in how else (10, 1000, 20000, 200000))}
-        extra = {"sum": hashlib.md5(b"x" * pad).hexdigest(), "pad": "x" * pad}
-        if how == "more than it said":      # in one piece: a surplus that comes after its connection was used again looks like an answer
-            want["size"] = 5
-        if "events" in how:
-            want["size"] = min(want["size"], 1000)
-        return want, json.dumps(dict(want, **extra)).encode()
+    def chance(self, probability):
+        return self.dice.random() < probability
 
-    def visit(self, exchange, receive_buffer=None):
-        """exchange(client) on new connections until it is not turned away: a full relay says 503 or gives up whoever is idle."""
+    def task(self, how, size=None, padding=0):
+        """A task for the upstream, and the request body that carries it."""
+        seed = self.dice.randrange(1 << 30)
+        sizes = (1, 10, 200) if "events" in how else (10, 1000, 20000, 200000)
+        size = size or self.dice.choice(sizes)
+        if "events" in how:
+            size = min(size, 1000)
+        if how == "trailing data":
+            # In one piece: trailing data that comes when its connection is in use again looks
+            # like a response.
+            size = 5
+        task = {"model": "m", "how": how, "seed": seed, "size": size}
+
+        pad = "x" * padding
+        digest = hashlib.md5(pad.encode()).hexdigest()
+        return task, json.dumps(dict(task, sum=digest, pad=pad)).encode()
+
+    def visit(self, exchange, connect=Client):
+        """exchange(client) on new connections until the relay has room; the response.
+
+        A full relay responds 503, or closes a connection that is idle.
+        """
         for _ in range(200):
             try:
-                with Client(self.relay.address, receive_buffer) as client:
-                    reply = exchange(client)
+                with connect(self.relay.address) as client:
+                    response = exchange(client)
             except (ConnectionError, AssertionError) as error:
                 if isinstance(error, AssertionError) and "ended before" not in str(error):
                     raise
                 self.report.count("given up while idle")
                 continue
-            if reply is None or reply.status != 503:
-                return reply
-            self.report.check(reply.code == "server_busy" and reply.get("retry-after"), "a 503 that is not ours: %r" % reply.body)
+            if response is None or response.status != 503:
+                return response
+
+            ours = response.code == "server_busy" and response.get("retry-after")
+            self.report.check(ours, "a 503 that is not ours: %r" % response.body)
             self.report.count("turned away with 503")
             time.sleep(0.05)
         raise RuntimeError("never let in")
 
-    def check_reply(self, reply, want):
-        right = reply.status == 200 and reply.complete and reply.body == truth(want)
-        self.report.check(right, "%s: a wrong answer to %r: %d %s, %d bytes, complete: %s, begins %r" % (
-            self.relay.name, want, reply.status, "right" if right else "wrong", len(reply.body), reply.complete, reply.body[:60]))
-        self.check_secret(reply)
+    def check_response(self, response, task):
+        right = response.body == right_body(task)
+        right = right and response.status == 200 and response.complete
+        message = "%s: a wrong answer to %r: %d wrong, %d bytes, complete: %s, begins %r" % (
+            self.relay.name, task, response.status, len(response.body), response.complete,
+            response.body[:60])
+        self.report.check(right, message)
+        self.check_provider_key(response)
         self.report.count("good answers, " + self.kind)
 
-    def check_secret(self, reply):
-        if PROVIDER_KEY.encode() in reply.raw_head + reply.body:
-            self.report.fail("a client of the %s relay saw the provider key" % self.relay.name) if self.relay.gated else None
+    def check_provider_key(self, response):
+        if not self.relay.has_provider_key:
+            return
+        if PROVIDER_KEY.encode() in response.raw_head + response.body:
+            self.report.fail("a client of the %s relay saw the provider key" % self.relay.name)
 
     def good(self):
-        asked = [self.want(self.dice.choice(list(GOOD)), 5 if self.dice.random() < 0.5 else None) for _ in range(self.dice.randrange(1, 6))]
-        pipelined = self.dice.random() < 0.2
+        """Several requests on one connection, at times pipelined."""
+        tasks = []
+        for _ in range(self.dice.randrange(1, 6)):
+            how = self.dice.choice(list(GOOD))
+            size = 5 if self.chance(0.5) else None
+            tasks.append(self.task(how, size))
+        pipelined = self.chance(0.2)
 
         def exchange(client):
-            while asked:
-                batch = asked[:] if pipelined else asked[:1]
+            while tasks:
+                batch = tasks[:] if pipelined else tasks[:1]
                 for _, body in batch:
                     client.request("POST", CHAT, body, AUTH)
-                for want, _ in batch:
-                    reply = client.read_reply()
-                    if reply.status == 503:
-                        return reply
-                    self.check_reply(reply, want)
-                    asked.pop(0)
+                for task, _ in batch:
+                    response = client.read_reply()
+                    if response.status == 503:
+                        return response
+                    self.check_response(response, task)
+                    tasks.pop(0)
             return None
+
         self.visit(exchange)
 
     def broken(self):
         """A good client of an upstream that is not."""
-        want, body = self.want(self.dice.choice(list(BROKEN)), 5000)
+        how = self.dice.choice(list(BROKEN))
+        task, body = self.task(how, 5000)
 
         def exchange(client):
             client.request("POST", CHAT, body, AUTH)
             return client.read_reply()
-        reply = self.visit(exchange)
-        seen = reply.status >= 400 or not reply.complete
-        if want["how"] in ("less than it said", "silent in a body", "reset in a body"):
-            seen = seen and (reply.status >= 400 or truth(want).startswith(reply.body))
-        self.report.check(seen, "%s: %r was not seen to be broken: %d, %d bytes %r" % (self.relay.name, want["how"], reply.status, len(reply.body), reply.body[:80]))
-        self.check_secret(reply)
+
+        response = self.visit(exchange)
+        is_error = response.status >= 400
+        seen = is_error or not response.complete
+        if how in CUT_IN_A_BODY and not is_error:
+            seen = seen and right_body(task).startswith(response.body)
+        self.report.check(seen, "%s: %r was not seen to be broken: %d, %d bytes %r" % (
+            self.relay.name, how, response.status, len(response.body), response.body[:80]))
+        self.check_provider_key(response)
         self.report.count("broken answers seen as such")
 
     def slow(self):
         """Sends and takes a little at a time, but fast enough."""
-        want, body = self.want(self.dice.choice(("length", "chunked", "events")), 300 if self.dice.random() < 0.5 else 500000 if self.dice.random() < 0.1 else None)
+        how = self.dice.choice(("length", "chunked", "events"))
+        size = None
+        if self.chance(0.5):
+            size = 300
+        elif self.chance(0.1):
+            size = 500000
+        task, body = self.task(how, size)
+        data = post_head(len(body)) + body
 
         def exchange(client):
-            head = b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), CLIENT_KEY.encode(), len(body))
-            for at in range(0, len(head + body), 40):
-                client.send((head + body)[at:at + 40])
+            for start in range(0, len(data), 40):
+                client.send(data[start:start + 40])
                 time.sleep(0.01)
-            recv, client.more = client.sock.recv, lambda: take()
-
-            def take():
-                time.sleep(0.002)
-                data = recv(2000)
-                client.data += data
-                return bool(data)
             return client.read_reply()
-        self.check_reply(self.visit(exchange, receive_buffer=4096), want)
+
+        self.check_response(self.visit(exchange, SlowReader), task)
 
     def too_slow(self):
-        """Sends its head or takes its answer so slowly that it must be let go."""
+        """Sends its head or takes its response so slowly that the relay must end it."""
         with Client(self.relay.address, receive_buffer=4096) as client:
             try:
-                if self.dice.random() < 0.5:
-                    client.request("POST", CHAT, self.want("endless")[1], AUTH)
-                    client.sock.recv(1000)
-                    until = time.monotonic() + 2 * LIMITS["STALL_SECONDS"]
-                    while time.monotonic() < min(until, self.deadline):
-                        time.sleep(0.1)
+                if self.chance(0.5):
+                    self.stop_reading(client)
                 else:
-                    client.send(b"POST / HTTP/1.1\r\nX: ")
-                    for _ in range(100):
-                        time.sleep(0.1)
-                        client.send(b"a")
+                    self.trickle_head(client)
             except OSError:
                 pass
         self.report.count("clients that were too slow")
 
+    def stop_reading(self, client):
+        _, body = self.task("endless")
+        client.request("POST", CHAT, body, AUTH)
+        client.sock.recv(1000)
+        end = time.monotonic() + 2 * LIMITS["STALL_SECONDS"]
+        while time.monotonic() < min(end, self.deadline):
+            time.sleep(0.1)
+
+    def trickle_head(self, client):
+        client.send(b"POST / HTTP/1.1\r\nX: ")
+        for _ in range(100):
+            time.sleep(0.1)
+            client.send(b"a")
+
     def vanishing(self):
-        """Goes away in mid-anything, with or without a reset."""
-        want, body = self.want(self.dice.choice(("length", "slow events", "silent", "endless", "silent in events", "chunked")), 200000 if self.dice.random() < 0.3 else None)
-        if want["how"] == "slow events":
-            want, body = self.want("slow events", 100)
-        head = b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), CLIENT_KEY.encode(), len(body))
+        """Goes away in the middle of anything, with or without a reset."""
+        how = self.dice.choice(
+            ("length", "slow events", "silent", "endless", "silent in events", "chunked"))
+        size = 200000 if self.chance(0.3) else None
+        if how == "slow events":
+            size = 100
+        _, body = self.task(how, size)
+        head = post_head(len(body))
+        everything = 1 << 20
+        ends = (0, 1, 30, len(head), len(head) + 20, everything, everything, everything)
+
         with Client(self.relay.address) as client:
             try:
-                client.send((head + body)[:self.dice.choice((0, 1, 30, len(head), len(head) + 20, 1 << 20, 1 << 20, 1 << 20))])
+                client.send((head + body)[:self.dice.choice(ends)])
                 client.sock.settimeout(0.3)
                 for _ in range(self.dice.randrange(4)):
                     client.sock.recv(self.dice.choice((1, 500, 65536)))
             except OSError:
                 pass
-            if self.dice.random() < 0.5:
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            if self.chance(0.5):
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self.report.count("clients that vanished")
 
     def huge(self):
-        """Megabytes up and down; with a hidden key not more than AIPROXY_MAX_BODY up."""
-        pad = self.dice.choice((1 << 20, 3 << 20, 5 << 20))
-        want, body = self.want(self.dice.choice(("length", "chunked", "until close")), self.dice.choice((10, 1 << 20, 6 << 20)), pad)
-        refused = self.relay.gated and len(body) > MAX_BODY
+        """Megabytes up and down; with a provider key not more than AIPROXY_MAX_BODY up."""
+        padding = self.dice.choice((1 << 20, 3 << 20, 5 << 20))
+        how = self.dice.choice(("length", "chunked", "until close"))
+        size = self.dice.choice((10, 1 << 20, 6 << 20))
+        task, body = self.task(how, size, padding)
+        too_large = self.relay.has_provider_key and len(body) > MAX_BODY
 
         def exchange(client):
-            form = self.dice.random() < 0.5
+            sent, fields = body, AUTH
+            if self.chance(0.5):
+                sent = b"".join(chunk(piece) for piece in pieces(body, 1)) + b"0\r\n\r\n"
+                fields = AUTH + CHUNKED
             try:
-                client.request("POST", CHAT, b"".join(chunk(piece) for piece in pieces(body, 1)) + b"0\r\n\r\n" if form else body, AUTH + ([("Transfer-Encoding", "chunked")] if form else []))
+                client.request("POST", CHAT, sent, fields)
             except ConnectionError:
-                if not refused:
+                if not too_large:
                     raise
             return client.read_reply()
-        if refused:
-            reply = self.visit(exchange)
-            self.report.check(reply.status == 413, "an upload of %d bytes was answered with %d" % (len(body), reply.status))
-        else:
-            self.check_reply(self.visit(exchange), want)
 
-    BAD = [b"GARBAGE\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\nHost: x\n\n", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-           b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"GET /../x HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200 + b"\r\n",
-           b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX : y\r\n\r\n"]
-    REFUSED = [(CHAT, b'{"model":"m"}', [("Authorization", "Bearer wrong")], 401), (CHAT, b'{"model":"other"}', AUTH, 403), (CHAT, b"not JSON", AUTH, 400), ("/v1/files", b"{}", AUTH, 404),
-               (CHAT, b"[" * 100000, AUTH, 400), (CHAT, b"5\r\nabcdefgh\r\n0\r\n\r\n", AUTH + [("Transfer-Encoding", "chunked")], 400)]
+        response = self.visit(exchange)
+        if too_large:
+            self.report.check(response.status == 413, "an upload of %d bytes was answered with %d"
+                              % (len(body), response.status))
+        else:
+            self.check_response(response, task)
 
     def bad(self):
-        if self.relay.gated and self.dice.random() < 0.5:
-            path, body, fields, expected = self.dice.choice(self.REFUSED)
+        """A request that HTTP or the settings forbid."""
+        if self.relay.has_provider_key and self.chance(0.5):
+            path, body, fields, status = self.dice.choice(FORBIDDEN)
+            expected = (status,)
 
             def exchange(client):
                 client.request("POST", path, body, fields)
                 return client.read_reply()
         else:
-            data, expected = self.dice.choice(self.BAD), None
+            data = self.dice.choice(MALFORMED)
+            expected = range(400, 506)
 
             def exchange(client):
                 client.send(data)
                 return client.read_reply()
-        reply = self.visit(exchange)
-        self.report.check(reply.status == expected or expected is None and 400 <= reply.status <= 505, "a bad request was answered with %d: %r" % (reply.status, reply.body))
+
+        response = self.visit(exchange)
+        self.report.check(response.status in expected, "a bad request was answered with %d: %r"
+                          % (response.status, response.body))
         self.report.count("bad requests refused")
 
     def crowd(self):
-        """Many that come, say nothing, and stay a while: they must not keep the others out."""
-        clients = []
+        """Many that connect, send nothing and stay: they must not keep the others out."""
+        sockets = []
         try:
-            for _ in range(CLIENTS + 20):
-                clients.append(socket.create_connection(self.relay.address, PATIENCE))
+            for _ in range(MAX_CONNECTIONS + 20):
+                sockets.append(socket.create_connection(self.relay.address, PATIENCE))
             time.sleep(0.3)
         finally:
-            for client in clients:
-                client.close()
+            for sock in sockets:
+                sock.close()
         self.report.count("crowds")
         time.sleep(0.5)
 
     def websocket(self):
+        """Bytes through a WebSocket and back, sent and received at the same time."""
         data = os.urandom(50000)
+        fields = AUTH + [("Connection", "Upgrade"), ("Upgrade", "websocket")]
 
         def exchange(client):
-            client.request("GET", "/v1/realtime?model=m", None, AUTH + [("Connection", "Upgrade"), ("Upgrade", "websocket")])
-            reply = client.read_head()
-            if reply.status == 101:
+            client.request("GET", "/v1/realtime?model=m", None, fields)
+            response = client.read_head()
+            if response.status == 101:
                 threading.Thread(target=client.send, args=(data,), daemon=True).start()
-                reply.body = client.read_exactly(len(data))
+                response.body = client.read_exactly(len(data))
             else:
-                client.read_body(reply)
-            return reply
-        reply = self.visit(exchange)
-        self.report.check(reply.status == 101 and reply.body == data, "a tunnel's bytes came back wrong: %d" % reply.status)
+                client.read_body(response)
+            return response
+
+        response = self.visit(exchange)
+        right = response.status == 101 and response.body == data
+        self.report.check(right, "a tunnel's bytes came back wrong: %d" % response.status)
         self.report.count("tunnels")
 
 
-KINDS = {"good": 10, "broken": 10, "slow": 4, "too_slow": 3, "vanishing": 6, "huge": 2, "bad": 3, "crowd": 1, "websocket": 1}
+KINDS = {       # methods of Visitor, and how many come at once
+    "good": 10,
+    "broken": 10,
+    "slow": 4,
+    "too_slow": 3,
+    "vanishing": 6,
+    "huge": 2,
+    "bad": 3,
+    "crowd": 1,
+    "websocket": 1,
+}
+
+# ---- The run --------------------------------------------------------------------------------
 
 
 def run_clients(seconds, relays, report, seed):
     deadline = time.monotonic() + seconds
-    visitors = [Visitor(kind, relays, report, deadline, "%s %d %d" % (kind, number, seed)) for kind, count in KINDS.items() for number in range(count)]
+    visitors = []
+    for kind, count in KINDS.items():
+        for number in range(count):
+            own_seed = "%s %d %d" % (kind, number, seed)
+            visitors.append(Visitor(kind, relays, report, deadline, own_seed))
     for visitor in visitors:
         visitor.start()
     for visitor in visitors:
@@ -516,55 +788,123 @@ def run_clients(seconds, relays, report, seed):
         report.check(not visitor.is_alive(), "a %s client hangs" % visitor.kind)
 
 
-def main():
+def start_upstream(report):
+    """The upstream's process and its URL."""
+    command = [sys.executable, os.path.abspath(__file__), "--upstream"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True)
+    url = process.stdout.readline().strip()
+
+    def read_failures():
+        for line in process.stdout:
+            report.fail(line.strip())
+
+    threading.Thread(target=read_failures, daemon=True).start()
+    return process, url
+
+
+def start_relays(url, real_limits):
+    gated = Relay(
+        "gated", real_limits, UPSTREAM=url, KEY=PROVIDER_KEY, CLIENT_KEYS="soak=" + CLIENT_KEY,
+        MODELS="m", PATHS=CHAT + ",GET /v1/realtime", MAX_BODY=MAX_BODY, RATE="1000000/s")
+    transparent = Relay("transparent", real_limits, UPSTREAM=url)
+    return [gated, transparent]
+
+
+def print_usage(relay, stages):
+    """A table of what the relay used: fresh, warm, in the end."""
+    row = "  %-24s %10s %10s %10s"
+    print(row % ("", "fresh", "warm", "in the end"))
+    print(row % ("memory, MB", *("%.1f" % (usage.memory / 1e6) for usage in stages)))
+    print(row % ("threads", *(usage.threads for usage in stages)))
+    print(row % ("descriptors", *(usage.descriptors for usage in stages)))
+
+    freed = relay.untrimmed - stages[-1].memory
+    print("  %-24s %32.1f" % ("free, but kept by malloc", freed / 1e6))
+    print("  %-24s %32.1f" % ("memory at its peak, MB", relay.peak / 1e6))
+
+
+def check_usage(relay, stages, report):
+    fresh, warm, end = stages
+    report.check(end.memory <= warm.memory + MEMORY_SLACK, "%s: memory grew from %d to %d bytes"
+                 % (relay.name, warm.memory, end.memory))
+    report.check(end.threads <= fresh.threads, "%s: %d threads are left, %d at first"
+                 % (relay.name, end.threads, fresh.threads))
+    report.check(end.descriptors <= fresh.descriptors, "%s: %d descriptors are left, %d at first"
+                 % (relay.name, end.descriptors, fresh.descriptors))
+
+
+def stop_and_check(relay, report):
+    """End the relay with SIGTERM, and see that it reported no fault of its own."""
+    relay.process.send_signal(signal.SIGTERM)
+    status = relay.process.wait(PATIENCE)
+    report.check(status == 0, "%s: SIGTERM ended it with %r" % (relay.name, status))
+    time.sleep(0.2)                     # for the last lines to be read
+
+    faults = [line for line in relay.errors if "fault" in line or "Traceback" in line]
+    report.check(not faults, "%s said: %s" % (relay.name, "".join(faults)[:2000]))
+    count = relay.outcomes["internal_error"]
+    report.check(not count, "%s: %d internal errors in the log" % (relay.name, count))
+    print("  log: " + ", ".join("%s %d" % pair for pair in relay.outcomes.most_common()))
+
+
+def print_summary(report):
+    print("\nclients")
+    for pair in sorted(report.counts.items()):
+        print("  %-32s %8d" % pair)
+    for failure, count in collections.Counter(report.failures).most_common(20):
+        times = " %d times" % count if count > 1 else ""
+        print("FAILED%s: %s" % (times, failure))
+    print("%d passed, %d failed" % (report.passed, len(report.failures)))
+
+
+def read_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="for how long clients come; a quarter of it, 30 s at most, is warm-up")
-    parser.add_argument("--real-limits", action="store_true", help="leave the limits in aiproxy.py as they are")
+    parser.add_argument(
+        "--seconds", type=float, default=60,
+        help="for how long clients come; a quarter of it, 30 s at most, is warm-up")
+    parser.add_argument(
+        "--real-limits", action="store_true", help="leave the limits in aiproxy.py as they are")
     parser.add_argument("--upstream", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(options, report, url):
+    """Clients for a while, a pause, clients again; then what is left of them in the relays."""
+    relays = start_relays(url, options.real_limits)
+    print("soak of %g s on Python %s, seed %d"
+          % (options.seconds, sys.version.split()[0], options.seed), flush=True)
+
+    warm_up = min(30, options.seconds / 4)
+    fresh = [relay.usage() for relay in relays]
+    run_clients(warm_up, relays, report, options.seed)
+    warm = [relay.settled_usage(before) for relay, before in zip(relays, fresh)]
+    run_clients(options.seconds - warm_up, relays, report, options.seed + 1)
+    end = [relay.settled_usage(before) for relay, before in zip(relays, fresh)]
+
+    for relay, *stages in zip(relays, fresh, warm, end):
+        print("\nthe %s relay" % relay.name)
+        if all(stages):
+            print_usage(relay, stages)
+            check_usage(relay, stages, report)
+        stop_and_check(relay, report)
+
+
+def main():
+    options = read_options()
     if options.upstream:
         return Upstream().run()
     report = Report()
-    upstream = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--upstream"], stdout=subprocess.PIPE, universal_newlines=True)
-    url = upstream.stdout.readline().strip()
-    threading.Thread(target=lambda: [report.fail(line.strip()) for line in upstream.stdout], daemon=True).start()
-    relays = [Relay("gated", options.real_limits, UPSTREAM=url, KEY=PROVIDER_KEY, CLIENT_KEYS="soak=" + CLIENT_KEY, MODELS="m", PATHS=CHAT + ",GET /v1/realtime", MAX_BODY=MAX_BODY,
-                    RATE="1000000/s"),
-              Relay("transparent", options.real_limits, UPSTREAM=url)]
-    print("soak of %g s on Python %s, seed %d" % (options.seconds, sys.version.split()[0], options.seed), flush=True)
-    fresh = [relay.uses() for relay in relays]
-    warm_up = min(30, options.seconds / 4)
-    run_clients(warm_up, relays, report, options.seed)
-    warm = [relay.settle(before) for relay, before in zip(relays, fresh)]
-    run_clients(options.seconds - warm_up, relays, report, options.seed + 1)
-    settled = [relay.settle(before) for relay, before in zip(relays, fresh)]
+    upstream, url = start_upstream(report)
+    try:
+        run(options, report, url)
+    finally:
+        upstream.kill()
 
-    for relay, *stages in zip(relays, fresh, warm, settled):
-        print("\nthe %s relay" % relay.name)
-        if all(stages):
-            print("  %-24s %10s %10s %10s" % ("", "fresh", "warm", "in the end"))
-            for name, *values in zip(("memory, MB", "threads", "descriptors"), *stages):
-                print("  %-24s %10s %10s %10s" % ((name,) + tuple("%.1f" % (value / 1e6) if "MB" in name else value for value in values)))
-            print("  %-24s %32.1f" % ("free, but kept by malloc", (relay.untrimmed - stages[2][0]) / 1e6))
-            print("  %-24s %32.1f" % ("memory at its peak, MB", relay.peak / 1e6))
-            report.check(stages[2][0] <= stages[1][0] + MEMORY_SLACK, "%s: memory grew from %d to %d bytes" % (relay.name, stages[1][0], stages[2][0]))
-            report.check(stages[2][1] <= stages[0][1], "%s: %d threads are left, %d at first" % (relay.name, stages[2][1], stages[0][1]))
-            report.check(stages[2][2] <= stages[0][2], "%s: %d descriptors are left, %d at first" % (relay.name, stages[2][2], stages[0][2]))
-        relay.process.send_signal(signal.SIGTERM)
-        status = relay.process.wait(PATIENCE)
-        report.check(status == 0, "%s: SIGTERM ended it with %r" % (relay.name, status))
-        time.sleep(0.2)                     # for the last lines to be read
-        said = "".join(relay.said)
-        report.check("Traceback" not in said and "fault" not in said, "%s said: %s" % (relay.name, "".join(line for line in relay.said if "fault" in line or "Traceback" in line)[:2000]))
-        report.check(not relay.outcomes["internal_error"], "%s: %d internal errors in the log" % (relay.name, relay.outcomes["internal_error"]))
-        print("  log: " + ", ".join("%s %d" % pair for pair in relay.outcomes.most_common()))
-    upstream.kill()
-    report.check(report.seen["given up while idle"] <= 10 + report.passed // 100, "%d connections ended without an answer" % report.seen["given up while idle"])
-    print("\nclients\n" + "\n".join("  %-32s %8d" % pair for pair in sorted(report.seen.items())))
-    for failure, count in collections.Counter(report.failures).most_common(20):
-        print("FAILED%s: %s" % (" %d times" % count if count > 1 else "", failure))
-    print("%d passed, %d failed" % (report.passed, len(report.failures)))
+    ended = report.counts["given up while idle"]
+    report.check(ended <= 10 + report.passed // 100,
+                 "%d connections ended without an answer" % ended)
+    print_summary(report)
     return 1 if report.failures else 0
 
 

@@ -1,4 +1,8 @@
-"""What the tests stand on: a scripted upstream, a relay, and a raw client. Real sockets, no sleeps: everything waits for something."""
+"""What the tests share: a scripted upstream, a relay, and a raw client.
+
+Real sockets, no sleeps: everything waits for an event.
+"""
+
 import json
 import os
 import re
@@ -13,10 +17,18 @@ import aiproxy
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(os.path.dirname(HERE), "aiproxy.py")
-PATIENCE = 20       # seconds until a wait that ought to end at once is called a failure: generous, for slow machines
+
+# Seconds until a wait that ought to end at once counts as a failure: generous, for slow machines.
+PATIENCE = 20
+
 CHAT = "/v1/chat/completions"
 OK = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"ok":true}'
-EVENT_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT_HEAD = (
+    b"HTTP/1.1 200 OK\r\n"
+    b"Content-Type: text/event-stream\r\n"
+    b"Transfer-Encoding: chunked\r\n"
+    b"\r\n"
+)
 
 
 def chunk(data):
@@ -31,9 +43,14 @@ class Received:
     """One request as the upstream received it, and the connection to answer it on."""
 
     def __init__(self, connection, number, reading=None):
-        self.connection, self.number = connection, number       # number: the how-manieth connection to this upstream
-        self.reading = reading or threading.Lock()              # one thread reads at a time: two in one TLS connection corrupt memory up to CPython 3.13
-        self.head = self.body = b""
+        self.connection = connection
+        # Connections to this upstream are numbered from 1.
+        self.number = number
+        # One thread reads at a time: two threads that read from one TLS connection
+        # corrupt memory up to CPython 3.13.
+        self.reading = reading or threading.Lock()
+        self.head = b""
+        self.body = b""
         self.whole = False
 
     @property
@@ -42,7 +59,12 @@ class Received:
 
     def fields(self, name):
         """All values of a header field, in order."""
-        return [value.strip().decode("latin-1") for line in self.head.split(b"\r\n")[1:] for key, _, value in [line.partition(b":")] if key.lower() == name.lower().encode()]
+        values = []
+        for line in self.head.split(b"\r\n")[1:]:
+            key, _, value = line.partition(b":")
+            if key.lower() == name.lower().encode():
+                values.append(value.strip().decode("latin-1"))
+        return values
 
     def field(self, name):
         values = self.fields(name)
@@ -53,7 +75,7 @@ class Received:
         self.connection.sendall(data)
 
     def wait_closed(self, timeout=PATIENCE):
-        """Seconds until the other side hung up; None if it did not."""
+        """Seconds until the other side closed the connection; None if it did not."""
         begin = time.monotonic()
         if not self.reading.acquire(timeout=timeout):
             return None
@@ -74,43 +96,54 @@ class Received:
         self.connection.close()
 
     def close(self):
-        """Hang up; over TLS without close_notify, as a dying server does."""
-        raw = self.connection
-        try:
-            socket.socket.shutdown(raw, socket.SHUT_RDWR) if not isinstance(raw, ssl.SSLSocket) else None
-        except OSError:
-            pass
-        raw.close()
+        """Close the connection; over TLS without close_notify, as a dying server does."""
+        if not isinstance(self.connection, ssl.SSLSocket):
+            try:
+                self.connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        self.connection.close()
 
 
 class Upstream:
-    """An HTTP/1.1 server on a free port. `answer(received)` is called for each request; what it raises is kept in `errors`.
+    """An HTTP/1.1 server on a free port.
 
-    Set `answer` to a function, or to bytes that are sent as they are. `received` has every request, `all_bytes` every byte that came.
+    Set `answer` to bytes that are sent as they are, or to a function: `answer(received)` is called
+    for each request, and what it raises is kept in `errors`.
+    `received` has every request, `all_bytes` every byte that arrived.
     """
 
     def __init__(self, tls=None, answer=OK):
-        self.answer, self.received, self.errors, self.all_bytes, self.connections = answer, [], [], b"", 0
-        self.tls, self.arrived = tls, threading.Condition()
+        self.tls = tls
+        self.answer = answer
+        self.received = []
+        self.arrived = threading.Condition()
+        self.errors = []
+        self.all_bytes = b""
+        self.connections = 0
+        self.open = []
+
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(128)
         self.port = self.listener.getsockname()[1]
-        self.url = "%s://%s:%d" % ("https" if tls else "http", "localhost" if tls else "127.0.0.1", self.port)
-        self.open = []
+        self.url = ("https://localhost:%d" if tls else "http://127.0.0.1:%d") % self.port
 
     def __enter__(self):
         threading.Thread(target=self.accept, daemon=True).start()
         return self
 
     def __exit__(self, *exc):
+        # The shutdown wakes the thread in accept(), which would keep the port open.
         try:
-            self.listener.shutdown(socket.SHUT_RDWR)    # wakes the thread in accept(), which would keep the port open
+            self.listener.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
         self.listener.close()
-        for connection in self.open:                        # its own thread closes it: not under the hands of a reader
+
+        # Each connection is closed by its own thread, never while that thread reads from it.
+        for connection in self.open:
             try:
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
             except OSError:
@@ -124,10 +157,12 @@ class Upstream:
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.connections += 1
-            threading.Thread(target=self.serve, args=(connection, self.connections), daemon=True).start()
+            arguments = (connection, self.connections)
+            threading.Thread(target=self.serve, args=arguments, daemon=True).start()
 
     def serve(self, connection, number):
-        rest, reading = b"", threading.Lock()
+        rest = b""
+        reading = threading.Lock()
         try:
             if self.tls:
                 connection = self.tls.wrap_socket(connection, server_side=True)
@@ -143,14 +178,16 @@ class Upstream:
                     received.send(self.answer)
         except OSError:
             pass
-        except Exception as error:      # kept for the test to see: a thread's own exception would be lost
+        except Exception as error:
+            # Kept for the test: an exception that ends a thread would be lost.
             self.errors.append(error)
         finally:
             with reading:
                 connection.close()
 
     def read_request(self, received, data):
-        """Reads one request; the bytes behind it, or None if the connection ended."""
+        """Read one request; return the bytes after it, or None if the connection ended."""
+
         def more():
             with received.reading:
                 piece = received.connection.recv(65536)
@@ -158,6 +195,7 @@ class Upstream:
             if not piece:
                 raise ConnectionResetError()
             return piece
+
         try:
             while b"\r\n\r\n" not in data:
                 data += more()
@@ -165,6 +203,7 @@ class Upstream:
             with self.arrived:
                 self.received.append(received)
                 self.arrived.notify_all()
+
             if received.field("transfer-encoding") == "chunked":
                 while True:
                     while b"\r\n" not in data:
@@ -183,15 +222,17 @@ class Upstream:
                     data += more()
                     received.body = data[:length]
                 received.body, data = data[:length], data[length:]
+
             received.whole = True
             return data
         except OSError:
             return None
 
     def wait_for(self, count=1):
-        """The count-th request, as soon as its head has come."""
+        """The count-th request, as soon as its head has arrived."""
         with self.arrived:
-            assert self.arrived.wait_for(lambda: len(self.received) >= count, PATIENCE), "the upstream received %d requests" % len(self.received)
+            arrived = self.arrived.wait_for(lambda: len(self.received) >= count, PATIENCE)
+            assert arrived, "the upstream received %d requests" % len(self.received)
             return self.received[count - 1]
 
 
@@ -200,16 +241,23 @@ class Relay:
 
     def __init__(self, **settings):
         environ = {"AIPROXY_PORT": "0"}
-        environ.update({name if name.startswith(("CLOUDFLARE_", "PORT", "FC_")) else "AIPROXY_" + name: str(value) for name, value in settings.items()})
+        for name, value in settings.items():
+            if not name.startswith(("CLOUDFLARE_", "PORT", "FC_")):
+                name = "AIPROXY_" + name
+            environ[name] = str(value)
+
         self.settings = aiproxy.Settings(environ)
         self.server = aiproxy.Server(self.settings)
         self.records = []
         self.recorded = threading.Condition()
         self.server.log.write = self.record
-        self.server.log.put = lambda stream, line: print(line, file=stream, flush=True)     # at once, not by the log's own thread
+        # Lines are printed at once, not by the log's own thread.
+        self.server.log.put = lambda stream, line: print(line, file=stream, flush=True)
+
         self.address = self.server.server_address[:2]
         self.url = "http://127.0.0.1:%d" % self.address[1]
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        serve = self.server.serve_forever
+        self.thread = threading.Thread(target=serve, args=(0.02,), daemon=True)
         self.thread.start()
 
     def record(self, record):
@@ -220,20 +268,24 @@ class Relay:
     def wait_for_record(self, count=1):
         """The count-th line of the log, as a dict."""
         with self.recorded:
-            assert self.recorded.wait_for(lambda: len(self.records) >= count, PATIENCE), "%d records" % len(self.records)
+            written = self.recorded.wait_for(lambda: len(self.records) >= count, PATIENCE)
+            assert written, "%d records" % len(self.records)
             return self.records[count - 1]
 
     def client(self):
         return Client(self.address)
 
     def ask(self, method="GET", path="/v1/models", body=None, fields=(), version="HTTP/1.1"):
-        """One request on a connection of its own; its Reply, read to the end."""
+        """The Reply to one request on a connection of its own, read to the end."""
         with self.client() as client:
             client.request(method, path, body, fields, version)
             return client.read_reply(method)
 
     def chat(self, body=b'{"model":"m","messages":[]}', key="ck-alice", fields=()):
-        return self.ask("POST", CHAT, body, ([("Authorization", "Bearer " + key)] if key else []) + list(fields))
+        fields = list(fields)
+        if key:
+            fields.insert(0, ("Authorization", "Bearer " + key))
+        return self.ask("POST", CHAT, body, fields)
 
     def close(self):
         self.server.shutdown()
@@ -241,14 +293,22 @@ class Relay:
 
 
 class Reply:
-    """An answer as a client read it. `complete` is False where its framing says that something is missing."""
+    """A response as a client read it.
+
+    `complete` is False where the framing shows that something is missing.
+    """
 
     def __init__(self, head):
-        lines = head.split(b"\r\n")
-        self.raw_head, self.status_line = head, lines[0].decode("latin-1")
-        self.status = int(lines[0].split(b" ")[1])
-        self.fields = [(name.decode("latin-1").lower(), value.strip().decode("latin-1")) for name, _, value in (line.partition(b":") for line in lines[1:])]
-        self.body, self.complete = b"", False
+        lines = head.decode("latin-1").split("\r\n")
+        self.raw_head = head
+        self.status_line = lines[0]
+        self.status = int(lines[0].split(" ")[1])
+        self.fields = []
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            self.fields.append((name.lower(), value.strip()))
+        self.body = b""
+        self.complete = False
 
     def all(self, name):
         return [value for key, value in self.fields if key == name.lower()]
@@ -267,7 +327,7 @@ class Reply:
 
 
 class Client:
-    """A raw client: it sends the bytes it is given and reads answers by the book."""
+    """A raw client: it sends the bytes it is given and reads responses strictly."""
 
     def __init__(self, address, receive_buffer=None):
         self.sock = socket.socket()
@@ -289,19 +349,22 @@ class Client:
 
     def request(self, method="GET", path="/v1/models", body=None, fields=(), version="HTTP/1.1"):
         names = {name.lower() for name, _ in fields}
-        lines = ["%s %s %s" % (method, path, version)] + ([] if "host" in names else ["Host: 127.0.0.1:8000"]) + ["%s: %s" % field for field in fields]
+        lines = ["%s %s %s" % (method, path, version)]
+        if "host" not in names:
+            lines.append("Host: 127.0.0.1:8000")
+        lines.extend("%s: %s" % field for field in fields)
         if body is not None and not names & {"content-length", "transfer-encoding"}:
             lines.append("Content-Length: %d" % len(body))
         self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
 
     def more(self):
-        """Read what comes next; False at the end."""
+        """Read the next bytes; False at the end."""
         piece = self.sock.recv(65536)
         self.data += piece
         return bool(piece)
 
     def read_until(self, mark):
-        """All bytes up to and with `mark`, as soon as they are there."""
+        """All bytes up to and including `mark`, as soon as they have arrived."""
         while mark not in self.data:
             assert self.more(), "ended before %r: %r" % (mark, self.data[-200:])
         front, _, self.data = self.data.partition(mark)
@@ -315,14 +378,14 @@ class Client:
         return front
 
     def read_head(self):
-        """The head of the next answer that is not interim."""
+        """The head of the next response that is not a 1xx interim one."""
         while True:
             reply = Reply(self.read_until(b"\r\n\r\n")[:-4])
             if reply.status >= 200 or reply.status == 101:
                 return reply
 
     def read_reply(self, method="GET"):
-        """The next answer with its body. A reset or an early end leaves it incomplete."""
+        """The next response with its body. A reset or an early end leaves it incomplete."""
         reply = self.read_head()
         try:
             self.read_body(reply, method)
@@ -349,7 +412,8 @@ class Client:
         else:
             while self.more():
                 pass
-            reply.body, self.data, reply.complete = self.data, b"", True
+            reply.body, self.data = self.data, b""
+            reply.complete = True
 
     def read_chunk(self):
         """One chunk's data, b"" for the last chunk, None if the connection ended."""
@@ -362,7 +426,7 @@ class Client:
         return data if data is None else data[:-2]
 
     def ended(self):
-        """True when the other side has closed and nothing more was sent; waits for it."""
+        """Wait for the other side; True if it closed and sent nothing more."""
         try:
             return not self.more()
         except ConnectionError:
@@ -370,29 +434,58 @@ class Client:
 
 
 def run_program(*arguments, env=None, timeout=PATIENCE):
-    """The finished process of `aiproxy.py ARGUMENTS` under this Python, with only `env` of settings."""
-    return subprocess.run([sys.executable, PROGRAM, *arguments], env=clean_environ(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout, universal_newlines=True)
+    """Run `aiproxy.py ARGUMENTS` under this Python, with only the settings in `env`."""
+    return subprocess.run(
+        [sys.executable, PROGRAM, *arguments],
+        env=clean_environ(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=timeout,
+        universal_newlines=True,
+    )
 
 
 def clean_environ(env=None):
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("AIPROXY_", "CLOUDFLARE_")) and name.lower() not in ("http_proxy", "https_proxy", "no_proxy", "port")}
-    environ.update({"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **(env or {})})
+    """This process's environment without its settings and proxies, but with `env`."""
+    environ = {}
+    for name, value in os.environ.items():
+        if name.startswith(("AIPROXY_", "CLOUDFLARE_")):
+            continue
+        if name.lower() in ("http_proxy", "https_proxy", "no_proxy", "port"):
+            continue
+        environ[name] = value
+
+    environ["PYTHONUNBUFFERED"] = "1"
+    environ["PYTHONIOENCODING"] = "utf-8"
+    environ.update(env or {})
     return environ
 
 
 class Program:
-    """aiproxy.py as a process of its own, on a free port that its banner tells."""
+    """aiproxy.py as a process of its own, on a free port that its banner names."""
 
     def __init__(self, *arguments, env=None):
-        self.process = subprocess.Popen([sys.executable, PROGRAM, *arguments], env=clean_environ({"AIPROXY_PORT": "0", **(env or {})}), stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, universal_newlines=True, encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM, *arguments],
+            env=clean_environ({"AIPROXY_PORT": "0", **(env or {})}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            encoding="utf-8",
+        )
         self.banner = ""
-        self.errors, self.lines = [], []
+        self.errors = []
+        self.lines = []
         self.news = threading.Condition()
-        for stream, lines in ((self.process.stderr, self.errors), (self.process.stdout, self.lines)):
-            threading.Thread(target=self.collect, args=(stream, lines), daemon=True).start()
-        found = self.wait_for_line(self.errors, r"on (http://\S+:(\d+))")
-        self.url, self.address = found.group(1), ("127.0.0.1", int(found.group(2)))
+        self.start_collecting(self.process.stderr, self.errors)
+        self.start_collecting(self.process.stdout, self.lines)
+
+        match = self.wait_for_line(self.errors, r"on (http://\S+:(\d+))")
+        self.url = match.group(1)
+        self.address = ("127.0.0.1", int(match.group(2)))
+
+    def start_collecting(self, stream, lines):
+        threading.Thread(target=self.collect, args=(stream, lines), daemon=True).start()
 
     def collect(self, stream, lines):
         for line in stream:
@@ -403,13 +496,18 @@ class Program:
 
     def wait_for_line(self, lines, pattern):
         def search():
-            return next((match for match in (re.search(pattern, line) for line in lines) if match), None)
+            for line in lines:
+                match = re.search(pattern, line)
+                if match:
+                    return match
+            return None
+
         with self.news:
             assert self.news.wait_for(search, PATIENCE), "%r is not in %r" % (pattern, lines)
             return search()
 
     def stop(self, number=15):
-        """Send a signal; the exit status."""
+        """Send a signal, wait for the end, return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)
 
@@ -422,10 +520,18 @@ class Program:
 
 
 def make_certificate(folder, name="localhost", days=1, ip="127.0.0.1", key="good"):
-    """A self-signed certificate for `name`, made with the openssl program: paths of the certificate and its key."""
-    certificate, private = os.path.join(folder, key + ".pem"), os.path.join(folder, key + ".key")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", str(days), "-subj", "/CN=" + name, "-keyout", private, "-out", certificate,
-                    "-addext", "subjectAltName=DNS:%s,IP:%s" % (name, ip)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Make a self-signed certificate for `name` with the openssl program.
+
+    Returns the paths of the certificate and of its private key.
+    """
+    certificate = os.path.join(folder, key + ".pem")
+    private = os.path.join(folder, key + ".key")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    command += ["-days", str(days)]
+    command += ["-subj", "/CN=" + name]
+    command += ["-addext", "subjectAltName=DNS:%s,IP:%s" % (name, ip)]
+    command += ["-keyout", private, "-out", certificate]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return certificate, private
 
 

@@ -1,4 +1,5 @@
-"""The client goes away, and the upstream stops working for it: in every phase, over plain HTTP and TLS."""
+"""When a client disconnects, its upstream connection is closed: in every phase, also over TLS."""
+
 import queue
 import socket
 import threading
@@ -9,17 +10,26 @@ from support import CHAT, EVENT_HEAD, OK, PATIENCE, Upstream, chunk, event
 from test_upstream import certificates, either, tls_upstream  # noqa: F401
 
 AUTH = [("Authorization", "Bearer ck-alice")]
-SOON = 5            # seconds; it takes milliseconds, but machines can be slow
+# seconds; it takes milliseconds, but a machine can be slow
+SOON = 5
 HALF = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\nhalf"
 
-PHASES = {"mid-stream": (EVENT_HEAD + chunk(event("one")), b"\n\n"), "before the first byte": (b"", b""), "not streaming": (HALF, b"half")}
+PHASES = {
+    "mid-stream": (EVENT_HEAD + chunk(event("one")), b"\n\n"),
+    "before the first byte": (b"", b""),
+    "not streaming": (HALF, b"half"),
+}
 
 
 @pytest.fixture
 def running(either, relay):  # noqa: F811
-    """A relay in front of a plain and of a TLS upstream, which tells in `closed` after how many seconds it was left, None if never."""
+    """A relay in front of a plain and of a TLS upstream.
+
+    `closed` gets the seconds until the upstream connection was closed, None if it was not.
+    """
     started = relay(UPSTREAM=either.url, KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
-    started.upstream, started.closed = either, queue.Queue()
+    started.upstream = either
+    started.closed = queue.Queue()
     return started
 
 
@@ -38,97 +48,128 @@ def shut_down_sending(client):
 
 @pytest.mark.parametrize("leave", [close, reset, shut_down_sending])
 @pytest.mark.parametrize("phase", list(PHASES))
-def test_when_the_client_goes_the_upstream_is_closed(running, phase, leave):
+def test_when_the_client_disconnects_the_upstream_connection_is_closed(running, phase, leave):
     first, seen = PHASES[phase]
 
     def answer(received):
         received.send(first)
         running.closed.put(received.wait_closed())
+
     running.upstream.answer = answer
     with running.client() as client:
         client.request("POST", CHAT, b"{}", AUTH)
         running.upstream.wait_for()
-        client.read_until(seen) if seen else None
+
+        if seen:
+            client.read_until(seen)
+
         leave(client)
         took = running.closed.get(timeout=2 * PATIENCE)
-    assert took is not None and took < SOON
+
+    assert took is not None
+    assert took < SOON
     assert running.wait_for_record()["outcome"] == "client_gone"
 
 
-def test_a_client_that_goes_in_mid_upload_takes_the_upstream_with_it(running):
+def test_a_disconnect_during_an_upload_closes_the_upstream_connection(running):
     with running.client() as client:
         client.request("POST", CHAT, b"x" * 70000, AUTH + [("Content-Length", "100000")])
         received = running.upstream.wait_for()
-    assert received.wait_closed() is not None and not received.whole
+
+    assert received.wait_closed() is not None
+    assert not received.whole
 
 
-def test_a_client_that_goes_while_it_holds_the_stream_back_is_noticed(running):
+def test_a_disconnect_under_back_pressure_is_detected(running):
     def answer(received):
         received.send(EVENT_HEAD)
         try:
-            while True:                             # until all buffers on the way are full, and then until the relay hangs up
+            # until all buffers on the way are full, and then until the relay closes
+            while True:
                 received.send(chunk(b"x" * 65536))
         except OSError:
             running.closed.put(True)
+
     running.upstream.answer = answer
     with running.client() as client:
         client.request("POST", CHAT, b"{}", AUTH)
         client.read_head()
+
     assert running.closed.get(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("phase", list(PHASES))
-def test_bytes_sent_early_are_not_a_going(running, phase):
+def test_pipelined_bytes_are_not_taken_for_a_disconnect(running, phase):
     first, seen = PHASES[phase]
     gate = threading.Event()
-    rest = {"mid-stream": chunk(event("two")) + b"0\r\n\r\n", "before the first byte": OK, "not streaming": b"x" * 96}[phase]
+    rest = {
+        "mid-stream": chunk(event("two")) + b"0\r\n\r\n",
+        "before the first byte": OK,
+        "not streaming": b"x" * 96,
+    }[phase]
 
     def answer(received):
         received.send(first)
         assert gate.wait(PATIENCE)
         received.send(rest)
         running.upstream.answer = OK
+
     running.upstream.answer = answer
     with running.client() as client:
         client.request("POST", CHAT, b"{}", AUTH)
         running.upstream.wait_for()
+
         if seen:
             reply = client.read_head()
+
         client.request("POST", CHAT, b'{"early":1}', AUTH)
-        assert running.ask("GET", "/health").status == 200      # time enough for the early bytes to be seen
+        # time enough for the relay to see the early bytes
+        assert running.ask("GET", "/health").status == 200
+
         gate.set()
         reply = reply if seen else client.read_head()
         client.read_body(reply)
-        assert reply.complete and client.read_reply().body == b'{"ok":true}'
-    assert not running.upstream.errors and running.upstream.received[1].body == b'{"early":1}'
+
+        assert reply.complete
+        assert client.read_reply().body == b'{"ok":true}'
+
+    assert not running.upstream.errors
+    assert running.upstream.received[1].body == b'{"early":1}'
     assert [running.wait_for_record(number)["outcome"] for number in (1, 2, 3)] == ["ok"] * 3
 
 
-def test_a_going_behind_early_bytes_is_noticed(running):
+def test_a_disconnect_after_pipelined_bytes_is_detected(running):
     running.upstream.answer = lambda received: running.closed.put(received.wait_closed())
     with running.client() as client:
         client.request("POST", CHAT, b"{}", AUTH)
         running.upstream.wait_for()
         client.request("POST", CHAT, b"{}", AUTH)
+
     took = running.closed.get(timeout=2 * PATIENCE)
-    assert took is not None and took < SOON and len(running.upstream.received) == 1
+
+    assert took is not None
+    assert took < SOON
+    assert len(running.upstream.received) == 1
 
 
-def test_one_going_leaves_the_others_alone(relay):
+def test_a_disconnect_does_not_affect_other_clients(relay):
     gate = threading.Event()
 
     def answer(received):
         received.send(EVENT_HEAD + chunk(event("one")))
         gate.wait(PATIENCE)
         received.send(chunk(event("two")) + b"0\r\n\r\n")
+
     with Upstream(answer=answer) as fake:
         running = relay(UPSTREAM=fake.url)
-        with running.client() as goes, running.client() as stays:
-            for client in (goes, stays):
+        with running.client() as leaver, running.client() as other:
+            for client in (leaver, other):
                 client.request("POST", CHAT, b"{}")
                 client.read_until(b"one\n\n")
-            goes.sock.close()
+
+            leaver.sock.close()
             assert running.wait_for_record()["outcome"] == "client_gone"
+
             gate.set()
-            assert b"two" in stays.read_until(b"0\r\n\r\n")
+            assert b"two" in other.read_until(b"0\r\n\r\n")
         assert running.wait_for_record(2)["outcome"] == "ok"

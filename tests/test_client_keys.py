@@ -1,22 +1,49 @@
-"""Who may call: client keys are asked for, compared as bytes, named in the log, and never sent on."""
+"""Client keys are required, compared as bytes, logged by name, and never sent upstream."""
+
 import pytest
 
 from support import CHAT
 
 BODY = b'{"model":"m"}'
-UPGRADE = [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==")]
+UPGRADE = [
+    ("Connection", "Upgrade"),
+    ("Upgrade", "websocket"),
+    ("Sec-WebSocket-Version", "13"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+]
 
-CARRIED = [     # how a client sends its key, and the status that it gets
+# How a client sends its client key, and the status of the response.
+CREDENTIALS = [
     pytest.param([("Authorization", "Bearer ck-alice")], 200, id="bearer"),
-    pytest.param([("authorization", "bearer  ck-alice")], 200, id="bearer in other letters"),
+    pytest.param([("authorization", "bearer  ck-alice")], 200, id="bearer in another case"),
     pytest.param([("x-api-key", "ck-alice")], 200, id="x-api-key"),
     pytest.param([("api-key", "ck-alice")], 200, id="api-key"),
     pytest.param([("x-goog-api-key", "ck-alice")], 200, id="x-goog-api-key"),
-    pytest.param([("Authorization", "Bearer ck-alice"), ("x-api-key", "ck-alice")], 200, id="the same key twice"),
-    pytest.param([("Authorization", "Basic Y2s6"), ("x-api-key", "ck-alice")], 200, id="a key beside another scheme"),
-    pytest.param([("Authorization", "Bearer ck-alice"), ("x-api-key", "ck-bob")], 400, id="two different keys"),
-    pytest.param([("x-api-key", "ck-alice"), ("x-api-key", "ck-bob")], 400, id="two different keys in one field"),
-    pytest.param([("Authorization", "Bearer ck-alice"), ("Authorization", "Bearer ck-alice")], 400, id="authorization twice"),
+    pytest.param(
+        [("Authorization", "Bearer ck-alice"), ("x-api-key", "ck-alice")],
+        200,
+        id="the same key in two fields",
+    ),
+    pytest.param(
+        [("Authorization", "Basic Y2s6"), ("x-api-key", "ck-alice")],
+        200,
+        id="a key and another scheme",
+    ),
+    pytest.param(
+        [("Authorization", "Bearer ck-alice"), ("x-api-key", "ck-bob")],
+        400,
+        id="two different keys",
+    ),
+    pytest.param(
+        [("x-api-key", "ck-alice"), ("x-api-key", "ck-bob")],
+        400,
+        id="two different keys in one field",
+    ),
+    pytest.param(
+        [("Authorization", "Bearer ck-alice"), ("Authorization", "Bearer ck-alice")],
+        400,
+        id="authorization duplicate",
+    ),
     pytest.param([], 401, id="none"),
     pytest.param([("Authorization", "Bearer ")], 401, id="empty"),
     pytest.param([("Authorization", "Bearer wrong")], 401, id="wrong"),
@@ -33,58 +60,92 @@ CARRIED = [     # how a client sends its key, and the status that it gets
 ]
 
 
-@pytest.mark.parametrize("fields,status", CARRIED)
-def test_only_a_key_that_we_gave_out_is_let_in(upstream, relay, fields, status):
+@pytest.mark.parametrize("fields,status", CREDENTIALS)
+def test_only_a_configured_client_key_is_accepted(upstream, relay, fields, status):
     running = relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice,bob=ck-bob")
     reply = running.ask("POST", CHAT, BODY, fields)
+
     assert reply.status == status
     assert len(upstream.received) == (status == 200)
     assert b"ck-" not in upstream.all_bytes + reply.raw_head + reply.body
+
     record = running.wait_for_record()
-    assert record["client"] == ("alice" if status == 200 else "127.0.0.1") and "ck-" not in str(record)
+
+    assert record["client"] == ("alice" if status == 200 else "127.0.0.1")
+    assert "ck-" not in str(record)
+
     if status == 401:
-        assert reply.code == "invalid_api_key" and reply.get("www-authenticate") == "Bearer"
+        assert reply.code == "invalid_api_key"
+        assert reply.get("www-authenticate") == "Bearer"
 
 
-def test_each_client_is_named_and_a_nameless_one_is_counted(relay):
+def test_each_client_is_logged_by_its_name_or_else_by_its_number(relay):
     running = relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-1, ck-2 ,carol=ck=3==")
-    for number, (key, name) in enumerate([("ck-1", "alice"), ("ck-2", "client2"), ("ck=3==", "carol")], 1):
+    clients = [("ck-1", "alice"), ("ck-2", "client2"), ("ck=3==", "carol")]
+
+    for number, (key, name) in enumerate(clients, 1):
         assert running.chat(key=key).status == 200
         assert running.wait_for_record(number)["client"] == name
 
 
-@pytest.mark.parametrize("method,path", [("GET", "/v1/files"), ("DELETE", CHAT), ("GET", "/v1/models"), ("OPTIONS", CHAT), ("POST", CHAT + "?key=1")])
-def test_without_a_key_nothing_is_told_and_nothing_passes(upstream, hidden, method, path):
+@pytest.mark.parametrize("method,path", [
+    ("GET", "/v1/files"),
+    ("DELETE", CHAT),
+    ("GET", "/v1/models"),
+    ("OPTIONS", CHAT),
+    ("POST", CHAT + "?key=1"),
+])
+def test_without_a_client_key_every_request_is_refused(upstream, hidden, method, path):
     assert hidden.ask(method, path).status in (400, 401)
     assert not upstream.received
 
 
 @pytest.mark.parametrize("query", ["?key=ck-alice", "?a=1&key=x", "?key", "?%6bey=x"])
-def test_keys_do_not_belong_in_urls(upstream, hidden, query):
+def test_a_key_in_the_query_is_refused(upstream, hidden, query):
     reply = hidden.ask("POST", CHAT + query, BODY, [("Authorization", "Bearer ck-alice")])
+
     assert (reply.status, reply.code) == (400, "key_in_query")
-    assert b"ck-alice" not in reply.body and not upstream.received
+    assert b"ck-alice" not in reply.body
+    assert not upstream.received
 
 
-def test_a_query_without_a_key_goes_up_as_it_is(upstream, hidden):
-    assert hidden.ask("POST", CHAT + "?api-version=1&k%65ys=a+b", BODY, [("x-api-key", "ck-alice")]).status == 200
+def test_a_query_without_a_key_is_sent_upstream_unchanged(upstream, hidden):
+    path = CHAT + "?api-version=1&k%65ys=a+b"
+    reply = hidden.ask("POST", path, BODY, [("x-api-key", "ck-alice")])
+
+    assert reply.status == 200
     assert upstream.received[0].line == "POST %s?api-version=1&k%%65ys=a+b HTTP/1.1" % CHAT
 
 
-def test_client_keys_guard_a_loopback_upstream_that_wants_no_key(upstream, relay):
+def test_client_keys_protect_a_loopback_upstream_that_needs_no_key(upstream, relay):
     running = relay(CLIENT_KEYS="ck-alice")
-    assert running.chat(key=None).status == 401 and not upstream.received
-    assert running.chat().status == 200 and upstream.received[0].field("authorization") is None
+
+    assert running.chat(key=None).status == 401
+    assert not upstream.received
+    assert running.chat().status == 200
+    assert upstream.received[0].field("authorization") is None
     assert b"ck-alice" not in upstream.all_bytes
 
 
-def test_a_browser_may_carry_its_key_as_a_websocket_subprotocol(upstream, relay):
-    upstream.answer = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: realtime\r\n\r\nhello"
+def test_a_browser_may_send_its_client_key_as_a_websocket_subprotocol(upstream, relay):
+    upstream.answer = (
+        b"HTTP/1.1 101 Switching Protocols\r\n"
+        b"Connection: Upgrade\r\n"
+        b"Upgrade: websocket\r\n"
+        b"Sec-WebSocket-Protocol: realtime\r\n\r\n"
+        b"hello"
+    )
     running = relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice", PATHS="GET /v1/realtime")
+    protocol = ("Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key.ck-alice")
+
     with running.client() as client:
-        client.request("GET", "/v1/realtime", None, UPGRADE + [("Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key.ck-alice")])
+        client.request("GET", "/v1/realtime", None, UPGRADE + [protocol])
         reply = client.read_head()
-        assert reply.status == 101 and client.read_exactly(5) == b"hello"
+        assert reply.status == 101
+        assert client.read_exactly(5) == b"hello"
+
     received = upstream.received[0]
-    assert received.field("sec-websocket-protocol") == "realtime" and received.field("authorization") == "Bearer sk-hidden-key"
+
+    assert received.field("sec-websocket-protocol") == "realtime"
+    assert received.field("authorization") == "Bearer sk-hidden-key"
     assert b"ck-alice" not in upstream.all_bytes

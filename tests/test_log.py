@@ -1,4 +1,5 @@
-"""The log: one line per request, which nothing that a client sends can forge, and in which no key ever stands."""
+"""The log: one line per request, which no client can forge and which never shows a key."""
+
 import json
 import threading
 
@@ -7,17 +8,27 @@ import pytest
 from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, Upstream, chunk, event
 
 AUTH = [("Authorization", "Bearer ck-alice")]
-NAMES = {"time", "client", "method", "path", "model", "status", "upstream_status", "first_byte", "total", "bytes", "request_id", "outcome"}
+NAMES = {"time", "client", "method", "path", "model", "status", "upstream_status"}
+NAMES |= {"first_byte", "total", "bytes", "request_id", "outcome"}
 CLIENT_KEYS = 'alice=ck-alice,bob=ck-"quoted"'
 
 
 @pytest.fixture(scope="module", params=["text", "json"])
 def program(request):
     """The program with its log in one form, in front of `upstream`."""
-    with Upstream() as fake, Program(env={"AIPROXY_UPSTREAM": fake.url, "AIPROXY_KEY": "sk-hidden-key", "AIPROXY_CLIENT_KEYS": CLIENT_KEYS, "AIPROXY_LOG": request.param,
-                                          "AIPROXY_DEFAULT_MODEL": "m", "AIPROXY_PATHS": "*"}) as running:
-        running.upstream, running.form = fake, request.param
-        yield running
+    with Upstream() as fake:
+        environ = {
+            "AIPROXY_UPSTREAM": fake.url,
+            "AIPROXY_KEY": "sk-hidden-key",
+            "AIPROXY_CLIENT_KEYS": CLIENT_KEYS,
+            "AIPROXY_LOG": request.param,
+            "AIPROXY_DEFAULT_MODEL": "m",
+            "AIPROXY_PATHS": "*",
+        }
+        with Program(env=environ) as running:
+            running.upstream = fake
+            running.form = request.param
+            yield running
 
 
 def ask(program, method="POST", path=CHAT, body=b"{}", fields=AUTH):
@@ -27,101 +38,176 @@ def ask(program, method="POST", path=CHAT, body=b"{}", fields=AUTH):
 
 
 def lines_of(program, act, count=1):
-    """The log lines of the `count` requests that `act` makes, and whatever else stands in front of the line of the next request."""
+    """The log lines of the `count` requests that `act` makes.
+
+    Any other lines before that of the next request are included.
+    """
     begin = len(program.lines)
     act()
     with program.news:
-        assert program.news.wait_for(lambda: len(program.lines) >= begin + count, PATIENCE), program.lines[begin:]
+        arrived = program.news.wait_for(lambda: len(program.lines) >= begin + count, PATIENCE)
+        assert arrived, program.lines[begin:]
+
     ask(program, "GET", "/end-%d-" % begin, None)
     program.wait_for_line(program.lines, "/end-%d-" % begin)
     return program.lines[begin:-1]
 
 
 def test_one_request_is_one_line(program):
-    line, = lines_of(program, lambda: ask(program, path=CHAT + "?user=someone", body=b'{"model":"gpt-x"}'))
+    path = CHAT + "?user=someone"
+    (line,) = lines_of(program, lambda: ask(program, path=path, body=b'{"model":"gpt-x"}'))
+
     if program.form == "json":
         record = json.loads(line)
-        assert NAMES <= set(record) and record["time"].endswith("Z") and 0 <= record["first_byte"] <= record["total"]
-        assert [record[name] for name in ("client", "method", "path", "model", "status", "upstream_status", "bytes", "outcome")] == ["alice", "POST", CHAT, "gpt-x", 200, 200, 11, "ok"]
+        assert NAMES <= set(record)
+        assert record["time"].endswith("Z")
+        assert 0 <= record["first_byte"] <= record["total"]
+        assert record["client"] == "alice"
+        assert record["method"] == "POST"
+        assert record["path"] == CHAT
+        assert record["model"] == "gpt-x"
+        assert record["status"] == 200
+        assert record["upstream_status"] == 200
+        assert record["bytes"] == 11
+        assert record["outcome"] == "ok"
     else:
         words = line.split()
-        assert words[1:6] == ["alice", "POST", CHAT, "gpt-x", "200"] and words[6] == "upstream=200" and words[-1] == "ok" and "bytes=11" in words
+        assert words[1:6] == ["alice", "POST", CHAT, "gpt-x", "200"]
+        assert words[6] == "upstream=200"
+        assert words[-1] == "ok"
+        assert "bytes=11" in words
+
     assert "someone" not in line
 
 
 def test_refusals_are_logged_too(program):
-    first, second = lines_of(program, lambda: (ask(program, fields=[]), program.wait_for_line(program.lines, "invalid_api_key"), ask(program, body=b'{"model":1}')), 2)
-    assert "invalid_api_key" in first and "127.0.0.1" in first and "401" in first
-    assert "invalid_model" in second and "alice" in second and "400" in second
+    def act():
+        ask(program, fields=[])
+        program.wait_for_line(program.lines, "invalid_api_key")
+        ask(program, body=b'{"model":1}')
+
+    first, second = lines_of(program, act, 2)
+
+    assert "invalid_api_key" in first
+    assert "127.0.0.1" in first
+    assert "401" in first
+    assert "invalid_model" in second
+    assert "alice" in second
+    assert "400" in second
 
 
-def test_a_request_stands_in_the_log_when_it_is_over_and_how(program):
+def test_a_request_is_logged_when_it_ends_and_with_how_it_ended(program):
     gate = threading.Event()
 
     def answer(received):
         received.send(EVENT_HEAD + chunk(event("one")))
         gate.wait(PATIENCE)
         received.close()
-    usual, program.upstream.answer = program.upstream.answer, answer
+
+    def act():
+        with Client(program.address) as client:
+            client.request("POST", CHAT, b"{}", AUTH)
+            client.read_until(b"one\n\n")
+
+        program.wait_for_line(program.lines, "client_gone")
+        gate.set()
+        assert not ask(program).complete
+
+        program.upstream.answer = usual
+
+    usual = program.upstream.answer
+    program.upstream.answer = answer
+
     try:
-        def act():
-            with Client(program.address) as client:
-                client.request("POST", CHAT, b"{}", AUTH)
-                client.read_until(b"one\n\n")
-            program.wait_for_line(program.lines, "client_gone")
-            gate.set()
-            assert not ask(program).complete
-            program.upstream.answer = usual
-        gone, died = lines_of(program, act, 2)
-        assert "client_gone" in gone and "upstream_died" in died
+        disconnected, died = lines_of(program, act, 2)
+        assert "client_gone" in disconnected
+        assert "upstream_died" in died
     finally:
         program.upstream.answer = usual
 
 
-FORGED = ["x\\r\\n2025-01-01T00:00:00Z alice GET /forged - 200 ok", "x\\n{\\\"client\\\":\\\"forged\\\"}", "\\u001b[2J\\u001b[31mred", "\\u0085\\u2028\\u2029", "\\u0000\\u0008\\u007f\\u009b31m",
-          "\x7f raw", "\\ud800", "a b\\tc", "\u202eevil", "x upstream=200 ok"]
+FORGED = [
+    "x\\r\\n2025-01-01T00:00:00Z alice GET /forged - 200 ok",
+    "x\\n{\\\"client\\\":\\\"forged\\\"}",
+    "\\u001b[2J\\u001b[31mred",
+    "\\u0085\\u2028\\u2029",
+    "\\u0000\\u0008\\u007f\\u009b31m",
+    "\x7f raw",
+    "\\ud800",
+    "a b\\tc",
+    "\u202eevil",
+    "x upstream=200 ok",
+]
 
 
 @pytest.mark.parametrize("model", FORGED, ids=ascii)
 def test_a_models_name_cannot_forge_a_line(program, model):
-    line, = lines_of(program, lambda: ask(program, body=b'{"model":"' + model.encode("utf-8") + b'"}'))
-    assert all("\x20" <= letter < "\x7f" for letter in line[:-1]) and line.endswith("\n")
+    body = b'{"model":"' + model.encode("utf-8") + b'"}'
+    (line,) = lines_of(program, lambda: ask(program, body=body))
+
+    assert all("\x20" <= letter < "\x7f" for letter in line[:-1])
+    assert line.endswith("\n")
+
     if program.form == "json":
         assert json.loads(line)["model"] == json.loads('"%s"' % model.replace("\x7f", "\\u007f"))
     else:
-        usual, = lines_of(program, lambda: ask(program))
-        assert len(line.split()) == len(usual.split()) and line.split()[-1] == "ok"
+        (usual,) = lines_of(program, lambda: ask(program))
+        assert len(line.split()) == len(usual.split())
+        assert line.split()[-1] == "ok"
 
 
-@pytest.mark.parametrize("path", ["/a%0d%0aforged", "/a%1b[2J", "/\"quoted\",'x'", "/a=b&status=200"])
+@pytest.mark.parametrize(
+    "path", ["/a%0d%0aforged", "/a%1b[2J", "/\"quoted\",'x'", "/a=b&status=200"]
+)
 def test_a_path_cannot_forge_a_line(program, path):
-    line, = lines_of(program, lambda: ask(program, "GET", path, None))
-    assert path in (json.loads(line)["path"] if program.form == "json" else line.split()[3])
+    (line,) = lines_of(program, lambda: ask(program, "GET", path, None))
+    logged = json.loads(line)["path"] if program.form == "json" else line.split()[3]
+
+    assert path in logged
 
 
 def test_raw_bytes_cannot_forge_a_line(program):
     def act():
-        for data in (b"GET /a\rforged HTTP/1.1\r\n\r\n", b"GET /a\x1b[2J HTTP/1.1\r\n\r\n", b"\x1b[31m /x HTTP/1.1\r\n\r\n", b"GET /\xc2\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n"):
+        for data in (
+            b"GET /a\rforged HTTP/1.1\r\n\r\n",
+            b"GET /a\x1b[2J HTTP/1.1\r\n\r\n",
+            b"\x1b[31m /x HTTP/1.1\r\n\r\n",
+            b"GET /\xc2\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n",
+        ):
             with Client(program.address) as client:
                 client.send(data)
                 assert client.read_reply().status == 400
+
     lines = lines_of(program, act, 4)
-    assert len(lines) == 4 and all("\x20" <= letter < "\x7f" for line in lines for letter in line[:-1]) and "forged" not in "".join(lines)
+
+    assert len(lines) == 4
+    assert all("\x20" <= letter < "\x7f" for line in lines for letter in line[:-1])
+    assert "forged" not in "".join(lines)
 
 
 def test_an_upstreams_request_id_cannot_forge_a_line(program):
     usual = program.upstream.answer
-    program.upstream.answer = usual.replace(b"\r\n\r\n", b"\r\nx-request-id: id ok\tx\xff\x85\r\n\r\n")
+    field = b"x-request-id: id ok\tx\xff\x85"
+    program.upstream.answer = usual.replace(b"\r\n\r\n", b"\r\n" + field + b"\r\n\r\n")
+
+    def act():
+        ask(program)
+        program.upstream.answer = usual
+        ask(program)
+
     try:
-        lines = lines_of(program, lambda: (ask(program), setattr(program.upstream, "answer", usual), ask(program)), 2)
+        lines = lines_of(program, act, 2)
     finally:
         program.upstream.answer = usual
-    assert len(lines) == 2 and all("\x20" <= letter < "\x7f" for line in lines for letter in line[:-1])
+
+    assert len(lines) == 2
+    assert all("\x20" <= letter < "\x7f" for line in lines for letter in line[:-1])
     assert program.form == "json" or len(lines[0].split()) == len(lines[1].split())
 
 
 KEYS = ["sk-hidden-key", "ck-alice", 'ck-"quoted"']
-PLACES = {      # where a client puts a key that is not meant to stand there: path, model
+# Where a client puts a key that does not belong there: path, model.
+PLACES = {
     "path": lambda key: ("/v1/" + key + "/x", "m"),
     "query": lambda key: ("/v1/x?user=" + key, "m"),
     "model": lambda key: (CHAT, key),
@@ -133,20 +219,24 @@ PLACES = {      # where a client puts a key that is not meant to stand there: pa
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("place", list(PLACES))
-def test_no_key_stands_in_the_log_wherever_a_client_puts_it(program, place, key):
+def test_no_key_is_logged_wherever_a_client_puts_it(program, place, key):
     path, model = PLACES[place](key)
-    line, = lines_of(program, lambda: ask(program, path=path, body=json.dumps({"model": model}).encode()))
-    assert key[:-1] not in line.replace('\\"', '"')      # without its last letter it is still the key
+    body = json.dumps({"model": model}).encode()
+    (line,) = lines_of(program, lambda: ask(program, path=path, body=body))
+
+    # without its last letter it is still almost the key
+    assert key[:-1] not in line.replace('\\"', '"')
     assert program.form == "text" or json.loads(line)
 
 
-def test_the_log_can_be_off(upstream):
+def test_the_log_can_be_turned_off(upstream):
     with Program(env={"AIPROXY_UPSTREAM": upstream.url, "AIPROXY_LOG": "off"}) as program:
-        assert ask(program).status == 200 and program.stop() == 0
+        assert ask(program).status == 200
+        assert program.stop() == 0
         assert program.lines == []
 
 
-def test_a_line_is_flushed_at_once_also_into_a_pipe(upstream):
+def test_a_line_is_flushed_at_once_even_into_a_pipe(upstream):
     with Program(env={"AIPROXY_UPSTREAM": upstream.url, "PYTHONUNBUFFERED": ""}) as program:
         assert ask(program).status == 200
         program.wait_for_line(program.lines, "POST " + CHAT)

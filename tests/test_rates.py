@@ -1,4 +1,8 @@
-"""AIPROXY_RATE: so many requests per client key, else per client address; above it a 429 that says exactly how long to wait."""
+"""AIPROXY_RATE: a number of requests per client key, or else per client address.
+
+Above it there is a 429 that says exactly how long to wait.
+"""
+
 import types
 
 import pytest
@@ -11,13 +15,15 @@ AUTH = [("Authorization", "Bearer ck-alice")]
 
 @pytest.fixture
 def limited(relay):
-    """limited(**settings): a relay whose rates go by `clock.now`, seconds that only the test moves."""
+    """limited(**settings): a relay whose rates use `clock.now`, seconds set by the test only."""
+
     def start(**settings):
         running = relay(**settings)
         running.clock = types.SimpleNamespace(now=1000.0)
         take = running.server.buckets.take
         running.server.buckets.take = lambda client, now: take(client, running.clock.now)
         return running
+
     return start
 
 
@@ -28,7 +34,7 @@ def statuses(running, count, *request, **more):
 # ---- the arithmetic
 
 
-@pytest.mark.parametrize("count,period,asked_at,expected", [
+@pytest.mark.parametrize("count,period,times,expected", [
     (2, 1, [0, 0, 0], [None, None, (0.5, 1.0, 2)]),
     (2, 1, [0, 0, 0.25], [None, None, (0.25, 0.75, 2)]),
     (2, 1, [0, 0, 0.5, 0.5], [None, None, None, (0.5, 1.0, 2)]),
@@ -37,79 +43,143 @@ def statuses(running, count, *request, **more):
     (1, 3600, [0, 1800, 3600, 3600], [None, (1800.0, 1800.0, 1), None, (3600.0, 3600.0, 1)]),
     (2, 1, [0, 0, 1000, 1000, 1000], [None, None, None, None, (0.5, 1.0, 2)]),
     (2, 1, [0, 0] + [0.125] * 50 + [0.5], [None, None] + [(0.375, 0.875, 2)] * 50 + [None]),
-], ids=["all at once", "the wait grows shorter", "one comes back after half the time", "a minute's", "a day's", "one an hour", "never more than the count", "asking too early costs nothing"])
-def test_a_bucket_gives_its_count_at_once_and_the_rest_evenly(count, period, asked_at, expected):
+], ids=[
+    "all at once",
+    "the wait grows shorter",
+    "one comes back after half the time",
+    "per minute",
+    "per day",
+    "one per hour",
+    "never more than the count",
+    "asking too early costs nothing",
+])
+def test_a_bucket_allows_its_count_at_once_and_refills_evenly(count, period, times, expected):
     bucket = aiproxy.Buckets(count, period)
-    got = [bucket.take("alice", now) for now in asked_at]
-    assert [answer and tuple(round(number, 6) for number in answer) for answer in got] == expected
+    results = [bucket.take("alice", now) for now in times]
+    rounded = [result and tuple(round(number, 6) for number in result) for result in results]
+
+    assert rounded == expected
 
 
 @pytest.mark.parametrize("text,expected", [
-    ("", None), ("20/s", (20, 1)), ("60/min", (60, 60)), ("60/m", (60, 60)), ("100/h", (100, 3600)), ("1000/day", (1000, 86400)), ("5 / min", (5, 60))])
-def test_a_rate_is_read_as_it_is_written(text, expected):
+    ("", None),
+    ("20/s", (20, 1)),
+    ("60/min", (60, 60)),
+    ("60/m", (60, 60)),
+    ("100/h", (100, 3600)),
+    ("1000/day", (1000, 86400)),
+    ("5 / min", (5, 60)),
+])
+def test_a_rate_is_a_count_per_period(text, expected):
     assert aiproxy.Settings({"AIPROXY_RATE": text}).rate == expected
 
 
-@pytest.mark.parametrize("text", ["60", "60/", "0/min", "-1/s", "1.5/s", "60/week", "many/min", "60/min/day"])
-def test_a_rate_that_cannot_be_read_stops_the_start(text):
+@pytest.mark.parametrize(
+    "text", ["60", "60/", "0/min", "-1/s", "1.5/s", "60/week", "many/min", "60/min/day"]
+)
+def test_an_invalid_rate_stops_the_start(text):
     with pytest.raises(aiproxy.SettingError, match="AIPROXY_RATE"):
         aiproxy.Settings({"AIPROXY_RATE": text})
 
 
 @pytest.mark.parametrize("environ,expected", [
-    ({}, None), ({"AIPROXY_OPEN": "1"}, (60, 60)), ({"AIPROXY_OPEN": "1", "AIPROXY_RATE": "5/s"}, (5, 1)), ({"AIPROXY_OPEN": "0"}, None)], ids=str)
-def test_who_serves_anyone_has_a_rate_unless_it_is_set(environ, expected):
+    ({}, None),
+    ({"AIPROXY_OPEN": "1"}, (60, 60)),
+    ({"AIPROXY_OPEN": "1", "AIPROXY_RATE": "5/s"}, (5, 1)),
+    ({"AIPROXY_OPEN": "0"}, None),
+], ids=str)
+def test_an_open_relay_has_a_rate_by_default(environ, expected):
     assert aiproxy.Settings(dict(environ, AIPROXY_KEY="sk-hidden-key")).rate == expected
 
 
 @pytest.mark.parametrize("seconds,text", [
-    (0.0201, "21ms"), (0.5, "500ms"), (0.9999, "1s"), (1, "1s"), (1.2, "2s"), (59.5, "1m0s"), (360, "6m0s"), (3599.5, "1h0m0s"), (3600, "1h0m0s"), (86400, "24h0m0s")])
-def test_a_reset_is_written_as_openai_writes_it(seconds, text):
+    (0.0201, "21ms"),
+    (0.5, "500ms"),
+    (0.9999, "1s"),
+    (1, "1s"),
+    (1.2, "2s"),
+    (59.5, "1m0s"),
+    (360, "6m0s"),
+    (3599.5, "1h0m0s"),
+    (3600, "1h0m0s"),
+    (86400, "24h0m0s"),
+])
+def test_a_reset_time_is_written_as_openai_writes_it(seconds, text):
     assert aiproxy.duration(seconds) == text
 
 
-# ---- the answer
+# ---- the response
 
 
-def test_above_the_rate_it_is_a_429_with_the_exact_wait(upstream, limited):
-    running = limited(RATE="2/min", KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice", ORIGINS="https://app.example")
+def test_a_request_above_the_rate_gets_a_429_with_the_exact_wait(upstream, limited):
+    running = limited(
+        RATE="2/min",
+        KEY="sk-hidden-key",
+        CLIENT_KEYS="alice=ck-alice",
+        ORIGINS="https://app.example",
+    )
+
     assert running.chat().status == running.chat().status == 200
+
     running.clock.now += 12.5
     reply = running.chat(fields=[("Origin", "https://app.example")])
-    assert reply.status == 429 and len(upstream.received) == 2
-    assert [reply.get("retry-after")] + [reply.get("x-ratelimit-%s-requests" % name) for name in ("limit", "remaining", "reset")] == ["18", "2", "0", "48s"]
-    assert reply.json["error"]["type"] == "rate_limit_error" and reply.code == "rate_limit_exceeded" and "2/min" in reply.json["error"]["message"]
+
+    assert reply.status == 429
+    assert len(upstream.received) == 2
+    assert reply.get("retry-after") == "18"
+    assert reply.get("x-ratelimit-limit-requests") == "2"
+    assert reply.get("x-ratelimit-remaining-requests") == "0"
+    assert reply.get("x-ratelimit-reset-requests") == "48s"
+    assert reply.json["error"]["type"] == "rate_limit_error"
+    assert reply.code == "rate_limit_exceeded"
+    assert "2/min" in reply.json["error"]["message"]
     assert "x-ratelimit-reset-requests" in reply.get("access-control-expose-headers")
-    assert running.wait_for_record(3) and [record["outcome"] for record in running.records].count("rate_limit_exceeded") == 1
+    assert running.wait_for_record(3)
+    assert [record["outcome"] for record in running.records].count("rate_limit_exceeded") == 1
 
 
 @pytest.mark.parametrize("rate", ["2/min", "7/day", "3/s"])
-def test_who_waits_as_long_as_told_is_served(limited, rate):
+def test_a_client_that_waits_for_retry_after_is_served(limited, rate):
     running = limited(RATE=rate)
     replies = [running.ask() for _ in range(int(rate.partition("/")[0]) + 1)]
+
     assert [reply.status for reply in replies] == [200] * (len(replies) - 1) + [429]
+
     running.clock.now += int(replies[-1].get("retry-after"))
+
     assert running.ask().status == 200
 
 
-def test_a_request_within_the_rate_gets_no_field_of_ours_and_keeps_the_upstreams(upstream, limited):
-    upstream.answer = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nx-ratelimit-limit-requests: 9\r\nContent-Length: 0\r\n\r\n"
+def test_within_the_rate_only_the_rate_limit_fields_of_the_upstream_are_sent(upstream, limited):
+    upstream.answer = (
+        b"HTTP/1.1 429 Too Many Requests\r\n"
+        b"Retry-After: 7\r\n"
+        b"x-ratelimit-limit-requests: 9\r\n"
+        b"Content-Length: 0\r\n\r\n"
+    )
     running = limited(RATE="2/min")
     reply = running.ask()
-    assert reply.status == 429 and reply.all("retry-after") == ["7"] and reply.all("x-ratelimit-limit-requests") == ["9"]
+
+    assert reply.status == 429
+    assert reply.all("retry-after") == ["7"]
+    assert reply.all("x-ratelimit-limit-requests") == ["9"]
+
     upstream.answer = EVENT_HEAD + b"0\r\n\r\n"
+
     assert not [name for name, _ in running.ask().fields if "ratelimit" in name]
 
 
-# ---- who is counted
+# ---- what a client is, and what counts
 
 
 def test_each_client_key_has_a_rate_of_its_own(limited):
     running = limited(RATE="1/min", KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice,bob=ck-bob")
-    assert [running.chat(key=key).status for key in ("ck-alice", "ck-alice", "ck-bob", "ck-bob")] == [200, 429, 200, 429]
+    keys = ["ck-alice", "ck-alice", "ck-bob", "ck-bob"]
+
+    assert [running.chat(key=key).status for key in keys] == [200, 429, 200, 429]
 
 
-def test_a_kept_connection_is_no_way_around_the_rate(limited):
+def test_a_keep_alive_connection_does_not_bypass_the_rate(limited):
     running = limited(RATE="2/min")
     with running.client() as client:
         for expected in (200, 200, 429):
@@ -118,14 +188,18 @@ def test_a_kept_connection_is_no_way_around_the_rate(limited):
         assert client.ended()
 
 
-def test_what_is_answered_or_refused_before_costs_nothing(upstream, limited):
+def test_requests_that_are_not_sent_upstream_do_not_count(upstream, limited):
     running = limited(RATE="1/min", KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice", MODELS="m")
+    wrong = [("Authorization", "Bearer wrong")]
+    preflight = [("Origin", "https://a.example"), ("Access-Control-Request-Method", "POST")]
+
     assert statuses(running, 3, "GET", "/health") == [200] * 3
     assert statuses(running, 3, "GET", "/v1/models", fields=AUTH) == [200] * 3
-    assert statuses(running, 3, "POST", CHAT, b"{}", fields=[("Authorization", "Bearer wrong")]) == [401] * 3
+    assert statuses(running, 3, "POST", CHAT, b"{}", fields=wrong) == [401] * 3
     assert statuses(running, 3, "POST", "/v1/files", b"{}", fields=AUTH) == [404] * 3
-    assert statuses(running, 3, "OPTIONS", CHAT, fields=[("Origin", "https://a.example"), ("Access-Control-Request-Method", "POST")]) == [204] * 3
-    assert running.chat().status == 200 and running.chat().status == 429
+    assert statuses(running, 3, "OPTIONS", CHAT, fields=preflight) == [204] * 3
+    assert running.chat().status == 200
+    assert running.chat().status == 429
 
 
 def forwarded(*addresses):
@@ -146,17 +220,38 @@ def forwarded(*addresses):
     (forwarded("2001:db8:1:2::1"), forwarded("2001:db8:1:3::1"), False),
     (forwarded("::ffff:192.0.2.1"), forwarded("192.0.2.1"), True),
     (forwarded("::ffff:192.0.2.1"), forwarded("::ffff:192.0.2.2"), False),
-], ids=["the connection's", "one entry", "another entry", "with and without", "the last entry counts, not the first", "another last entry", "the last field counts", "an empty field before it",
-        "one /64", "one /64 in another spelling", "another /64", "IPv4 in IPv6", "another IPv4 in IPv6"])
-def test_behind_a_proxy_on_loopback_the_last_forwarded_address_is_counted(limited, one, other, same):
+], ids=[
+    "the address of the connection",
+    "one entry",
+    "another entry",
+    "with and without",
+    "the last entry counts, not the first",
+    "another last entry",
+    "the last field counts",
+    "an empty field before it",
+    "one /64",
+    "one /64 in another spelling",
+    "another /64",
+    "IPv4 in IPv6",
+    "another IPv4 in IPv6",
+])
+def test_behind_a_proxy_on_loopback_the_last_forwarded_address_is_counted(
+    limited, one, other, same
+):
     running = limited(RATE="1/min")
+
     assert running.ask(fields=one).status == 200
     assert running.ask(fields=other).status == (429 if same else 200)
 
 
-@pytest.mark.parametrize("value", [",", " , ,", "unknown", "\xe9", "1" * 5000], ids=["a comma", "commas", "a word", "latin-1", "long"])
-def test_a_forwarded_address_that_is_none_fails_no_request(limited, value, capsys):
+@pytest.mark.parametrize(
+    "value",
+    [",", " , ,", "unknown", "\xe9", "1" * 5000],
+    ids=["a comma", "commas", "a word", "latin-1", "long"],
+)
+def test_an_invalid_forwarded_address_fails_no_request(limited, value, capsys):
     running = limited(RATE="2/min")
+
     assert statuses(running, 3, fields=forwarded(value)) == [200, 200, 429]
     assert "fault" not in capsys.readouterr().err
 
@@ -166,14 +261,20 @@ def test_a_client_that_connects_directly_cannot_choose_its_address(limited, monk
     running = limited(RATE="1/min", HOST="127.0.0.1")
     accept = running.server.get_request
     monkeypatch.setattr(running.server, "get_request", lambda: (accept()[0], (address, 1)))
-    assert [running.ask(fields=forwarded(other)).status for other in ("198.51.100.1", "198.51.100.2", "127.0.0.1")] == [200, 429, 429]
+    others = ["198.51.100.1", "198.51.100.2", "127.0.0.1"]
+
+    assert [running.ask(fields=forwarded(other)).status for other in others] == [200, 429, 429]
     assert running.wait_for_record()["client"] == address
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1"])
-def test_loopback_is_known_in_every_form_that_a_socket_gives_it(limited, monkeypatch, address):
+def test_loopback_is_recognized_in_every_form_that_a_socket_gives(limited, monkeypatch, address):
     running = limited(RATE="1/min")
     accept = running.server.get_request
     monkeypatch.setattr(running.server, "get_request", lambda: (accept()[0], (address, 1)))
-    assert [running.ask(fields=forwarded(other)).status for other in ("198.51.100.1", "198.51.100.2")] == [200, 200]
-    assert running.wait_for_record(2) and {record["client"] for record in running.records} == {"198.51.100.1", "198.51.100.2"}     # in either order
+    others = ["198.51.100.1", "198.51.100.2"]
+
+    assert [running.ask(fields=forwarded(other)).status for other in others] == [200, 200]
+    assert running.wait_for_record(2)
+    # in either order
+    assert {record["client"] for record in running.records} == set(others)

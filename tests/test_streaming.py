@@ -1,4 +1,5 @@
-"""Events are relayed as they arrive, framed for whoever asked, and an upstream that dies is seen to have died."""
+"""Events are relayed as they arrive, and a response that is cut short is visibly incomplete."""
+
 import json
 import threading
 
@@ -7,6 +8,11 @@ import pytest
 from support import CHAT, EVENT_HEAD, PATIENCE, chunk, event
 
 AUTH = [("Authorization", "Bearer ck-alice")]
+CHUNKED_HEAD = (
+    b"HTTP/1.1 200 OK\r\n"
+    b"Content-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
 
 
 def test_an_event_is_relayed_before_the_next_one_is_sent(upstream, hidden):
@@ -17,119 +23,165 @@ def test_an_event_is_relayed_before_the_next_one_is_sent(upstream, hidden):
         for number, gate in enumerate(read):
             received.send(chunk(event(str(number))))
             assert gate.wait(PATIENCE), "event %d was not read by the client" % number
+
         received.send(b"0\r\n\r\n")
+
     upstream.answer = answer
     with hidden.client() as client:
         client.request("POST", CHAT, b"{}", AUTH)
         reply = client.read_head()
         assert reply.get("transfer-encoding") == "chunked"
+
         for number, gate in enumerate(read):
             assert client.read_chunk() == event(str(number))
             gate.set()
+
         assert client.read_chunk() == b""
+
     assert not upstream.errors
     assert hidden.wait_for_record()["outcome"] == "ok"
 
 
-def test_an_http10_client_gets_the_stream_by_closing(upstream, hidden):
+def test_an_http10_client_gets_the_stream_as_an_until_close_body(upstream, hidden):
     gate = threading.Event()
 
     def answer(received):
         received.send(EVENT_HEAD + chunk(event("one")))
         assert gate.wait(PATIENCE)
         received.send(chunk(event("two")) + b"0\r\n\r\n")
+
     upstream.answer = answer
     with hidden.client() as client:
         client.request("POST", CHAT, b"{}", AUTH, version="HTTP/1.0")
         reply = client.read_head()
-        assert reply.get("transfer-encoding") is None and reply.get("content-length") is None
+        assert reply.get("transfer-encoding") is None
+        assert reply.get("content-length") is None
         assert client.read_until(b"\n\n") == event("one")
+
         gate.set()
         assert client.read_until(b"\n\n") == event("two")
         assert client.ended()
 
 
-@pytest.mark.parametrize("control,expected", [(b"", ["no-cache"]), (b"Cache-Control: private\r\n", ["private"])], ids=["added", "kept"])
-def test_event_streams_tell_proxies_in_front_not_to_hold_them(upstream, hidden, control, expected):
-    upstream.answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n" + control + b"Content-Length: 9\r\n\r\ndata: 1\n\n"
+@pytest.mark.parametrize(
+    "control,expected",
+    [(b"", ["no-cache"]), (b"Cache-Control: private\r\n", ["private"])],
+    ids=["added", "kept"],
+)
+def test_event_streams_tell_proxies_in_front_not_to_buffer_them(
+    upstream, hidden, control, expected
+):
+    upstream.answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+        + control
+        + b"Content-Length: 9\r\n\r\ndata: 1\n\n"
+    )
     reply = hidden.chat()
+
     assert reply.get("x-accel-buffering") == "no"
     assert reply.all("cache-control") == expected
-    assert reply.body == b"data: 1\n\n" and reply.complete
+    assert reply.body == b"data: 1\n\n"
+    assert reply.complete
 
 
-def test_compressed_answers_pass_untouched(upstream, hidden):
+def test_a_compressed_response_is_relayed_unchanged(upstream, hidden):
     coded = b"\x1f\x8b\x08 not really gzip, and nobody looks"
-    upstream.answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(coded) + coded
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    upstream.answer = head % len(coded) + coded
     reply = hidden.chat()
-    assert reply.body == coded and reply.get("content-encoding") == "gzip"
+
+    assert reply.body == coded
+    assert reply.get("content-encoding") == "gzip"
 
 
 def cut_short(upstream, relay, head, body, version="HTTP/1.1"):
     """The reply to a request whose upstream dies after `body`."""
+
     def answer(received):
         received.send(head + body)
         received.close()
+
     upstream.answer = answer
     return relay.ask("POST", CHAT, b"{}", AUTH, version)
 
 
-def test_a_short_body_stays_short(upstream, hidden):
+def test_an_incomplete_content_length_body_stays_incomplete(upstream, hidden):
     reply = cut_short(upstream, hidden, b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", b"half")
-    assert reply.body == b"half" and not reply.complete
+
+    assert reply.body == b"half"
+    assert not reply.complete
     assert hidden.wait_for_record()["outcome"] == "upstream_died"
 
 
-def test_a_cut_chunked_body_gets_no_last_chunk(upstream, hidden):
-    reply = cut_short(upstream, hidden, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n", chunk(b'{"half":'))
-    assert reply.body == b'{"half":' and not reply.complete
+def test_an_incomplete_chunked_body_gets_no_last_chunk(upstream, hidden):
+    reply = cut_short(upstream, hidden, CHUNKED_HEAD, chunk(b'{"half":'))
 
-
-@pytest.mark.parametrize("framing", ["chunked", "broken chunk"])
-def test_a_stream_cut_between_events_says_so_in_one_event(upstream, hidden, framing):
-    reply = cut_short(upstream, hidden, EVENT_HEAD, chunk(event("one")) + (b"zz\r\n" if framing == "broken chunk" else b""))
-    first, told, end = reply.body.split(b"\n\n")
-    assert first == b"data: one" and end == b"" and not reply.complete
-    error = json.loads(told[len("data: "):])["error"]
-    assert error["code"] == "upstream_died" and error["type"] == "server_error"
-    assert b"[DONE]" not in reply.body
-
-
-def test_a_stream_cut_inside_an_event_gets_nothing_added(upstream, hidden):
-    reply = cut_short(upstream, hidden, EVENT_HEAD, chunk(b"data: one\n\ndata: tw"))
-    assert reply.body == b"data: one\n\ndata: tw" and not reply.complete
-
-
-def test_a_compressed_stream_gets_no_plain_event(upstream, hidden):
-    reply = cut_short(upstream, hidden, EVENT_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), chunk(b"\n\n"))
-    assert reply.body == b"\n\n" and not reply.complete
-
-
-def test_an_http10_client_sees_a_cut_as_a_reset(upstream, hidden):
-    reply = cut_short(upstream, hidden, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n", chunk(b"half"), "HTTP/1.0")
+    assert reply.body == b'{"half":'
     assert not reply.complete
 
 
-def test_a_chunked_answer_never_announces_its_close(upstream, hidden):
+@pytest.mark.parametrize("framing", ["chunked", "broken chunk"])
+def test_a_stream_that_ends_early_between_events_gets_one_error_event(upstream, hidden, framing):
+    broken = b"zz\r\n" if framing == "broken chunk" else b""
+    reply = cut_short(upstream, hidden, EVENT_HEAD, chunk(event("one")) + broken)
+    first, last_event, end = reply.body.split(b"\n\n")
+
+    assert first == b"data: one"
+    assert end == b""
+    assert not reply.complete
+
+    error = json.loads(last_event[len("data: ") :])["error"]
+
+    assert error["code"] == "upstream_died"
+    assert error["type"] == "server_error"
+    assert b"[DONE]" not in reply.body
+
+
+def test_a_stream_that_ends_early_inside_an_event_gets_no_error_event(upstream, hidden):
+    reply = cut_short(upstream, hidden, EVENT_HEAD, chunk(b"data: one\n\ndata: tw"))
+
+    assert reply.body == b"data: one\n\ndata: tw"
+    assert not reply.complete
+
+
+def test_a_compressed_stream_gets_no_uncompressed_error_event(upstream, hidden):
+    head = EVENT_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+    reply = cut_short(upstream, hidden, head, chunk(b"\n\n"))
+
+    assert reply.body == b"\n\n"
+    assert not reply.complete
+
+
+def test_an_http10_client_sees_an_incomplete_body_by_a_reset(upstream, hidden):
+    reply = cut_short(upstream, hidden, CHUNKED_HEAD, chunk(b"half"), "HTTP/1.0")
+    assert not reply.complete
+
+
+def test_a_chunked_response_never_announces_its_close(upstream, hidden):
     upstream.answer = EVENT_HEAD + chunk(event("1")) + b"0\r\n\r\n"
     with hidden.client() as client:
         client.request("POST", CHAT, b"{}", AUTH + [("Connection", "close")])
         reply = client.read_reply()
-        assert reply.complete and reply.get("connection") is None
+        assert reply.complete
+        assert reply.get("connection") is None
         assert client.ended()
 
 
-def test_a_slow_client_holds_its_upstream_back_and_loses_nothing(upstream, hidden):
-    body = bytes(range(256)) * 4096 * 16        # 16 MB: more than all socket buffers on the way
+def test_a_slow_client_slows_its_upstream_down_and_loses_nothing(upstream, hidden):
+    # 16 MB: more than all socket buffers on the way
+    body = bytes(range(256)) * 4096 * 16
     sent = threading.Event()
 
     def answer(received):
         received.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         sent.set()
+
     upstream.answer = answer
     with hidden.client() as client:
         client.request("POST", CHAT, b"{}", AUTH)
         reply = client.read_head()
         assert not sent.wait(0.3), "the relay took 16 MB that nobody read"
+
         client.read_body(reply)
-        assert reply.body == body and reply.complete
+        assert reply.body == body
+        assert reply.complete

@@ -1,4 +1,8 @@
-"""With no key set, everything good passes: every method and path, the bytes as they came, and nothing of who the caller is."""
+"""A relay without a provider key passes everything that is well-formed.
+
+Every method and path, and the bytes unchanged, but nothing about who the client is.
+"""
+
 import threading
 
 import pytest
@@ -7,9 +11,11 @@ import aiproxy
 from byhand import ByHand
 from support import CHAT, OK, PATIENCE, chunk
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
-TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n" + b'{"no":true}'
+TOO_LARGE = (
+    b"HTTP/1.1 413 Too Large\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n"
+    b'{"no":true}'
+)
 CHUNKED = ("Transfer-Encoding", "chunked")
 
 
@@ -19,238 +25,509 @@ def by_hand():
         yield upstream
 
 
-@pytest.mark.parametrize("path", [
-    "/v1/models", "/v1/models/", "/v1/models?", "/v1/models?limit=2&after=%7e%7E", "/v1/files/a%20b%2Fc%c3%a9", "/v1/x/?a=b?c=/..//&d=%zz%00\\{}|^`\"<>", "/v1//double//", "/v1/v1/models", "/chat/completions",
-    "/anything/at-all_0.9~!$&'()*+,;=:@", "/v1beta/models/gemini-2.0-flash:streamGenerateContent?alt=sse", "/openai/deployments/gpt-4/chat/completions?api-version=2024-10-21", "/api/v1/chat?key=sk-caller", "/healthy", "/.well-known/x"])
+PATHS = [
+    "/v1/models",
+    "/v1/models/",
+    "/v1/models?",
+    "/v1/models?limit=2&after=%7e%7E",
+    "/v1/files/a%20b%2Fc%c3%a9",
+    "/v1/x/?a=b?c=/..//&d=%zz%00\\{}|^`\"<>",
+    "/v1//double//",
+    "/v1/v1/models",
+    "/chat/completions",
+    "/anything/at-all_0.9~!$&'()*+,;=:@",
+    "/v1beta/models/gemini-2.0-flash:streamGenerateContent?alt=sse",
+    "/openai/deployments/gpt-4/chat/completions?api-version=2024-10-21",
+    "/api/v1/chat?key=sk-caller",
+    "/healthy",
+    "/.well-known/x",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_every_path_goes_up_byte_for_byte(upstream, relay, path):
     assert relay().ask("GET", path).status == 200
     assert upstream.received[0].line == "GET %s HTTP/1.1" % path
 
 
-@pytest.mark.parametrize("method,path", [(method, "/v1/files/file-abc") for method in METHODS] + [(method, path) for method in ("POST", "PUT", "DELETE", "OPTIONS") for path in ("/", "/health")])
+METHODS_AND_PATHS = [
+    ("GET", "/v1/files/file-abc"),
+    ("HEAD", "/v1/files/file-abc"),
+    ("POST", "/v1/files/file-abc"),
+    ("PUT", "/v1/files/file-abc"),
+    ("PATCH", "/v1/files/file-abc"),
+    ("DELETE", "/v1/files/file-abc"),
+    ("OPTIONS", "/v1/files/file-abc"),
+    ("POST", "/"),
+    ("POST", "/health"),
+    ("PUT", "/"),
+    ("PUT", "/health"),
+    ("DELETE", "/"),
+    ("DELETE", "/health"),
+    ("OPTIONS", "/"),
+    ("OPTIONS", "/health"),
+]
+
+
+@pytest.mark.parametrize("method,path", METHODS_AND_PATHS)
 def test_every_method_goes_up(upstream, relay, method, path):
     upstream.answer = EMPTY
     assert relay().ask(method, path, b"abc").status == 200
-    assert upstream.received[0].line == "%s %s HTTP/1.1" % (method, path) and upstream.received[0].body == b"abc"
+    assert upstream.received[0].line == "%s %s HTTP/1.1" % (method, path)
+    assert upstream.received[0].body == b"abc"
 
 
-def test_an_OPTIONS_that_is_no_preflight_goes_up(upstream, relay):
+def test_an_OPTIONS_request_that_is_no_preflight_goes_up(upstream, relay):
     running = relay(ORIGINS="*")
-    assert running.ask("OPTIONS", "/v1/models", fields=[("Origin", "https://app.example")]).status == 200
+    fields = [("Origin", "https://app.example")]
+    preflight = fields + [("Access-Control-Request-Method", "POST")]
+
+    assert running.ask("OPTIONS", "/v1/models", fields=fields).status == 200
     assert upstream.received[0].line == "OPTIONS /v1/models HTTP/1.1"
-    assert running.ask("OPTIONS", "/v1/models", fields=[("Origin", "https://app.example"), ("Access-Control-Request-Method", "POST")]).status == 204
+
+    assert running.ask("OPTIONS", "/v1/models", fields=preflight).status == 204
     assert len(upstream.received) == 1
 
 
-@pytest.mark.parametrize("path,expected", [("/v1/chat/completions?a=%2f", "/compatible-mode/v1/chat/completions?a=%2f"), ("/v1/files/", "/compatible-mode/v1/files/"), ("/v1/v1/models", "/compatible-mode/v1/v1/models"),
-                                           ("/chat/completions", None), ("/v1x/models", None), ("/compatible-mode/v1/models", None)])
-def test_a_base_url_with_a_path_takes_the_place_of_v1_and_serves_nothing_else(upstream, relay, path, expected):
-    reply = relay(UPSTREAM=upstream.url + "/compatible-mode/v1/").ask("GET", path)
-    assert reply.status == (200 if expected else 404)
-    assert [one.line for one in upstream.received] == (["GET %s HTTP/1.1" % expected] if expected else [])
+PATHS_BELOW_A_BASE_URL = [  # what a client asks for, what goes up
+    ("/v1/chat/completions?a=%2f", "/compatible-mode/v1/chat/completions?a=%2f"),
+    ("/v1/files/", "/compatible-mode/v1/files/"),
+    ("/v1/v1/models", "/compatible-mode/v1/v1/models"),
+    ("/chat/completions", None),
+    ("/v1x/models", None),
+    ("/compatible-mode/v1/models", None),
+]
 
 
-# ---- fields, up
+@pytest.mark.parametrize("path,expected", PATHS_BELOW_A_BASE_URL)
+def test_a_base_url_with_a_path_replaces_v1_and_serves_nothing_else(
+    upstream, relay, path, expected
+):
+    running = relay(UPSTREAM=upstream.url + "/compatible-mode/v1/")
+
+    reply = running.ask("GET", path)
+
+    lines = [received.line for received in upstream.received]
+    if expected:
+        assert reply.status == 200
+        assert lines == ["GET %s HTTP/1.1" % expected]
+    else:
+        assert reply.status == 404
+        assert lines == []
+
+
+# -- request headers
 
 
 def fields_up(upstream, running, fields, method="GET", body=None):
-    """The header lines that the upstream received, Host aside."""
+    """Send a request; return the header lines that the upstream received, without Host."""
     assert running.ask(method, "/v1/x", body, fields).status == 200
+
     received = upstream.received[-1]
     assert received.fields("host") == [upstream.url.partition("//")[2]]
-    return [line.decode("latin-1") for line in received.head.split(b"\r\n")[1:] if not line.lower().startswith(b"host:")]
+    lines = received.head.decode("latin-1").split("\r\n")[1:]
+    return [line for line in lines if not line.lower().startswith("host:")]
 
 
-def test_fields_go_up_as_they_came_repeated_in_order_and_with_nothing_added(upstream, relay):
-    fields = [("X-b", "1"), ("ACCEPT", "*/*"), ("X-B", "2, 3"), ("x-a", ""), ("X-b", "1"), ("User-Agent", "me/1 (caf\xe9)"), ("Accept-Encoding", "br, zstd"), ("Authorization", "Bearer sk-caller"), ("x-api-key", "k"),
-              ("OpenAI-Organization", "org"), ("cf-aig-authorization", "Bearer x"), ("cf-aig-cache-ttl", "1"), ("X-Amzn-Bedrock-GuardrailIdentifier", "g"), ("anthropic-version", "2023-06-01"), ("X-Goog-Api-Client", "gl"), ("Priority", "u=1")]
+def test_request_headers_go_up_unchanged_in_order_with_duplicates(upstream, relay):
+    fields = [
+        ("X-b", "1"),
+        ("ACCEPT", "*/*"),
+        ("X-B", "2, 3"),
+        ("x-a", ""),
+        ("X-b", "1"),
+        ("User-Agent", "me/1 (caf\xe9)"),
+        ("Accept-Encoding", "br, zstd"),
+        ("Authorization", "Bearer sk-caller"),
+        ("x-api-key", "k"),
+        ("OpenAI-Organization", "org"),
+        ("cf-aig-authorization", "Bearer x"),
+        ("cf-aig-cache-ttl", "1"),
+        ("X-Amzn-Bedrock-GuardrailIdentifier", "g"),
+        ("anthropic-version", "2023-06-01"),
+        ("X-Goog-Api-Client", "gl"),
+        ("Priority", "u=1"),
+    ]
     assert fields_up(upstream, relay(), fields) == ["%s: %s" % field for field in fields]
 
 
-@pytest.mark.parametrize("method,body,framing", [("GET", None, []), ("DELETE", None, []), ("OPTIONS", None, []), ("POST", None, ["Content-Length: 0"]), ("PUT", None, ["Content-Length: 0"]), ("POST", b"abc", ["Content-Length: 3"]), ("DELETE", b"abc", ["Content-Length: 3"])])
+FRAMINGS = [
+    ("GET", None, []),
+    ("DELETE", None, []),
+    ("OPTIONS", None, []),
+    ("POST", None, ["Content-Length: 0"]),
+    ("PUT", None, ["Content-Length: 0"]),
+    ("POST", b"abc", ["Content-Length: 3"]),
+    ("DELETE", b"abc", ["Content-Length: 3"]),
+]
+
+
+@pytest.mark.parametrize("method,body,framing", FRAMINGS)
 def test_a_request_has_the_framing_that_its_body_needs(upstream, relay, method, body, framing):
     assert fields_up(upstream, relay(), [], method, body) == framing
 
 
-DROPPED = ["Connection: keep-alive", "Proxy-Connection: keep-alive", "Keep-Alive: timeout=5", "TE: trailers", "Trailer: X-Sum", "Proxy-Authorization: Basic eDp5", "Proxy-Authenticate: Basic", "HTTP2-Settings: AAMAAABkAAQAAP__", "Forwarded: for=1.2.3.4",
-           "X-Forwarded-For: 1.2.3.4", "X-Forwarded-Proto: https", "X-Forwarded-Anything: x", "X-Real-IP: 1.2.3.4", "X-Client-IP: 1.2.3.4", "True-Client-IP: 1.2.3.4", "Via: 1.1 x", "CDN-Loop: x", "CF-Connecting-IP: 1.2.3.4", "CF-IPCountry: DE", "CF-Ray: 1",
-           "CF-Visitor: {}", "CF-Worker: x", "CF-EW-Via: 15", "X-Fc-Request-Id: 1", "x-vercel-id: 1", "Fly-Client-IP: 1.2.3.4", "X-Amzn-Trace-Id: Root=1", "Sec-Fetch-Site: none", "Sec-CH-UA: x", "Cookie: a=b", "Origin: https://app.example",
-           "Referer: https://app.example/", "X_Forwarded_For: 1.2.3.4", "Content_Length: 5", "Transfer_Encoding: chunked"]
+NOT_SENT_UP = [
+    "Connection: keep-alive",
+    "Proxy-Connection: keep-alive",
+    "Keep-Alive: timeout=5",
+    "TE: trailers",
+    "Trailer: X-Sum",
+    "Proxy-Authorization: Basic eDp5",
+    "Proxy-Authenticate: Basic",
+    "HTTP2-Settings: AAMAAABkAAQAAP__",
+    "Forwarded: for=1.2.3.4",
+    "X-Forwarded-For: 1.2.3.4",
+    "X-Forwarded-Proto: https",
+    "X-Forwarded-Anything: x",
+    "X-Real-IP: 1.2.3.4",
+    "X-Client-IP: 1.2.3.4",
+    "True-Client-IP: 1.2.3.4",
+    "Via: 1.1 x",
+    "CDN-Loop: x",
+    "CF-Connecting-IP: 1.2.3.4",
+    "CF-IPCountry: DE",
+    "CF-Ray: 1",
+    "CF-Visitor: {}",
+    "CF-Worker: x",
+    "CF-EW-Via: 15",
+    "X-Fc-Request-Id: 1",
+    "x-vercel-id: 1",
+    "Fly-Client-IP: 1.2.3.4",
+    "X-Amzn-Trace-Id: Root=1",
+    "Sec-Fetch-Site: none",
+    "Sec-CH-UA: x",
+    "Cookie: a=b",
+    "Origin: https://app.example",
+    "Referer: https://app.example/",
+    "X_Forwarded_For: 1.2.3.4",
+    "Content_Length: 5",
+    "Transfer_Encoding: chunked",
+]
 
 
-@pytest.mark.parametrize("line", DROPPED)
-def test_what_tells_of_the_caller_or_was_for_this_hop_does_not_go_up(upstream, relay, line):
+@pytest.mark.parametrize("line", NOT_SENT_UP)
+def test_headers_about_the_client_or_this_hop_do_not_go_up(upstream, relay, line):
     name, _, value = line.partition(": ")
-    assert fields_up(upstream, relay(ORIGINS="*"), [("X-Before", "1"), (name, value), ("X-After", "2")]) == ["X-Before: 1", "X-After: 2"]
+    fields = [("X-Before", "1"), (name, value), ("X-After", "2")]
+    lines = fields_up(upstream, relay(ORIGINS="*"), fields)
+    assert lines == ["X-Before: 1", "X-After: 2"]
 
 
-@pytest.mark.parametrize("connection", [["X-Secret, x-other"], ["x-secret", "X-OTHER"], ["close, X-Secret ,, x-other"], ["", "X-Other,X-SECRET"]])
-def test_fields_named_in_any_Connection_field_do_not_go_up(upstream, relay, connection):
-    assert fields_up(upstream, relay(), [("Connection", value) for value in connection] + [("X-Secret", "a"), ("X-Kept", "b"), ("x-other", "c"), ("X-Secret", "d")]) == ["X-Kept: b"]
+CONNECTION_FIELDS = [
+    ["X-Secret, x-other"],
+    ["x-secret", "X-OTHER"],
+    ["close, X-Secret ,, x-other"],
+    ["", "X-Other,X-SECRET"],
+]
 
 
-# ---- fields, down
+@pytest.mark.parametrize("connection", CONNECTION_FIELDS)
+def test_headers_named_in_any_Connection_field_do_not_go_up(upstream, relay, connection):
+    fields = [("Connection", value) for value in connection]
+    fields += [("X-Secret", "a"), ("X-Kept", "b"), ("x-other", "c"), ("X-Secret", "d")]
+    assert fields_up(upstream, relay(), fields) == ["X-Kept: b"]
+
+
+# -- response headers
+
+WRITTEN_BY_THE_RELAY = ("date", "x-request-id", "content-length")
 
 
 def fields_down(upstream, running, lines):
-    """The header lines that came down, without those that we add or write: (Date, x-request-id, Content-Length)."""
-    upstream.answer = b"HTTP/1.1 200 OK\r\n" + b"".join(line.encode("latin-1") + b"\r\n" for line in lines) + b"Content-Length: 11\r\n\r\n" + OK[-11:]
+    """Answer with `lines`; return the header lines that the client received.
+
+    Without those that the relay itself adds or writes, which must appear once each.
+    """
+    upstream.answer = (
+        b"HTTP/1.1 200 OK\r\n"
+        + b"".join(line.encode("latin-1") + b"\r\n" for line in lines)
+        + b"Content-Length: 11\r\n\r\n"
+        + OK[-11:]
+    )
+
     reply = running.ask()
-    assert reply.complete and len(reply.all("date")) == len(reply.all("x-request-id")) == len(reply.all("content-length")) == 1
-    return [line for line in reply.raw_head.decode("latin-1").split("\r\n")[1:] if line.partition(":")[0].lower() not in ("date", "x-request-id", "content-length")]
+
+    assert reply.complete
+    for name in WRITTEN_BY_THE_RELAY:
+        assert len(reply.all(name)) == 1
+    received = reply.raw_head.decode("latin-1").split("\r\n")[1:]
+    return [
+        line for line in received if line.partition(":")[0].lower() not in WRITTEN_BY_THE_RELAY
+    ]
 
 
-def test_fields_come_down_as_they_came_repeated_in_order(upstream, relay):
-    lines = ["Retry-After: 7", "x-ratelimit-remaining-requests: 1", "X-b: 1", "openai-organization: org", "openai-processing-ms: 7", "Server: cloudflare", "x-B: 2, 3", "CF-Ray: 1", "Content-Type: text/plain", "X-b: 1", "X-Empty: ", "WWW-Authenticate: Bearer",
-             "WWW-Authenticate: Basic", "Content-Encoding: br", "ETag: \"a\"", "X-Text: caf\xe9"]
+def test_response_headers_are_relayed_unchanged_in_order_with_duplicates(upstream, relay):
+    lines = [
+        "Retry-After: 7",
+        "x-ratelimit-remaining-requests: 1",
+        "X-b: 1",
+        "openai-organization: org",
+        "openai-processing-ms: 7",
+        "Server: cloudflare",
+        "x-B: 2, 3",
+        "CF-Ray: 1",
+        "Content-Type: text/plain",
+        "X-b: 1",
+        "X-Empty: ",
+        "WWW-Authenticate: Bearer",
+        "WWW-Authenticate: Basic",
+        "Content-Encoding: br",
+        "ETag: \"a\"",
+        "X-Text: caf\xe9",
+    ]
     assert fields_down(upstream, relay(), lines) == lines
 
 
-def test_the_upstreams_date_and_request_id_are_the_only_ones(upstream, relay):
-    upstream.answer = OK.replace(b"Content-Type", b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\nX-Request-ID: req_theirs\r\nContent-Type")
+def test_date_and_request_id_of_the_upstream_are_kept_and_not_added_again(upstream, relay):
+    upstream.answer = OK.replace(
+        b"Content-Type",
+        b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\nX-Request-ID: req_1\r\nContent-Type",
+    )
+
     reply = relay().ask()
-    assert reply.all("date") == ["Thu, 01 Jan 1970 00:00:00 GMT"] and reply.all("x-request-id") == ["req_theirs"]
+
+    assert reply.all("date") == ["Thu, 01 Jan 1970 00:00:00 GMT"]
+    assert reply.all("x-request-id") == ["req_1"]
 
 
-@pytest.mark.parametrize("line", ["Connection: keep-alive", "Keep-Alive: timeout=5", "Proxy-Connection: x", "Proxy-Authenticate: Basic", "Trailer: X-Sum", "TE: trailers", "Upgrade: h2c", "Set-Cookie: a=b", "Alt-Svc: h3=\":443\"", "Strict-Transport-Security: max-age=1",
-                                  "NEL: {}", "Report-To: {}", "Access-Control-Allow-Origin: *", "Access-Control-Allow-Credentials: true", "access-control-expose-headers: x"])
-def test_what_was_between_the_upstream_and_us_does_not_come_down(upstream, relay, line):
-    assert fields_down(upstream, relay(), ["X-Before: 1", line, line, "X-After: 2"]) == ["X-Before: 1", "X-After: 2"]
+NOT_RELAYED = [
+    "Connection: keep-alive",
+    "Keep-Alive: timeout=5",
+    "Proxy-Connection: x",
+    "Proxy-Authenticate: Basic",
+    "Trailer: X-Sum",
+    "TE: trailers",
+    "Upgrade: h2c",
+    "Set-Cookie: a=b",
+    "Alt-Svc: h3=\":443\"",
+    "Strict-Transport-Security: max-age=1",
+    "NEL: {}",
+    "Report-To: {}",
+    "Access-Control-Allow-Origin: *",
+    "Access-Control-Allow-Credentials: true",
+    "access-control-expose-headers: x",
+]
 
 
-def test_fields_named_in_the_upstreams_Connection_do_not_come_down(upstream, relay):
-    assert fields_down(upstream, relay(), ["Connection: X-Secret", "X-Secret: a", "Connection: close, x-other", "X-Kept: b", "X-OTHER: c"]) == ["X-Kept: b"]
+@pytest.mark.parametrize("line", NOT_RELAYED)
+def test_headers_about_the_upstreams_host_or_this_hop_are_not_relayed(upstream, relay, line):
+    lines = fields_down(upstream, relay(), ["X-Before: 1", line, line, "X-After: 2"])
+    assert lines == ["X-Before: 1", "X-After: 2"]
 
 
-# ---- bodies, down
+def test_headers_named_in_the_upstreams_Connection_field_are_not_relayed(upstream, relay):
+    lines = [
+        "Connection: X-Secret",
+        "X-Secret: a",
+        "Connection: close, x-other",
+        "X-Kept: b",
+        "X-OTHER: c",
+    ]
+    assert fields_down(upstream, relay(), lines) == ["X-Kept: b"]
+
+
+# -- response bodies
+
+WITHOUT_A_BODY = [
+    pytest.param("HEAD", OK[:-11], id="HEAD"),
+    pytest.param("GET", b"HTTP/1.1 204 No Content\r\n\r\n", id="204"),
+    pytest.param("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 11\r\n\r\n", id="304"),
+]
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
-@pytest.mark.parametrize("method,answer", [("HEAD", OK[:-11]), ("GET", b"HTTP/1.1 204 No Content\r\n\r\n"), ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 11\r\n\r\n")], ids=["HEAD", "204", "304"])
-def test_an_answer_without_a_body_is_over_with_its_head(upstream, relay, method, answer, version):
+@pytest.mark.parametrize("method,answer", WITHOUT_A_BODY)
+def test_a_response_without_a_body_ends_with_its_head(upstream, relay, method, answer, version):
     upstream.answer = answer
+
     with relay().client() as client:
         client.request(method, version=version)
         reply = client.read_reply(method)
-        assert reply.status == int(answer[9:12]) and reply.get("transfer-encoding") is None
+        assert reply.status == int(answer[9:12])
+        assert reply.get("transfer-encoding") is None
         assert reply.all("content-length") == (["11"] if b"11" in answer else [])
+
         if version == "HTTP/1.1":
             client.request("POST", CHAT, b"{}")
             assert client.read_head().status == reply.status
         else:
-            assert client.ended() and not client.data
+            assert client.ended()
+            assert not client.data
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
 @pytest.mark.parametrize("framing", ["chunked", "until the end"])
-def test_an_answer_without_length_ends_right(upstream, relay, framing, version):
+def test_a_response_without_a_length_ends_where_it_should(upstream, relay, framing, version):
     def answer(received):
         if framing == "chunked":
-            return received.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"hello ") + chunk(b"world") + b"0\r\nX-Sum: 1\r\n\r\n")
-        received.send(b"HTTP/1.1 200 OK\r\n\r\nhello world")
-        received.close()
+            received.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+        else:
+            received.send(b"HTTP/1.1 200 OK\r\n\r\nhello world")
+            received.close()
+
+    body = chunk(b"hello ") + chunk(b"world") + b"0\r\nX-Sum: 1\r\n\r\n"
     upstream.answer = answer
+
     with relay().client() as client:
         client.request(version=version)
         reply = client.read_reply()
-        assert reply.body == b"hello world" and reply.complete
+        assert reply.body == b"hello world"
+        assert reply.complete
         assert reply.get("transfer-encoding") == ("chunked" if version == "HTTP/1.1" else None)
-        if version == "HTTP/1.1":       # and the connection lives on
+
+        # In HTTP/1.1 the connection stays open.
+        if version == "HTTP/1.1":
             client.request()
             assert client.read_reply().body == b"hello world"
         else:
             assert reply.get("connection") == "close"
 
 
-def test_trailers_end_with_us(upstream, relay):
-    upstream.answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n" + chunk(b"hello") + b"0\r\nX-Sum: 1\r\n\r\n"
+def test_trailers_are_not_relayed_in_either_direction(upstream, relay):
+    upstream.answer = (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n"
+        + chunk(b"hello")
+        + b"0\r\nX-Sum: 1\r\n\r\n"
+    )
+    body = chunk(b"abc") + b"0\r\nX-Up: 1\r\n\r\n"
+
     with relay().client() as client:
-        client.request("POST", CHAT, chunk(b"abc") + b"0\r\nX-Up: 1\r\n\r\n", [CHUNKED, ("Connection", "close")])
+        client.request("POST", CHAT, body, [CHUNKED, ("Connection", "close")])
         while client.more():
             pass
-        assert client.data.endswith(b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n") and b"X-Sum" not in client.data
-    assert upstream.received[0].body == b"abc" and b"X-Up" not in upstream.all_bytes
+        assert client.data.endswith(b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+        assert b"X-Sum" not in client.data
+
+    assert upstream.received[0].body == b"abc"
+    assert b"X-Up" not in upstream.all_bytes
 
 
-# ---- bodies, up
+# -- request bodies
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length"])
-def test_an_upload_is_sent_on_while_it_still_comes(by_hand, relay, framing):
-    first, second = b"a" * 70000, b"b" * 10        # more than what is held back to be sent in one go
+def test_an_upload_is_relayed_while_it_is_still_arriving(by_hand, relay, framing):
+    # More than is buffered to be sent in one go.
+    first = b"a" * 70000
+    second = b"b" * 10
+
     with relay(UPSTREAM=by_hand.url).client() as client:
-        client.request("PUT", "/v1/files", chunk(first) if framing == "chunked" else first, [CHUNKED if framing == "chunked" else ("Content-Length", "70010")])
+        if framing == "chunked":
+            client.request("PUT", "/v1/files", chunk(first), [CHUNKED])
+        else:
+            client.request("PUT", "/v1/files", first, [("Content-Length", "70010")])
+
         peer = by_hand.accept()
         head = peer.read_request_head()
         assert (b"\r\nTransfer-Encoding: chunked\r\n" in head) == (framing == "chunked")
         body = b""
         while body.count(b"a") < 70000:
-            body += peer.read_exactly(1000) if framing == "length" else peer.read_chunk()
-        client.send(chunk(second) + b"0\r\n\r\n" if framing == "chunked" else second)
-        assert (peer.read_exactly(10) if framing == "length" else peer.read_chunk()) == second
-        assert framing == "length" or peer.read_chunk() == b""
+            body += peer.read_chunk() if framing == "chunked" else peer.read_exactly(1000)
+
+        if framing == "chunked":
+            client.send(chunk(second) + b"0\r\n\r\n")
+            assert peer.read_chunk() == second
+            assert peer.read_chunk() == b""
+        else:
+            client.send(second)
+            assert peer.read_exactly(10) == second
+
         peer.send(OK)
         assert client.read_reply().status == 200
-        client.request()                    # both connections are in step
+
+        # Both connections are ready for the next request.
+        client.request()
         assert peer.read_request_head().startswith(b"GET /v1/models ")
         peer.send(OK)
         assert client.read_reply().status == 200
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length"])
-def test_of_a_streamed_upload_only_the_beginning_is_held_however_fast_it_comes(upstream, relay, monkeypatch, framing):
-    read_some, open_upstream, held = aiproxy.RequestBody.read_some, aiproxy.Handler.open_upstream, []
+def test_only_the_beginning_of_a_streamed_upload_is_buffered_however_fast_it_arrives(
+    upstream, relay, monkeypatch, framing
+):
+    read_some = aiproxy.RequestBody.read_some
+    open_upstream = aiproxy.Handler.open_upstream
+    prefix_lengths = []
 
-    def read_what_is_always_there(body):
+    def wait_and_read_some(body):
         if not body.client.buffer:
             body.client.wait_readable(PATIENCE)
         return read_some(body)
 
     def open_and_note(handler, prefix):
-        held.append(len(prefix))
+        prefix_lengths.append(len(prefix))
         return open_upstream(handler, prefix)
-    monkeypatch.setattr(aiproxy.RequestBody, "read_some", read_what_is_always_there)
+
+    monkeypatch.setattr(aiproxy.RequestBody, "read_some", wait_and_read_some)
     monkeypatch.setattr(aiproxy.Handler, "open_upstream", open_and_note)
     body = bytes(4 << 20)
-    reply = relay().ask("POST", "/v1/files", chunk(body) + b"0\r\n\r\n" if framing == "chunked" else body, [CHUNKED] if framing == "chunked" else [])
-    assert reply.status == 200 and upstream.received[0].body == body
-    assert held[0] <= aiproxy.HOLD_BYTES + aiproxy.PIECE
+
+    if framing == "chunked":
+        reply = relay().ask("POST", "/v1/files", chunk(body) + b"0\r\n\r\n", [CHUNKED])
+    else:
+        reply = relay().ask("POST", "/v1/files", body)
+
+    assert reply.status == 200
+    assert upstream.received[0].body == body
+    assert prefix_lengths[0] <= aiproxy.HOLD_BYTES + aiproxy.PIECE
 
 
-def test_an_upload_that_breaks_off_is_not_completed(by_hand, relay):
+def test_an_upload_that_turns_out_malformed_is_not_completed(by_hand, relay):
     with relay(UPSTREAM=by_hand.url).client() as client:
         client.request("POST", "/v1/files", chunk(b"a" * 70000), [CHUNKED])
         peer = by_hand.accept()
+
         client.send(b"zz\r\n")
-        assert client.read_reply().status == 400 and client.ended()
+
+        assert client.read_reply().status == 400
+        assert client.ended()
         while peer.more():
             pass
         assert not peer.data.endswith(b"0\r\n\r\n")
 
 
 @pytest.mark.parametrize("spelling", ["100-continue", "100-Continue"])
-@pytest.mark.parametrize("settings", [{}, {"MODELS": "m"}], ids=["streamed", "held"])
-def test_a_client_that_asks_is_told_to_go_on_once_and_only_by_us(upstream, relay, settings, spelling):
+@pytest.mark.parametrize("settings", [{}, {"MODELS": "m"}], ids=["streamed", "buffered"])
+def test_the_relay_itself_sends_100_Continue_once(upstream, relay, settings, spelling):
     with relay(**settings).client() as client:
         client.request("POST", CHAT, b"", [("Expect", spelling), ("Content-Length", "13")])
         assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.send(b'{"model":"m"}')
         assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
-    assert upstream.received[0].field("expect") is None and upstream.received[0].body == b'{"model":"m"}'
+
+    assert upstream.received[0].field("expect") is None
+    assert upstream.received[0].body == b'{"model":"m"}'
 
 
-@pytest.mark.parametrize("settings,fields,status", [
-    ({"PATHS": "/v1/other"}, [], 404), ({"PATHS": "GET " + CHAT}, [], 405), ({"MODELS": "m", "MAX_BODY": "12"}, [], 413), ({"MODELS": "m"}, [("Content-Encoding", "gzip")], 415), ({}, [("Origin", "https://evil.example")], 403),
-    ({}, [("X-A ", "b")], 400)], ids=["path", "method", "size", "coding", "origin", "head"])
-def test_whoever_does_not_pass_the_gate_is_not_told_to_go_on(upstream, relay, settings, fields, status):
+REFUSED = [
+    pytest.param({"PATHS": "/v1/other"}, [], 404, id="path"),
+    pytest.param({"PATHS": "GET " + CHAT}, [], 405, id="method"),
+    pytest.param({"MODELS": "m", "MAX_BODY": "12"}, [], 413, id="size"),
+    pytest.param({"MODELS": "m"}, [("Content-Encoding", "gzip")], 415, id="coding"),
+    pytest.param({}, [("Origin", "https://evil.example")], 403, id="origin"),
+    pytest.param({}, [("X-A ", "b")], 400, id="head"),
+]
+
+
+@pytest.mark.parametrize("settings,fields,status", REFUSED)
+def test_a_refused_request_receives_no_100_Continue(upstream, relay, settings, fields, status):
+    expect = [("Expect", "100-continue"), ("Content-Length", "13")]
     with relay(**settings).client() as client:
-        client.request("POST", CHAT, b"", [("Expect", "100-continue"), ("Content-Length", "13")] + fields)
+        client.request("POST", CHAT, b"", expect + fields)
         assert client.read_until(b"\r\n").startswith(b"HTTP/1.1 %d " % status)
     assert upstream.all_bytes == b""
 
 
-@pytest.mark.parametrize("fields,body", [([], b"abc"), ([("Content-Length", "0")], b"")], ids=["body is here already", "no body"])
-def test_nobody_is_told_to_go_on_who_need_not_be(upstream, relay, fields, body):
+NO_NEED_TO_WAIT = [
+    pytest.param([], b"abc", id="body is here already"),
+    pytest.param([("Content-Length", "0")], b"", id="no body"),
+]
+
+
+@pytest.mark.parametrize("fields,body", NO_NEED_TO_WAIT)
+def test_100_Continue_is_not_sent_where_it_is_not_needed(upstream, relay, fields, body):
     with relay().client() as client:
         client.request("POST", CHAT, body, [("Expect", "100-continue")] + fields)
         assert client.read_until(b"\r\n").startswith(b"HTTP/1.1 200 ")
@@ -258,43 +535,64 @@ def test_nobody_is_told_to_go_on_who_need_not_be(upstream, relay, fields, body):
 
 @pytest.mark.parametrize("status", [401, 413, 200])
 @pytest.mark.parametrize("framing", ["chunked", "length"])
-def test_an_early_answer_is_relayed_while_the_upload_still_runs(by_hand, relay, framing, status):
+def test_an_early_response_is_relayed_while_the_upload_still_runs(by_hand, relay, framing, status):
+    first = b"a" * 70000
+    early_response = TOO_LARGE.replace(b"413", b"%d" % status)
+
     with relay(UPSTREAM=by_hand.url).client() as client:
-        client.request("POST", "/v1/files", chunk(b"a" * 70000) if framing == "chunked" else b"a" * 70000, [CHUNKED if framing == "chunked" else ("Content-Length", "10000000")])
+        if framing == "chunked":
+            client.request("POST", "/v1/files", chunk(first), [CHUNKED])
+        else:
+            client.request("POST", "/v1/files", first, [("Content-Length", "10000000")])
+
         peer = by_hand.accept()
         peer.read_request_head()
-        peer.send(b"HTTP/1.1 100 Continue\r\n\r\n" + TOO_LARGE.replace(b"413", b"%d" % status))
+        peer.send(b"HTTP/1.1 100 Continue\r\n\r\n" + early_response)
+
         reply = client.read_reply()
-        assert reply.status == status and reply.body == b'{"no":true}' and reply.complete
-        assert client.ended()               # then both sides close: what still comes belongs to nobody
+        assert reply.status == status
+        assert reply.body == b'{"no":true}'
+        assert reply.complete
+
+        # Then both connections close, because the rest of the upload has no reader.
+        assert client.ended()
         while peer.more():
             pass
         assert not peer.data.endswith(b"0\r\n\r\n")
 
 
-def test_an_early_answer_survives_that_the_upstream_hangs_up_behind_it(by_hand, relay):
+def test_an_early_response_is_complete_even_if_the_upstream_closes_after_it(by_hand, relay):
     with relay(UPSTREAM=by_hand.url).client() as client:
+
         def upload():
             try:
                 client.request("POST", "/v1/files", bytes(20 << 20))
             except OSError:
-                pass                        # nobody reads it to its end
+                # Nobody reads it to its end.
+                pass
+
         sender = threading.Thread(target=upload)
         sender.start()
         peer = by_hand.accept()
         peer.read_request_head()
         peer.send(TOO_LARGE)
-        peer.sock.close()                   # with bytes unread, which makes a reset of it
+        # To close a socket with unread bytes sends a reset.
+        peer.sock.close()
+
         reply = client.read_reply()
-        assert reply.status == 413 and reply.complete
+        assert reply.status == 413
+        assert reply.complete
         sender.join()
 
 
-def test_both_sides_may_send_at_once_without_a_deadlock(by_hand, relay, monkeypatch):
-    monkeypatch.setattr(aiproxy, "LINGER_BYTES", 1 << 60)       # so that the end of the answer is not lost to a reset
+def test_both_sides_can_send_at_once_without_a_deadlock(by_hand, relay, monkeypatch):
+    # A lingering close without limits, so that no reset destroys the end of the response.
+    monkeypatch.setattr(aiproxy, "LINGER_BYTES", 1 << 60)
     monkeypatch.setattr(aiproxy, "LINGER_SECONDS", PATIENCE)
     size = 16 << 20
+
     with relay(UPSTREAM=by_hand.url).client() as client:
+
         def upload():
             try:
                 client.request("POST", "/v1/files", bytes(size))
@@ -305,11 +603,16 @@ def test_both_sides_may_send_at_once_without_a_deadlock(by_hand, relay, monkeypa
             peer = by_hand.accept()
             peer.read_request_head()
             peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
-        others = [threading.Thread(target=target) for target in (upload, download)]
-        for other in others:
-            other.start()
-        reply = client.read_reply()         # 4 MB of the upload are taken in at most, so its end may be a reset
-        assert reply.status == 200 and len(reply.body) > 0
+
+        threads = [threading.Thread(target=target) for target in (upload, download)]
+        for thread in threads:
+            thread.start()
+
+        # At most 4 MB of the upload are read, so the response may end in a reset.
+        reply = client.read_reply()
+        assert reply.status == 200
+        assert len(reply.body) > 0
+
         client.sock.close()
-        for other in others:
-            other.join()
+        for thread in threads:
+            thread.join()

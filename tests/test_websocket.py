@@ -1,4 +1,5 @@
 """A WebSocket is a tunnel after its handshake; no other upgrade gets through."""
+
 import threading
 
 import pytest
@@ -6,11 +7,25 @@ import pytest
 from byhand import ByHand
 from support import OK
 
-UPGRADE = [("Connection", "keep-alive, Upgrade"), ("Upgrade", "WebSocket"), ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==")]
-SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
+UPGRADE = [
+    ("Connection", "keep-alive, Upgrade"),
+    ("Upgrade", "WebSocket"),
+    ("Sec-WebSocket-Version", "13"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+]
+SWITCH = (
+    b"HTTP/1.1 101 Switching Protocols\r\n"
+    b"Upgrade: websocket\r\n"
+    b"Connection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
+)
 REALTIME = "/v1/realtime?model=gpt-realtime"
 KEY = [("Authorization", "Bearer ck-alice")]
-HIDDEN = {"KEY": "sk-hidden-key", "CLIENT_KEYS": "alice=ck-alice", "PATHS": "GET /v1/realtime"}
+PROVIDER_KEY = {
+    "KEY": "sk-hidden-key",
+    "CLIENT_KEYS": "alice=ck-alice",
+    "PATHS": "GET /v1/realtime",
+}
 
 
 @pytest.fixture
@@ -24,7 +39,10 @@ def fields_of(head):
 
 
 def open_tunnel(by_hand, running, fields=(), early=b"", answer=SWITCH + b"\r\n", path=REALTIME):
-    """The client behind its handshake, its reply, the upstream's end, and the head that it received."""
+    """Make a handshake.
+
+    The client, the reply that it read, the upstream's end, and the head that came there.
+    """
     client = running.client()
     client.request("GET", path, fields=UPGRADE + list(fields))
     client.send(early)
@@ -35,27 +53,50 @@ def open_tunnel(by_hand, running, fields=(), early=b"", answer=SWITCH + b"\r\n",
 
 
 def test_the_handshake_is_relayed_and_then_bytes_both_ways(by_hand, relay):
-    client, reply, peer, head = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url), [("Sec-WebSocket-Protocol", "realtime"), ("Sec-WebSocket-Extensions", "permessage-deflate"), ("OpenAI-Beta", "realtime=v1"), ("Authorization", "Bearer sk-caller")])
+    fields = [
+        ("Sec-WebSocket-Protocol", "realtime"),
+        ("Sec-WebSocket-Extensions", "permessage-deflate"),
+        ("OpenAI-Beta", "realtime=v1"),
+        ("Authorization", "Bearer sk-caller"),
+    ]
+    client, reply, peer, head = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url), fields)
+    sent = fields_of(head)
+    upgrade = [line for line in sent if line.lower().startswith(("connection", "upgrade"))]
+
     assert head.startswith(b"GET /v1/realtime?model=gpt-realtime HTTP/1.1\r\n")
-    up = fields_of(head)
-    assert [line for line in up if line.lower().startswith(("connection", "upgrade"))] == ["Connection: Upgrade", "Upgrade: websocket"]
-    for line in ("Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: realtime", "Sec-WebSocket-Extensions: permessage-deflate", "OpenAI-Beta: realtime=v1", "Authorization: Bearer sk-caller"):
-        assert up.count(line) == 1
-    assert reply.status == 101 and reply.status_line == "HTTP/1.1 101 Switching Protocols"
-    assert reply.all("connection") == ["Upgrade"] and reply.all("upgrade") == ["websocket"] and reply.all("sec-websocket-accept") == ["s3pPLMBiTxaQ9kYGzzhZRbK+xOo="]
-    assert reply.get("content-length") is None and reply.get("transfer-encoding") is None
+    assert upgrade == ["Connection: Upgrade", "Upgrade: websocket"]
+    assert sent.count("Sec-WebSocket-Version: 13") == 1
+    assert sent.count("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==") == 1
+    assert sent.count("Sec-WebSocket-Protocol: realtime") == 1
+    assert sent.count("Sec-WebSocket-Extensions: permessage-deflate") == 1
+    assert sent.count("OpenAI-Beta: realtime=v1") == 1
+    assert sent.count("Authorization: Bearer sk-caller") == 1
+
+    assert reply.status == 101
+    assert reply.status_line == "HTTP/1.1 101 Switching Protocols"
+    assert reply.all("connection") == ["Upgrade"]
+    assert reply.all("upgrade") == ["websocket"]
+    assert reply.all("sec-websocket-accept") == ["s3pPLMBiTxaQ9kYGzzhZRbK+xOo="]
+    assert reply.get("content-length") is None
+    assert reply.get("transfer-encoding") is None
+
     with client:
-        for number in range(3):             # whatever they are, not only frames
+        # any bytes, not only frames
+        for number in range(3):
             client.send(b"\x81\x05up %d\0\r\n\r\n" % number)
             assert peer.read_exactly(11) == b"\x81\x05up %d\0\r\n\r\n" % number
             peer.send(b"GET / HTTP/1.1\r\n%d" % number)
             assert client.read_exactly(17) == b"GET / HTTP/1.1\r\n%d" % number
 
 
-def test_what_either_side_sends_early_is_not_lost(by_hand, relay):
-    client, _, peer, _ = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url), early=b"early up", answer=SWITCH + b"\r\nearly down")
+def test_bytes_sent_before_the_end_of_the_handshake_are_not_lost(by_hand, relay):
+    running = relay(UPSTREAM=by_hand.url)
+    answer = SWITCH + b"\r\nearly down"
+    client, _, peer, _ = open_tunnel(by_hand, running, early=b"early up", answer=answer)
+
     with client:
-        assert client.read_exactly(10) == b"early down" and peer.read_exactly(8) == b"early up"
+        assert client.read_exactly(10) == b"early down"
+        assert peer.read_exactly(8) == b"early up"
 
 
 @pytest.mark.parametrize("leaves", ["client", "upstream"])
@@ -63,121 +104,242 @@ def test_when_either_side_closes_the_other_gets_the_rest_and_is_closed(by_hand, 
     running = relay(UPSTREAM=by_hand.url)
     client, _, peer, _ = open_tunnel(by_hand, running)
     first, second = (client, peer) if leaves == "client" else (peer, client)
+
     with client:
         first.send(b"last words" * 10000)
         first.sock.close()
         assert second.read_exactly(100000) == b"last words" * 10000
         assert second.ended()
+
     record = running.wait_for_record()
-    assert (record["status"], record["outcome"], record["bytes"]) == (101, "ok", 0 if leaves == "client" else 100000)
+
+    assert record["status"] == 101
+    assert record["outcome"] == "ok"
+    assert record["bytes"] == (0 if leaves == "client" else 100000)
 
 
 def test_both_sides_may_send_more_than_the_buffers_hold_at_once(by_hand, relay):
     client, _, peer, _ = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url))
-    up, down = bytes(range(256)) * (1 << 16), bytes(range(255, -1, -1)) * (1 << 16)     # 16 MB each way
+    # 16 MB each way
+    up = bytes(range(256)) * (1 << 16)
+    down = bytes(range(255, -1, -1)) * (1 << 16)
+
     with client:
-        senders = [threading.Thread(target=end.send, args=(data,)) for end, data in ((client, up), (peer, down))]
-        for sender in senders:
-            sender.start()
+        threading.Thread(target=client.send, args=(up,)).start()
+        threading.Thread(target=peer.send, args=(down,)).start()
         received = []
         reader = threading.Thread(target=lambda: received.append(peer.read_exactly(len(up))))
         reader.start()
+
         assert client.read_exactly(len(down)) == down
+
         reader.join()
         assert received == [up]
 
 
-def test_a_silent_tunnel_ends(by_hand, relay):
+def test_a_silent_tunnel_is_closed(by_hand, relay):
     running = relay(UPSTREAM=by_hand.url, TIMEOUT=1.5)
     client, _, peer, _ = open_tunnel(by_hand, running)
+
     with client:
-        assert client.ended() and peer.ended()
+        assert client.ended()
+        assert peer.ended()
+
     assert running.wait_for_record()["outcome"] == "idle"
 
 
-@pytest.mark.parametrize("settings", [{}, HIDDEN], ids=["transparent", "hidden"])
-def test_an_upstream_that_does_not_switch_has_its_answer_relayed(by_hand, relay, settings):
-    client, reply, peer, _ = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url, **settings), KEY, answer=b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\nContent-Length: 2\r\n\r\nno")
+@pytest.mark.parametrize("settings", [{}, PROVIDER_KEY], ids=["no provider key", "provider key"])
+def test_the_response_of_an_upstream_that_does_not_switch_is_relayed(by_hand, relay, settings):
+    running = relay(UPSTREAM=by_hand.url, **settings)
+    answer = (
+        b"HTTP/1.1 426 Upgrade Required\r\n"
+        b"Upgrade: websocket\r\n"
+        b"Content-Length: 2\r\n\r\n"
+        b"no"
+    )
+    client, reply, peer, _ = open_tunnel(by_hand, running, KEY, answer=answer)
+
     with client:
         client.read_body(reply)
-        assert reply.status == 426 and reply.body == b"no" and reply.get("upgrade") is None
+        assert reply.status == 426
+        assert reply.body == b"no"
+        assert reply.get("upgrade") is None
 
 
-@pytest.mark.parametrize("fields", [b"Upgrade: h2c\r\nConnection: Upgrade\r\n", b"Connection: Upgrade\r\n", b""], ids=["another protocol", "no protocol", "nothing"])
-def test_a_101_that_is_none_is_a_502(by_hand, relay, fields):
-    client, reply, _, _ = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url), answer=b"HTTP/1.1 101 Switching Protocols\r\n" + fields + b"\r\n")
+@pytest.mark.parametrize(
+    "fields",
+    [b"Upgrade: h2c\r\nConnection: Upgrade\r\n", b"Connection: Upgrade\r\n", b""],
+    ids=["another protocol", "no protocol", "nothing"],
+)
+def test_an_invalid_101_is_a_502(by_hand, relay, fields):
+    answer = b"HTTP/1.1 101 Switching Protocols\r\n" + fields + b"\r\n"
+    client, reply, _, _ = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url), answer=answer)
+
     with client:
         assert reply.status == 502
 
 
-# ---- with a hidden key
+# ---- with a provider key configured
+
+PROTOCOL = "Sec-WebSocket-Protocol"
 
 
 @pytest.mark.parametrize("fields,sent", [
-    (KEY, []), ([("x-api-key", "ck-alice")], []), ([("Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key.ck-alice, openai-beta.realtime-v1")], ["Sec-WebSocket-Protocol: realtime, openai-beta.realtime-v1"]),
-    ([("Sec-WebSocket-Protocol", "realtime"), ("Sec-WebSocket-Protocol", "openai-insecure-api-key.ck-alice")], ["Sec-WebSocket-Protocol: realtime"]), ([("Sec-WebSocket-Protocol", "openai-insecure-api-key.ck-alice")], [])],
-    ids=["Authorization", "x-api-key", "subprotocol", "subprotocol in a field of its own", "subprotocol alone"])
-def test_the_hidden_key_goes_up_and_the_clients_never(by_hand, relay, fields, sent):
-    running = relay(UPSTREAM=by_hand.url, **HIDDEN)
-    client, reply, peer, head = open_tunnel(by_hand, running, fields + [("Cookie", "a=b"), ("Origin", "https://app.example"), ("X-Secret", "c")])
+    (KEY, []),
+    ([("x-api-key", "ck-alice")], []),
+    (
+        [(PROTOCOL, "realtime, openai-insecure-api-key.ck-alice, openai-beta.realtime-v1")],
+        ["Sec-WebSocket-Protocol: realtime, openai-beta.realtime-v1"],
+    ),
+    (
+        [(PROTOCOL, "realtime"), (PROTOCOL, "openai-insecure-api-key.ck-alice")],
+        ["Sec-WebSocket-Protocol: realtime"],
+    ),
+    ([(PROTOCOL, "openai-insecure-api-key.ck-alice")], []),
+], ids=[
+    "Authorization",
+    "x-api-key",
+    "subprotocol",
+    "subprotocol in a field of its own",
+    "subprotocol alone",
+])
+def test_the_provider_key_is_sent_upstream_and_the_client_key_never(by_hand, relay, fields, sent):
+    running = relay(UPSTREAM=by_hand.url, **PROVIDER_KEY)
+    others = [("Cookie", "a=b"), ("Origin", "https://app.example"), ("X-Secret", "c")]
+    client, reply, peer, head = open_tunnel(by_hand, running, fields + others)
+    up = fields_of(head)
+    dropped = ("cookie", "origin", "x-secret", "x-api-key")
+
     with client:
-        assert reply.status == 101 and b"ck-alice" not in head and b"openai-insecure-api-key" not in head
-        up = fields_of(head)
-        assert up.count("Authorization: Bearer sk-hidden-key") == 1 and "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==" in up
+        assert reply.status == 101
+        assert b"ck-alice" not in head
+        assert b"openai-insecure-api-key" not in head
+        assert up.count("Authorization: Bearer sk-hidden-key") == 1
+        assert "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==" in up
         assert [line for line in up if line.lower().startswith("sec-websocket-protocol")] == sent
-        assert not [line for line in up if line.lower().startswith(("cookie", "origin", "x-secret", "x-api-key"))]
+        assert not [line for line in up if line.lower().startswith(dropped)]
+
         client.send(b"hello")
         assert peer.read_exactly(5) == b"hello"
+
         peer.sock.close()
         assert client.ended()
+
     assert running.wait_for_record()["client"] == "alice"
 
 
-def test_without_client_keys_a_key_in_the_subprotocol_does_not_go_up_either(by_hand, relay):
-    client, reply, _, head = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url, KEY="sk-hidden-key", PATHS="GET /v1/realtime"), [("Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key.whatever")])
+def test_without_client_keys_a_key_in_the_subprotocol_is_not_sent_upstream(by_hand, relay):
+    running = relay(UPSTREAM=by_hand.url, KEY="sk-hidden-key", PATHS="GET /v1/realtime")
+    fields = [(PROTOCOL, "realtime, openai-insecure-api-key.whatever")]
+    client, reply, _, head = open_tunnel(by_hand, running, fields)
+
     with client:
-        assert reply.status == 101 and b"whatever" not in head and b"Sec-WebSocket-Protocol: realtime\r\n" in head
+        assert reply.status == 101
+        assert b"whatever" not in head
+        assert b"Sec-WebSocket-Protocol: realtime\r\n" in head
 
 
-def test_where_nothing_is_hidden_the_subprotocols_key_is_the_callers_and_goes_up(by_hand, relay):
-    client, _, _, head = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url), [("Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key.sk-caller")])
+def test_without_a_provider_key_the_key_in_the_subprotocol_is_sent_upstream(by_hand, relay):
+    fields = [(PROTOCOL, "realtime, openai-insecure-api-key.sk-caller")]
+    client, _, _, head = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url), fields)
+    sent = fields_of(head)
+
     with client:
-        assert "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sk-caller" in fields_of(head)
+        assert "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sk-caller" in sent
 
 
 @pytest.mark.parametrize("path,fields,settings,status", [
-    ("/v1/realtime", [], {}, 401), ("/v1/realtime", [("Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key.wrong")], {}, 401), ("/v1/other", KEY, {}, 404), ("/v1/realtime", KEY, {"PATHS": "/v1/realtime"}, 405),
-    ("/v1/realtime", KEY, {"PATHS": ""}, 404), ("/v1/realtime?model=other", KEY, {"MODELS": "gpt-realtime"}, 403), ("/v1/realtime?model=gpt-realtime&model=other", KEY, {"MODELS": "gpt-realtime"}, (400, 403)),
-    ("/v1/realtime?mod%65l=other", KEY, {"MODELS": "gpt-realtime"}, (400, 403)), ("/v1/realtime", KEY, {"MODELS": "gpt-realtime"}, (400, 403)), ("/v1/realtime?key=ck-alice", KEY, {}, 400)],
-    ids=["no key", "wrong key", "other path", "other method", "path not named", "model not allowed", "two models", "model encoded", "no model", "key in the query"])
-def test_a_handshake_walks_the_same_ladder_as_any_request(upstream, relay, path, fields, settings, status):
-    reply = relay(**{**HIDDEN, **settings}).ask("GET", path, fields=UPGRADE + fields)
+    ("/v1/realtime", [], {}, 401),
+    ("/v1/realtime", [(PROTOCOL, "realtime, openai-insecure-api-key.wrong")], {}, 401),
+    ("/v1/other", KEY, {}, 404),
+    ("/v1/realtime", KEY, {"PATHS": "/v1/realtime"}, 405),
+    ("/v1/realtime", KEY, {"PATHS": ""}, 404),
+    ("/v1/realtime?model=other", KEY, {"MODELS": "gpt-realtime"}, 403),
+    ("/v1/realtime?model=gpt-realtime&model=other", KEY, {"MODELS": "gpt-realtime"}, (400, 403)),
+    ("/v1/realtime?mod%65l=other", KEY, {"MODELS": "gpt-realtime"}, (400, 403)),
+    ("/v1/realtime", KEY, {"MODELS": "gpt-realtime"}, (400, 403)),
+    ("/v1/realtime?key=ck-alice", KEY, {}, 400),
+], ids=[
+    "no key",
+    "wrong key",
+    "other path",
+    "other method",
+    "path not named",
+    "model not allowed",
+    "two models",
+    "model encoded",
+    "no model",
+    "key in the query",
+])
+def test_a_handshake_passes_the_same_checks_as_any_request(
+    upstream, relay, path, fields, settings, status
+):
+    reply = relay(**{**PROVIDER_KEY, **settings}).ask("GET", path, fields=UPGRADE + fields)
+
     assert reply.status in (status if isinstance(status, tuple) else (status,))
     assert upstream.all_bytes == b""
 
 
-def test_a_model_on_the_list_may_be_asked_for(by_hand, relay):
-    client, reply, _, head = open_tunnel(by_hand, relay(UPSTREAM=by_hand.url, MODELS="gpt-realtime", **HIDDEN), KEY)
+def test_a_handshake_for_an_allowed_model_is_relayed(by_hand, relay):
+    running = relay(UPSTREAM=by_hand.url, MODELS="gpt-realtime", **PROVIDER_KEY)
+    client, reply, _, head = open_tunnel(by_hand, running, KEY)
+
     with client:
-        assert reply.status == 101 and head.startswith(b"GET /v1/realtime?model=gpt-realtime ")
+        assert reply.status == 101
+        assert head.startswith(b"GET /v1/realtime?model=gpt-realtime ")
 
 
 # ---- no other upgrade
 
 
-@pytest.mark.parametrize("settings", [{}, {**HIDDEN, "PATHS": "* /v1/realtime"}], ids=["transparent", "hidden"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {**PROVIDER_KEY, "PATHS": "* /v1/realtime"}],
+    ids=["no provider key", "provider key"],
+)
 @pytest.mark.parametrize("method,fields", [
-    ("GET", [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABkAAQAAP__")]), ("GET", [("Connection", "Upgrade"), ("Upgrade", "h2c, websocket")]), ("GET", [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Upgrade", "h2c")]),
-    ("GET", [("Connection", "Upgrade"), ("Upgrade", "TLS/1.0")]), ("GET", [("Connection", "Upgrade"), ("Upgrade", "websocket/13")]), ("GET", [("Upgrade", "websocket")]), ("GET", [("Connection", "close"), ("Upgrade", "websocket")]),
-    ("GET", [("Connection", "Upgrade")])], ids=["h2c", "h2c and websocket", "websocket and h2c", "TLS", "with a version", "not in Connection", "close in Connection", "nothing named"])
+    (
+        "GET",
+        [
+            ("Connection", "Upgrade, HTTP2-Settings"),
+            ("Upgrade", "h2c"),
+            ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
+        ],
+    ),
+    ("GET", [("Connection", "Upgrade"), ("Upgrade", "h2c, websocket")]),
+    ("GET", [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Upgrade", "h2c")]),
+    ("GET", [("Connection", "Upgrade"), ("Upgrade", "TLS/1.0")]),
+    ("GET", [("Connection", "Upgrade"), ("Upgrade", "websocket/13")]),
+    ("GET", [("Upgrade", "websocket")]),
+    ("GET", [("Connection", "close"), ("Upgrade", "websocket")]),
+    ("GET", [("Connection", "Upgrade")]),
+], ids=[
+    "h2c",
+    "h2c and websocket",
+    "websocket and h2c",
+    "TLS",
+    "with a version",
+    "not in Connection",
+    "close in Connection",
+    "nothing named",
+])
 def test_every_other_upgrade_is_an_ordinary_request(upstream, relay, settings, method, fields):
-    upstream.answer = OK.replace(b"Content-Type", b"Upgrade: h2c\r\nConnection: Upgrade\r\nContent-Type")
+    upstream.answer = OK.replace(
+        b"Content-Type", b"Upgrade: h2c\r\nConnection: Upgrade\r\nContent-Type"
+    )
     reply = relay(**settings).ask(method, "/v1/realtime", fields=KEY + fields)
-    assert reply.status == 200 and reply.complete and reply.get("upgrade") is None
+
+    assert reply.status == 200
+    assert reply.complete
+    assert reply.get("upgrade") is None
+
     received = upstream.received[0]
-    assert received.field("upgrade") is None and received.field("connection") is None and received.field("http2-settings") is None
+
+    assert received.field("upgrade") is None
+    assert received.field("connection") is None
+    assert received.field("http2-settings") is None
 
 
-def test_a_101_that_nobody_asked_for_is_a_502(upstream, relay):
+def test_a_101_to_a_request_without_an_upgrade_is_a_502(upstream, relay):
     upstream.answer = SWITCH + b"\r\n"
     assert relay().ask().status == 502

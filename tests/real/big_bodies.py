@@ -1,7 +1,10 @@
-"""A large upload and a large download through a transparent relay: the digest is the same at the far end, the memory flat.
+"""A large upload and a large download through a transparent relay.
+
+The digest must be the same at the far end, and the memory flat.
 
     python3 big_bodies.py [SIZE_IN_MB]      1024 unless said otherwise
 """
+
 import hashlib
 import http.client
 import http.server
@@ -13,16 +16,19 @@ import time
 from stand import Checks, check_calm, memory, start
 
 SIZE = int(sys.argv[1] if len(sys.argv) > 1 else 1024) << 20
-PEAK = 60       # MB
+PEAK = 60  # MB
 BLOCK = os.urandom(1 << 20)
-HEAD = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b\r\nContent-Disposition: form-data; name="file"; filename="a.bin"\r\n\r\n'
+HEAD = (
+    b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.bin"\r\n\r\n'
+)
 TAIL = b"\r\n--b--\r\n"
 
 
 def pieces(head=b"", tail=b""):
     yield head
     for number in range(SIZE // len(BLOCK)):
-        yield number.to_bytes(8, "big") + BLOCK[8:]     # no two alike: a lost or swapped one shows
+        yield number.to_bytes(8, "big") + BLOCK[8:]  # no two alike: a lost or swapped one shows
     yield tail
 
 
@@ -63,7 +69,10 @@ class Provider(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         chunked = self.path == "/chunked"
         self.send_response(200)
-        self.send_header(*("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(SIZE)))
+        if chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(SIZE))
         self.end_headers()
         for piece in pieces():
             if piece:
@@ -79,7 +88,8 @@ def upload(connection, chunked):
     fields = {"Content-Type": "multipart/form-data; boundary=b"}
     if not chunked:
         fields["Content-Length"] = str(len(HEAD) + SIZE + len(TAIL))
-    connection.request("POST", "/v1/files", (piece for piece in pieces(HEAD, TAIL) if piece), fields, encode_chunked=chunked)
+    body = (piece for piece in pieces(HEAD, TAIL) if piece)
+    connection.request("POST", "/v1/files", body, fields, encode_chunked=chunked)
     return connection.getresponse().read().decode()
 
 
@@ -96,12 +106,16 @@ if __name__ == "__main__":
     sent, served = digest(pieces(HEAD, TAIL)), digest(pieces())
     for name, move, wanted in (("upload", upload, sent), ("download", download, served)):
         for framing in ("length", "chunked"):
-            with checks("%s of %d MB, %s" % (name, SIZE >> 20, framing)), start("http://127.0.0.1:%d" % provider.server_port) as program:
+            title = "%s of %d MB, %s" % (name, SIZE >> 20, framing)
+            with checks(title), start("http://127.0.0.1:%d" % provider.server_port) as program:
                 connection = http.client.HTTPConnection(*program.address, timeout=600)
                 before, begin = memory(program), time.monotonic()
                 assert move(connection, framing == "chunked") == wanted
                 taken, peak = time.monotonic() - begin, memory(program)
-                print("       %.0f MB/s, peak memory %.1f MB (%.1f MB before)" % ((SIZE >> 20) / taken, peak, before))
+                print(
+                    "       %.0f MB/s, peak memory %.1f MB (%.1f MB before)"
+                    % ((SIZE >> 20) / taken, peak, before)
+                )
                 assert peak < PEAK
                 connection.close()
                 check_calm(program)

@@ -2,6 +2,7 @@
 
     python3 idle.py [CONNECTIONS]
 """
+
 import resource
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 from stand import Checks, check_calm, memory, start
 from support import Client, Upstream
 
-COUNT, MOST = int(sys.argv[1] if len(sys.argv) > 1 else 2000), 100     # MB
+COUNT, MOST = int(sys.argv[1] if len(sys.argv) > 1 else 2000), 100  # MB
 
 if __name__ == "__main__":
     checks = Checks()

@@ -1,4 +1,5 @@
-// A provider that we did not write: npm's @copilotkit/aimock. Prints its URL; ends with its standard input.
+// A provider that we did not write: npm's @copilotkit/aimock.
+// It prints its URL and ends when its standard input ends.
 import { LLMock } from "@copilotkit/aimock";
 
 const mock = new LLMock({ port: 0, chunkSize: 5 });

@@ -1,4 +1,8 @@
-"""The README's samples, run as they stand against the demo: curl, Python with `openai`, and the page's fetch in Node."""
+"""The README's samples, run unchanged against the demo.
+
+They are in curl, in Python with `openai`, and in JavaScript: a page's fetch, run in Node.
+"""
+
 import os
 import re
 import subprocess
@@ -12,7 +16,11 @@ WORDS = "This answer comes from the small provider"
 
 
 def samples(language, *words):
-    found = [text for text in re.findall(r"```%s\n(.*?)```" % language, README, re.S) if all(word in text for word in words)]
+    found = [
+        text
+        for text in re.findall(r"```%s\n(.*?)```" % language, README, re.S)
+        if all(word in text for word in words)
+    ]
     assert found, (language, words)
     return found
 
@@ -21,25 +29,40 @@ def run(command, text, folder, **environ):
     path = os.path.join(folder, "sample" + {"node": ".mjs", "bash": ".sh"}.get(command, ".py"))
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-    done = subprocess.run([command, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environ}, timeout=60, universal_newlines=True)
+    done = subprocess.run(
+        [command, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environ},
+        timeout=60,
+        universal_newlines=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def main():
     checks = Checks()
-    with Program("--demo", env={"AIPROXY_CLIENT_KEYS": "app=a-long-random-string"}) as demo, tempfile.TemporaryDirectory() as folder:
+    program = Program("--demo", env={"AIPROXY_CLIENT_KEYS": "app=a-long-random-string"})
+    with program as demo, tempfile.TemporaryDirectory() as folder:
         for number, text in enumerate(samples("python", "OpenAI(")):
             with checks("Python sample %d" % number):
-                text = text.replace("http://127.0.0.1:8000", demo.url).replace("not-needed-here", "a-long-random-string")
-                ask = '\nprint(client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hello!"}]).choices[0].message.content)\n'
+                text = text.replace("http://127.0.0.1:8000", demo.url)
+                text = text.replace("not-needed-here", "a-long-random-string")
+                ask = (
+                    '\nmessages = [{"role": "user", "content": "Hello!"}]'
+                    '\nanswer = client.chat.completions.create(model="demo", messages=messages)'
+                    '\nprint(answer.choices[0].message.content)\n'
+                )
                 assert WORDS in run(sys.executable, text + ask, folder)
         for number, text in enumerate(samples("js", "fetch(")):
             with checks("JavaScript sample %d" % number):
-                assert WORDS in run("node", "const RELAY = %r, show = text => process.stdout.write(text)\n%s" % (demo.url, text), folder)
+                names = "const RELAY = %r, show = text => process.stdout.write(text)\n" % demo.url
+                assert WORDS in run("node", names + text, folder)
         for number, text in enumerate(samples("sh", "curl -N $RELAY")):
             with checks("curl sample %d" % number):
-                assert "data: [DONE]" in run("bash", re.sub(r"RELAY=\S+", "RELAY=" + demo.url, text), folder)
+                text = re.sub(r"RELAY=\S+", "RELAY=" + demo.url, text)
+                assert "data: [DONE]" in run("bash", text, folder)
         with checks("no fault was printed"):
             check_calm(demo)
     checks.end()

@@ -1,4 +1,8 @@
-"""What the scripts in this folder stand on: checks that are counted, and a program under test. Run by CI, not by pytest."""
+"""What the scripts in this folder have in common: counted checks, and a program under test.
+
+CI runs the scripts, pytest does not.
+"""
+
 import os
 import sys
 import traceback
@@ -10,7 +14,10 @@ from support import Program  # noqa: E402
 
 
 class Checks:
-    """`with checks("what must be so"):` counts one; `end()` prints the closing line and leaves with its exit status."""
+    """`with checks("what must be so"):` counts one.
+
+    `end()` prints the closing line and exits with 1 if any has failed.
+    """
 
     def __init__(self):
         self.passed, self.failed = 0, 0
@@ -33,12 +40,14 @@ class Checks:
 
     def end(self):
         print("%d passed, %d failed" % (self.passed, self.failed), flush=True)
-        os._exit(1 if self.failed or not self.passed else 0)     # not waiting for threads of libraries
+        # At once, without waiting for threads of libraries.
+        os._exit(1 if self.failed or not self.passed else 0)
 
 
 def start(upstream, **settings):
     """aiproxy.py as a process of its own in front of `upstream`."""
-    return Program(env={"AIPROXY_UPSTREAM": upstream, **{"AIPROXY_" + name: str(value) for name, value in settings.items()}})
+    env = {"AIPROXY_" + name: str(value) for name, value in settings.items()}
+    return Program(env={"AIPROXY_UPSTREAM": upstream, **env})
 
 
 def memory(program, name="VmHWM"):

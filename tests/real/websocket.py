@@ -1,4 +1,8 @@
-"""A real WebSocket client and server (PyPI: websockets) through the relay, with nothing hidden and with a hidden key."""
+"""A real WebSocket client and server (PyPI: websockets) through the relay.
+
+Once transparent, once with a provider key configured.
+"""
+
 import asyncio
 import os
 
@@ -7,10 +11,15 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-HIDDEN = {"KEY": "sk-hidden-key", "CLIENT_KEYS": "alice=ck-alice", "PATHS": "GET /v1/realtime", "MODELS": "gpt-realtime"}
+HIDDEN = {
+    "KEY": "sk-hidden-key",
+    "CLIENT_KEYS": "alice=ck-alice",
+    "PATHS": "GET /v1/realtime",
+    "MODELS": "gpt-realtime",
+}
 BEARER = {"additional_headers": {"Authorization": "Bearer ck-alice"}}
 SUBPROTOCOL = {"subprotocols": ["realtime", "openai-insecure-api-key.ck-alice"]}
-received = []       # the request of each handshake that the server saw
+received = []  # the request of each handshake that the server saw
 
 
 async def talk(socket):
@@ -24,6 +33,10 @@ async def talk(socket):
                 await socket.send("event %d" % number)
         else:
             await socket.send(message)
+
+
+def select_realtime(socket, offered):
+    return "realtime" if "realtime" in offered else None
 
 
 async def refused(url, **how):
@@ -48,7 +61,8 @@ async def exchange(checks, name, url, **how):
                 assert await receiving == large
         with checks(name + ": 1000 events for one message"):
             await socket.send("many")
-            assert [await socket.recv() for _ in range(1000)] == ["event %d" % number for number in range(1000)]
+            sent = ["event %d" % number for number in range(1000)]
+            assert [await socket.recv() for _ in range(1000)] == sent
         with checks(name + ": ping and pong"):
             await asyncio.wait_for(await socket.ping(), 20)
         with checks(name + ": the server's close and its code"):
@@ -61,25 +75,38 @@ async def exchange(checks, name, url, **how):
 
 
 async def main(checks):
-    async with serve(talk, "127.0.0.1", 0, max_size=None, select_subprotocol=lambda socket, offered: "realtime" if "realtime" in offered else None) as server:
+    options = {"max_size": None, "select_subprotocol": select_realtime}
+    async with serve(talk, "127.0.0.1", 0, **options) as server:
         upstream = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
         with start(upstream) as relay, start(upstream, **HIDDEN) as hidden:
             await exchange(checks, "transparent", relay.url.replace("http", "ws") + "/any/path?x=1")
-            await exchange(checks, "transparent, not compressed", relay.url.replace("http", "ws") + "/other", compression=None)
+            await exchange(
+                checks,
+                "transparent, not compressed",
+                relay.url.replace("http", "ws") + "/other",
+                compression=None,
+            )
             url = hidden.url.replace("http", "ws") + "/v1/realtime?model=gpt-realtime"
             for name, how in (("Bearer", BEARER), ("subprotocol", SUBPROTOCOL)):
                 received.clear()
                 await exchange(checks, "hidden, " + name, url, **how)
                 with checks("hidden, %s: only the hidden key went up" % name):
-                    assert received[0].headers.get_all("Authorization") == ["Bearer sk-hidden-key"] and "ck-alice" not in str(received[0].headers)
-            for name, status, bad_url, how in (("no key", 401, url, {}), ("another path", 404, url.replace("realtime?", "other?"), BEARER), ("another model", 403, url.replace("=gpt-realtime", "=other"), BEARER)):
+                    headers = received[0].headers
+                    assert headers.get_all("Authorization") == ["Bearer sk-hidden-key"]
+                    assert "ck-alice" not in str(headers)
+            for name, status, bad_url, how in (
+                ("no key", 401, url, {}),
+                ("another path", 404, url.replace("realtime?", "other?"), BEARER),
+                ("another model", 403, url.replace("=gpt-realtime", "=other"), BEARER),
+            ):
                 with checks("hidden, %s: %d" % (name, status)):
                     assert await refused(bad_url, **how) == status
             with checks("50 sockets at once"):
                 sockets = [await connect(url, **BEARER) for _ in range(50)]
                 for number, socket in enumerate(sockets):
                     await socket.send(str(number))
-                assert [await socket.recv() for socket in sockets] == [str(number) for number in range(50)]
+                sent = [str(number) for number in range(50)]
+                assert [await socket.recv() for socket in sockets] == sent
                 for socket in sockets:
                     await socket.close()
             with checks("no fault was printed"):

@@ -1,4 +1,8 @@
-"""The official openai SDK for Python, told nothing but a base URL, with the relay in front of a fake Cloudflare."""
+"""The official openai SDK for Python with the relay in front of a fake Cloudflare.
+
+The SDK is given a base URL and a client key and nothing else.
+"""
+
 import asyncio
 import json
 import os
@@ -14,16 +18,29 @@ from support import Program  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello?"}]
 LLAMA, GPT = "@cf/meta/llama-3.1-8b-instruct", "@cf/openai/gpt-oss-20b"
-WEATHER = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+WEATHER = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
 
 
 def raised(kind, call, code, status=None):
     """The error that `call` raises must be of this kind, with this code."""
     try:
         made = call()
-        list(made) if hasattr(made, "__iter__") and not hasattr(made, "model_dump") else None
+        if hasattr(made, "__iter__") and not hasattr(made, "model_dump"):
+            list(made)
     except kind as error:
-        assert type(error) is kind and error.code == code and getattr(error, "status_code", None) == status, (type(error), error.code, error)
+        assert (
+            type(error) is kind
+            and error.code == code
+            and getattr(error, "status_code", None) == status
+        ), (type(error), error.code, error)
         assert error.message and "AiError" not in str(error), error
         return
     raise AssertionError("no %s was raised" % kind.__name__)
@@ -37,52 +54,92 @@ def check_all(checks, client):
     chat, completions = client.chat.completions, client.completions
     with checks("chat"):
         answer = chat.create(model="llama-4-scout", messages=HELLO)
-        assert answer.choices[0].message.content.startswith("I am Llama 4 Scout") and answer.model == "llama-4-scout" and answer.usage.total_tokens == 25
-        assert answer.choices[0].finish_reason == "stop" and answer.object == "chat.completion" and answer._request_id
-    for model, text in ((LLAMA, "Hello!"), ("llama-4-scout", "Hello!"), ("@cf/shape/kimi", "Hello!"), ("@cf/shape/dual", "Hello!"), ("@cf/shape/number", "78"),
-                        ("@cf/shape/bare", "4"), ("@cf/shape/responses", "The phrase …")):
+        assert answer.choices[0].message.content.startswith("I am Llama 4 Scout")
+        assert answer.model == "llama-4-scout"
+        assert answer.usage.total_tokens == 25
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.object == "chat.completion"
+        assert answer._request_id
+    for model, text in (
+        (LLAMA, "Hello!"),
+        ("llama-4-scout", "Hello!"),
+        ("@cf/shape/kimi", "Hello!"),
+        ("@cf/shape/dual", "Hello!"),
+        ("@cf/shape/number", "78"),
+        ("@cf/shape/bare", "4"),
+        ("@cf/shape/responses", "The phrase …"),
+    ):
         with checks("stream: " + model):
             events = list(chat.create(model=model, messages=HELLO, stream=True))
-            assert text_of(events) == text and events[0].choices[0].delta.role == "assistant" and not any(event.usage for event in events)
-            assert [event.choices[0].finish_reason for event in events] == [None] * (len(events) - 1) + ["stop"]
+            assert text_of(events) == text
+            assert events[0].choices[0].delta.role == "assistant"
+            assert not any(event.usage for event in events)
+            reasons = [event.choices[0].finish_reason for event in events]
+            assert reasons == [None] * (len(events) - 1) + ["stop"]
     with checks("usage at the end of a stream"):
-        *_, last = chat.create(model=LLAMA, messages=HELLO, stream=True, stream_options={"include_usage": True})
-        assert last.choices == [] and (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (45, 2, 47)
+        *_, last = chat.create(
+            model=LLAMA, messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+        usage = last.usage
+        assert last.choices == []
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (45, 2, 47)
     for model in ("@cf/shape/flat-tool", "@cf/shape/function-call", GPT):
         with checks("tools: " + model):
             choice = chat.create(model=model, messages=HELLO, tools=WEATHER).choices[0]
-            call, = choice.message.tool_calls
+            [call] = choice.message.tool_calls
             assert choice.finish_reason == "tool_calls" and choice.message.content is None
-            assert call.id and call.type == "function" and call.function.name == "get_weather" and json.loads(call.function.arguments)
+            assert call.id
+            assert call.type == "function"
+            assert call.function.name == "get_weather"
+            assert json.loads(call.function.arguments)
     for model in (GPT, "@cf/shape/sentinel", "@cf/shape/flat-tool"):
         with checks("tools in a stream: " + model):
             with chat.stream(model=model, messages=HELLO, tools=WEATHER) as stream:
                 choice = stream.get_final_completion().choices[0]
-            call, = choice.message.tool_calls
-            assert choice.finish_reason == "tool_calls" and call.function.name == "get_weather" and isinstance(json.loads(call.function.arguments), dict)
+            [call] = choice.message.tool_calls
+            assert choice.finish_reason == "tool_calls"
+            assert call.function.name == "get_weather"
+            assert isinstance(json.loads(call.function.arguments), dict)
     with checks("a tool's result goes back up"):
-        done = [{"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}]},
-                {"role": "tool", "tool_call_id": "a", "content": "sunny"}]
-        assert chat.create(model=LLAMA, messages=HELLO + done, tools=WEATHER).choices[0].message.content == "4"
+        function = {"name": "get_weather", "arguments": "{}"}
+        call = {"id": "a", "type": "function", "function": function}
+        done = [
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": "sunny"},
+        ]
+        answer = chat.create(model=LLAMA, messages=HELLO + done, tools=WEATHER)
+        assert answer.choices[0].message.content == "4"
     with checks("completion"):
         answer = completions.create(model=LLAMA, prompt="Once")
-        assert answer.object == "text_completion" and answer.choices[0].text == "4" and answer.usage.total_tokens == 33
+        assert answer.object == "text_completion"
+        assert answer.choices[0].text == "4"
+        assert answer.usage.total_tokens == 33
     with checks("completion, stream"):
-        assert "".join(part.choices[0].text for part in completions.create(model=LLAMA, prompt="Once", stream=True)) == "Hello!"
+        parts = completions.create(model=LLAMA, prompt="Once", stream=True)
+        assert "".join(part.choices[0].text for part in parts) == "Hello!"
     for model in ("@cf/baai/bge-m3", "@cf/legacy/bge", "@cf/base64/bge"):
         with checks("embeddings: " + model):
-            assert [one.embedding for one in client.embeddings.create(model=model, input=["Once", "é"]).data] == [[4.0, -0.5], [1.0, -0.5]]
+            answer = client.embeddings.create(model=model, input=["Once", "é"])
+            assert [one.embedding for one in answer.data] == [[4.0, -0.5], [1.0, -0.5]]
     with checks("embeddings, as floats"):
-        assert client.embeddings.create(model="@cf/baai/bge-m3", input="Once", encoding_format="float").data[0].embedding == [4.0, -0.5]
+        answer = client.embeddings.create(
+            model="@cf/baai/bge-m3", input="Once", encoding_format="float"
+        )
+        assert answer.data[0].embedding == [4.0, -0.5]
     with checks("response"):
         answer = client.responses.create(model="gpt-oss-20b", input="Once")
-        assert answer.output_text == "The phrase …" and answer.model == "gpt-oss-20b" and answer.status == "completed"
+        assert answer.output_text == "The phrase …"
+        assert answer.model == "gpt-oss-20b"
+        assert answer.status == "completed"
     with checks("response, stream"):
         events = list(client.responses.create(model="gpt-oss-20b", input="Once", stream=True))
-        assert [event.type for event in events] == ["response.created", "response.output_text.delta", "response.completed"] and events[-1].response.model == "gpt-oss-20b"
+        types = ["response.created", "response.output_text.delta", "response.completed"]
+        assert [event.type for event in events] == types
+        assert events[-1].response.model == "gpt-oss-20b"
     with checks("response, whole where a stream was asked for"):
         with client.responses.stream(model="@cf/shape/whole", input="Once") as stream:
-            assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == "The phrase …"
+            deltas = [event for event in stream if event.type == "response.output_text.delta"]
+            assert "".join(event.delta for event in deltas) == "The phrase …"
             assert stream.get_final_response().output_text == "The phrase …"
     with checks("models"):
         ids = [model.id for model in client.models.list()]
@@ -92,21 +149,67 @@ def check_all(checks, client):
         assert model.id == GPT and model.created == 1754390993 and model.owned_by == "cloudflare"
     with checks("errors before the answer"):
         for model, kind, code, status in (
-                ("@cf/error/400/5007", openai.NotFoundError, "model_not_found", 404), ("@cf/error/400/5006", openai.BadRequestError, "invalid_request", 400),
-                ("@cf/error/403/5035", openai.PermissionDeniedError, "permission_denied", 403), ("@cf/error/429/3040", openai.RateLimitError, "rate_limit_exceeded", 429),
-                ("@cf/error/429/4006", openai.RateLimitError, "insufficient_quota", 429), ("@cf/error/401/10000", openai.InternalServerError, "upstream_credentials_rejected", 502),
-                ("@cf/error/500/8005", openai.InternalServerError, "upstream_error", 500), ("@cf/broken/html", openai.InternalServerError, "upstream_bad_response", 502)):
+            ("@cf/error/400/5007", openai.NotFoundError, "model_not_found", 404),
+            ("@cf/error/400/5006", openai.BadRequestError, "invalid_request", 400),
+            ("@cf/error/403/5035", openai.PermissionDeniedError, "permission_denied", 403),
+            ("@cf/error/429/3040", openai.RateLimitError, "rate_limit_exceeded", 429),
+            ("@cf/error/429/4006", openai.RateLimitError, "insufficient_quota", 429),
+            (
+                "@cf/error/401/10000",
+                openai.InternalServerError,
+                "upstream_credentials_rejected",
+                502,
+            ),
+            ("@cf/error/500/8005", openai.InternalServerError, "upstream_error", 500),
+            ("@cf/broken/html", openai.InternalServerError, "upstream_bad_response", 502),
+        ):
             for stream in (False, True):
-                raised(kind, lambda: chat.create(model=model, messages=HELLO, stream=stream), code, status)
+                raised(
+                    kind,
+                    lambda: chat.create(model=model, messages=HELLO, stream=stream),
+                    code,
+                    status,
+                )
     with checks("errors of our own"):
-        raised(openai.BadRequestError, lambda: chat.create(model=LLAMA, messages=HELLO, temperature=9), "invalid_parameter", 400)
-        raised(openai.NotFoundError, lambda: client.models.retrieve("@cf/no/such"), "model_not_found", 404)
-        raised(openai.AuthenticationError, lambda: client.with_options(api_key="wrong").models.list(), "invalid_api_key", 401)
-    for form, code in (("envelope", "invalid_request"), ("object", "invalid_prompt"), ("vllm", "invalid_request")):
+        raised(
+            openai.BadRequestError,
+            lambda: chat.create(model=LLAMA, messages=HELLO, temperature=9),
+            "invalid_parameter",
+            400,
+        )
+        raised(
+            openai.NotFoundError,
+            lambda: client.models.retrieve("@cf/no/such"),
+            "model_not_found",
+            404,
+        )
+        raised(
+            openai.AuthenticationError,
+            lambda: client.with_options(api_key="wrong").models.list(),
+            "invalid_api_key",
+            401,
+        )
+    for form, code in (
+        ("envelope", "invalid_request"),
+        ("object", "invalid_prompt"),
+        ("vllm", "invalid_request"),
+    ):
         with checks("an error in mid-stream: " + form):
-            raised(openai.APIError, lambda: chat.create(model="@cf/mid/" + form, messages=HELLO, stream=True), code)
-            raised(openai.APIError, lambda: completions.create(model="@cf/mid/" + form, prompt="Once", stream=True), code)
-            raised(openai.APIError, lambda: client.responses.create(model="@cf/mid/" + form, input="Once", stream=True), code)
+            raised(
+                openai.APIError,
+                lambda: chat.create(model="@cf/mid/" + form, messages=HELLO, stream=True),
+                code,
+            )
+            raised(
+                openai.APIError,
+                lambda: completions.create(model="@cf/mid/" + form, prompt="Once", stream=True),
+                code,
+            )
+            raised(
+                openai.APIError,
+                lambda: client.responses.create(model="@cf/mid/" + form, input="Once", stream=True),
+                code,
+            )
     with checks("a cut stream is an error"):
         try:
             list(chat.create(model="@cf/mid/cut", messages=HELLO, stream=True))
@@ -118,11 +221,19 @@ def check_all(checks, client):
 
 def check_retries(checks, client, cloudflare):
     """How often the SDK asks: again where that may help, not where it cannot."""
-    for model, times in (("@cf/error/429/4006", 1), ("@cf/error/401/10000", 1), ("@cf/error/404/7003", 1), ("@cf/error/400/5007", 1), ("@cf/error/500/8005", 2)):
+    for model, times in (
+        ("@cf/error/429/4006", 1),
+        ("@cf/error/401/10000", 1),
+        ("@cf/error/404/7003", 1),
+        ("@cf/error/400/5007", 1),
+        ("@cf/error/500/8005", 2),
+    ):
         with checks("asked %d times: %s" % (times, model)):
             before = len(cloudflare.received)
             try:
-                client.with_options(max_retries=1).chat.completions.create(model=model, messages=HELLO)
+                client.with_options(max_retries=1).chat.completions.create(
+                    model=model, messages=HELLO
+                )
             except openai.APIStatusError:
                 assert len(cloudflare.received) - before == times
             else:
@@ -131,7 +242,9 @@ def check_retries(checks, client, cloudflare):
 
 async def check_async(client):
     async with client:
-        return "".join([part.choices[0].delta.content or "" async for part in await client.chat.completions.create(model=LLAMA, messages=HELLO, stream=True) if part.choices])
+        stream = await client.chat.completions.create(model=LLAMA, messages=HELLO, stream=True)
+        parts = [part async for part in stream if part.choices]
+        return "".join(part.choices[0].delta.content or "" for part in parts)
 
 
 if __name__ == "__main__":
