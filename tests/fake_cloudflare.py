@@ -1,7 +1,10 @@
-"""Workers AI's shapes, and a fake Cloudflare that serves them. As a program it puts a relay in front of itself, for the SDKs in real/.
+"""Workers AI's shapes, and a fake Cloudflare that serves them.
 
-The mark says how far a shape is to be trusted, as in WIRE_FORMATS.md: [O] official, [R] recorded, [T] third party, [A] assumed.
-Recorded ones, and those that were written down whole, stand here literally.
+As a program it puts a relay in front of itself, for the SDKs in real/.
+
+The mark says how far a shape is to be trusted, as in WIRE_FORMATS.md: [O] official, [R] recorded,
+[T] third party, [A] assumed. Recorded ones, and those that were written down whole, are here
+literally.
 """
 import base64
 import json
@@ -26,54 +29,99 @@ def envelope(result):
 
 
 def error_envelope(code, message="AiError: AiError: no (%s)" % UUID):
-    """Around errors of the platform [T]; the model's have another order and an empty `result`: see NSFW."""
-    return {"result": None, "success": False, "errors": [{"code": code, "message": message}], "messages": []}
+    """Around errors of the platform [T].
+
+    The model's have another order and an empty `result`: see NSFW.
+    """
+    return {
+        "result": None, "success": False, "errors": [{"code": code, "message": message}],
+        "messages": []}
 
 
 def sse(*events):
-    return b"".join(b"data: %b\n\n" % (event.encode() if isinstance(event, str) else json.dumps(event).encode()) for event in events)
+    return b"".join(
+        b"data: %b\n\n" % (event.encode() if isinstance(event, str) else json.dumps(event).encode())
+        for event in events)
 
 
 def delta(**fields):
     return {"choices": [{"index": 0, "delta": fields}]}
 
 
-# -- whole answers: [T] the LLAMA ones, from a test of litellm; [O] QWEN_3, by its types; [T] GPT_OSS, by a declaration against real answers
+# -- whole responses: [T] the LLAMA ones, from a test of litellm; [O] QWEN_3, by its types;
+# [T] GPT_OSS, by a declaration against real responses
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 15, "total_tokens": 25}
-LLAMA_4 = envelope({"response": "I am Llama 4 Scout, a large language model developed by Meta.", "tool_calls": [], "usage": USAGE})
-LLAMA_33_TOOL = envelope({"response": None, "tool_calls": [{"name": "get_weather", "arguments": {"location": "Paris"}}],
-                          "usage": {"prompt_tokens": 151, "completion_tokens": 23, "total_tokens": 174}})
-LLAMA_4_TOOL = envelope({"tool_calls": [{"id": "chatcmpl-tool-926d0e07eecd4665bfde18c2d0dd213f", "type": "function",
-                                         "function": {"name": "get_weather", "arguments": "{\"location\": \"Tokyo\"}"}}],
-                         "usage": {"prompt_tokens": 160, "completion_tokens": 17, "total_tokens": 177}})
-QWEN_3 = {"id": "chatcmpl-…", "object": "chat.completion", "created": 1777486804, "model": "@cf/qwen/qwen3-30b-a3b-fp8",
-          "choices": [{"index": 0, "message": {"role": "assistant", "content": "4", "reasoning_content": "2+2…", "tool_calls": []},
-                       "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
-          "usage": {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33}, "prompt_logprobs": None}
-GPT_OSS = {"id": "resp_…", "created_at": 1754390000, "instructions": "You are a helpful assistant.", "metadata": None,
-           "model": "@cf/openai/gpt-oss-20b", "object": "response",
-           "output": [
-               {"id": "rs_…", "type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "User asks …"}],
-                "encrypted_content": None, "status": None},
-               {"id": "msg_…", "type": "message", "role": "assistant", "status": "completed",
-                "content": [{"type": "output_text", "text": "The phrase …", "annotations": [], "logprobs": None}]}],
-           "parallel_tool_calls": True, "temperature": 1, "tool_choice": "auto", "tools": [], "top_p": 1, "background": False,
-           "max_output_tokens": 32688, "max_tool_calls": None, "previous_response_id": None, "prompt": None, "reasoning": None,
-           "service_tier": "auto", "status": "completed", "text": None, "top_logprobs": 0, "truncation": "disabled",
-           "usage": {"prompt_tokens": 70, "completion_tokens": 60, "total_tokens": 130}, "user": None}
-FUNCTION_CALL = {"type": "function_call", "id": "fc_1", "call_id": "call_9", "name": "get_weather", "arguments": "{\"a\": 1}", "status": "completed"}
+LLAMA_4 = envelope(
+    {
+        "response": "I am Llama 4 Scout, a large language model developed by Meta.",
+        "tool_calls": [], "usage": USAGE})
+LLAMA_33_TOOL = envelope(
+    {
+        "response": None,
+        "tool_calls": [{"name": "get_weather", "arguments": {"location": "Paris"}}],
+        "usage": {"prompt_tokens": 151, "completion_tokens": 23, "total_tokens": 174}})
+LLAMA_4_TOOL = envelope(
+    {
+        "tool_calls": [
+            {
+                "id": "chatcmpl-tool-926d0e07eecd4665bfde18c2d0dd213f", "type": "function",
+                "function": {"name": "get_weather", "arguments": "{\"location\": \"Tokyo\"}"}}],
+        "usage": {"prompt_tokens": 160, "completion_tokens": 17, "total_tokens": 177}})
+QWEN_3 = {
+    "id": "chatcmpl-…", "object": "chat.completion", "created": 1777486804,
+    "model": "@cf/qwen/qwen3-30b-a3b-fp8",
+    "choices": [
+        {
+            "index": 0,
+            "message": {
+                "role": "assistant", "content": "4", "reasoning_content": "2+2…",
+                "tool_calls": []}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33},
+    "prompt_logprobs": None}
+GPT_OSS = {
+    "id": "resp_…", "created_at": 1754390000, "instructions": "You are a helpful assistant.",
+    "metadata": None, "model": "@cf/openai/gpt-oss-20b", "object": "response",
+    "output": [
+        {
+            "id": "rs_…", "type": "reasoning", "summary": [],
+            "content": [{"type": "reasoning_text", "text": "User asks …"}],
+            "encrypted_content": None, "status": None},
+        {
+            "id": "msg_…", "type": "message", "role": "assistant", "status": "completed",
+            "content": [
+                {
+                    "type": "output_text", "text": "The phrase …", "annotations": [],
+                    "logprobs": None}]}], "parallel_tool_calls": True, "temperature": 1,
+    "tool_choice": "auto", "tools": [], "top_p": 1, "background": False,
+    "max_output_tokens": 32688, "max_tool_calls": None, "previous_response_id": None,
+    "prompt": None, "reasoning": None, "service_tier": "auto", "status": "completed", "text": None,
+    "top_logprobs": 0, "truncation": "disabled",
+    "usage": {"prompt_tokens": 70, "completion_tokens": 60, "total_tokens": 130}, "user": None}
+FUNCTION_CALL = {
+    "type": "function_call", "id": "fc_1", "call_id": "call_9", "name": "get_weather",
+    "arguments": "{\"a\": 1}", "status": "completed"}
 
-# -- streams: [R] LLAMA_31 and TOOLS, [T] LEGACY and the tail of KIMI, [O] DUAL but for its extra fields
+# -- streams: [R] LLAMA_31 and TOOLS, [T] LEGACY and the tail of KIMI,
+# [O] DUAL but for its extra fields
 
-# Recorded 2026-05-08 on /ai/v1/chat/completions (WIRE_FORMATS section 2); the ids, elided there, as in the recording
-LLAMA_31 = b'''data: {"id":"id-1778255778230","created":1778255778,"model":"@cf/meta/llama-3.1-8b-instruct","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"Hello"}}]}
+# Recorded 2026-05-08 on /ai/v1/chat/completions (WIRE_FORMATS section 2); the ids, elided there,
+# as in the recording
+LLAMA_31 = b'''data: {"id":"id-1778255778230","created":1778255778,\
+"model":"@cf/meta/llama-3.1-8b-instruct","object":"chat.completion.chunk",\
+"choices":[{"index":0,"delta":{"content":"Hello"}}]}
 
-data: {"id":"id-1778255778230","created":1778255778,"model":"@cf/meta/llama-3.1-8b-instruct","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"!"}}]}
+data: {"id":"id-1778255778230","created":1778255778,"model":"@cf/meta/llama-3.1-8b-instruct",\
+"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"!"}}]}
 
-data: {"id":"id-1778255778230","object":"chat.completion.chunk","created":1778255778,"model":"@cf/meta/llama-3.1-8b-instruct","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":45,"completion_tokens":2,"total_tokens":47}}
+data: {"id":"id-1778255778230","object":"chat.completion.chunk","created":1778255778,\
+"model":"@cf/meta/llama-3.1-8b-instruct","choices":[{"index":0,"delta":{},\
+"finish_reason":"stop"}],"usage":{"prompt_tokens":45,"completion_tokens":2,"total_tokens":47}}
 
-data: {"id":"id-1778255778230","object":"chat.completion.chunk","created":1778255778,"model":"@cf/meta/llama-3.1-8b-instruct","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0,"prompt_tokens_details":{"cached_tokens":0}}}
+data: {"id":"id-1778255778230","object":"chat.completion.chunk","created":1778255778,\
+"model":"@cf/meta/llama-3.1-8b-instruct","choices":[{"index":0,"delta":{},\
+"finish_reason":"stop"}],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0,\
+"prompt_tokens_details":{"cached_tokens":0}}}
 
 data: [DONE]
 
@@ -82,120 +130,196 @@ LEGACY = b'''data: {"response":"Hello","tool_calls":[],"p":"abdefghij"}
 
 data: {"response":"!","tool_calls":[],"p":"abdef"}
 
-data: {"response":"","usage":{"prompt_tokens":1386,"completion_tokens":1306,"total_tokens":2692,"prompt_tokens_details":{"cached_tokens":0}}}
+data: {"response":"","usage":{"prompt_tokens":1386,"completion_tokens":1306,\
+"total_tokens":2692,"prompt_tokens_details":{"cached_tokens":0}}}
 
 data: [DONE]
 
 '''
-KIMI = b'''data: {"id":"chatcmpl-bd0d","object":"chat.completion.chunk","created":1775107512,"model":"@cf/moonshotai/kimi-k2.5","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}
+KIMI = b'''data: {"id":"chatcmpl-bd0d","object":"chat.completion.chunk","created":1775107512,\
+"model":"@cf/moonshotai/kimi-k2.5","choices":[{"index":0,"delta":{"role":"assistant",\
+"content":""}}]}
 
-data: {"id":"chatcmpl-bd0d","object":"chat.completion.chunk","created":1775107512,"model":"@cf/moonshotai/kimi-k2.5","choices":[{"index":0,"delta":{"content":"Hello!"},"finish_reason":null}]}
+data: {"id":"chatcmpl-bd0d","object":"chat.completion.chunk","created":1775107512,\
+"model":"@cf/moonshotai/kimi-k2.5","choices":[{"index":0,"delta":{"content":"Hello!"},\
+"finish_reason":null}]}
 
-data: {"id":"chatcmpl-bd0d","object":"chat.completion.chunk","created":1775107512,"model":"@cf/moonshotai/kimi-k2.5","choices":[],"usage":{"prompt_tokens":1386,"total_tokens":2692,"completion_tokens":1306},"p":"abdefgh"}
+data: {"id":"chatcmpl-bd0d","object":"chat.completion.chunk","created":1775107512,\
+"model":"@cf/moonshotai/kimi-k2.5","choices":[],"usage":{"prompt_tokens":1386,\
+"total_tokens":2692,"completion_tokens":1306},"p":"abdefgh"}
 
-data: {"response":"","usage":{"prompt_tokens":1386,"completion_tokens":1306,"total_tokens":2692,"prompt_tokens_details":{"cached_tokens":0}}}
+data: {"response":"","usage":{"prompt_tokens":1386,"completion_tokens":1306,\
+"total_tokens":2692,"prompt_tokens_details":{"cached_tokens":0}}}
 
 data: [DONE]
 
 '''
-DUAL = sse({"response": "Hello", "choices": [{"index": 0, "delta": {"content": "Hello"}}], "p": "ab"},
-           {"response": "!", "choices": [{"index": 0, "delta": {"content": "!"}}]}, "[DONE]")
+DUAL = sse(
+    {"response": "Hello", "choices": [{"index": 0, "delta": {"content": "Hello"}}], "p": "ab"},
+    {"response": "!", "choices": [{"index": 0, "delta": {"content": "!"}}]}, "[DONE]")
 
 TOOL_ID = "chatcmpl-tool-8f"
 
 
 def tool_stream():
-    """gpt-oss-20b with a forced tool [R]: the members and the order of its events, but less reasoning."""
-    head = {"id": "id-1778260814069", "created": 1778260814, "model": "@cf/openai/gpt-oss-20b", "object": "chat.completion.chunk"}
-    call = {"id": TOOL_ID, "type": "function", "index": 0, "function": {"name": "get_weather", "arguments": ""}}
-    deltas = [{"reasoning_content": text} for text in ("", "Need", " it.")] + [{"tool_calls": [call]}]
-    deltas += [{"tool_calls": [{"index": 0, "function": {"arguments": text}}]} for text in ('{"', "city", '": "', "Paris", '"}')]
-    events = [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
-    events += [{"index": 0, "delta": one, "logprobs": None, "finish_reason": None, "token_ids": None} for one in deltas]
-    events += [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": None, "stop_reason": 200012, "token_ids": None}]
+    """gpt-oss-20b with a forced tool [R].
+
+    The members and the order of its events are as recorded, but it has less reasoning.
+    """
+    head = {
+        "id": "id-1778260814069", "created": 1778260814, "model": "@cf/openai/gpt-oss-20b",
+        "object": "chat.completion.chunk"}
+    call = {
+        "id": TOOL_ID, "type": "function", "index": 0,
+        "function": {"name": "get_weather", "arguments": ""}}
+    deltas = [{"reasoning_content": text} for text in ("", "Need", " it.")] + [
+        {"tool_calls": [call]}]
+    deltas += [
+        {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+        for text in ('{"', "city", '": "', "Paris", '"}')]
+    events = [
+        {
+            "index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
+            "finish_reason": None}]
+    events += [
+        {"index": 0, "delta": one, "logprobs": None, "finish_reason": None, "token_ids": None}
+        for one in deltas]
+    events += [
+        {
+            "index": 0, "delta": {}, "logprobs": None, "finish_reason": None,
+            "stop_reason": 200012, "token_ids": None}]
     usage = {"prompt_tokens": 136, "completion_tokens": 37, "total_tokens": 173}
-    end = dict(head, choices=[{"index": 0, "delta": {}, "finish_reason": "tool_calls"}], usage=usage)
-    return sse(*[dict(head, choices=[event]) for event in events], end, dict(end, usage=dict(usage, prompt_tokens_details={"cached_tokens": 0})), "[DONE]")
+    end = dict(
+        head, choices=[{"index": 0, "delta": {}, "finish_reason": "tool_calls"}], usage=usage)
+    return sse(
+        *[dict(head, choices=[event]) for event in events], end,
+        dict(end, usage=dict(usage, prompt_tokens_details={"cached_tokens": 0})), "[DONE]")
 
 
 TOOLS = tool_stream()
-RESPONSE_EVENTS = [{"type": "response.created", "sequence_number": 0, "response": dict(GPT_OSS, output=[])},
-                   {"type": "response.output_text.delta", "sequence_number": 1, "item_id": "m", "output_index": 0, "content_index": 0, "delta": "Hi"},
-                   {"type": "response.completed", "sequence_number": 2, "response": GPT_OSS}]
+RESPONSE_EVENTS = [
+    {"type": "response.created", "sequence_number": 0, "response": dict(GPT_OSS, output=[])},
+    {
+        "type": "response.output_text.delta", "sequence_number": 1, "item_id": "m",
+        "output_index": 0, "content_index": 0, "delta": "Hi"},
+    {"type": "response.completed", "sequence_number": 2, "response": GPT_OSS}]
 
 
 def named(events):
-    return b"".join(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode()) for event in events)
+    return b"".join(
+        b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode())
+        for event in events)
 
 
 # -- errors, embeddings, the model list
 
-NSFW = {"errors": [{"message": "AiError: AiError: Input prompt contains NSFW content. (bd40edba-1111-2222-3333-444455556666)", "code": 8007}],
-        "success": False, "result": {}, "messages": []}
+NSFW = {
+    "errors": [
+        {
+            "message": "AiError: AiError: Input prompt contains NSFW content. "
+            "(bd40edba-1111-2222-3333-444455556666)", "code": 8007}], "success": False,
+    "result": {}, "messages": []}
 ROWS = [[0.5, -2.0], [1.0, 0.25]]
 PACKED = [base64.b64encode(struct.pack("<2f", *row)).decode() for row in ROWS]
-OPENAI_ROWS = {"object": "list", "data": [{"object": "embedding", "index": n, "embedding": row} for n, row in enumerate(ROWS)], "model": "@cf/x",
-               "usage": {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}}
+OPENAI_ROWS = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": n, "embedding": row} for n, row in enumerate(ROWS)],
+    "model": "@cf/x", "usage": {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}}
 LEGACY_ROWS = envelope({"shape": [2, 2], "data": ROWS})
-ITEM = {"id": "188a4e1e-253e-46d0-9616-0bf8c149763f", "source": 1, "name": "@cf/openai/gpt-oss-20b",
-        "description": "OpenAI's open-weight models …",
-        "task": {"id": "c329a1f9-323d-4e91-b2aa-582dd4188d34", "name": "Text Generation", "description": "Family of generative text models, …"},
-        "created_at": "2025-08-05 10:49:53.265", "tags": [],
-        "properties": [{"property_id": "context_window", "value": "128000"},
-                       {"property_id": "price", "value": [{"unit": "per M input tokens", "price": 0.2, "currency": "USD"},
-                                                          {"unit": "per M output tokens", "price": 0.3, "currency": "USD"}]},
-                       {"property_id": "function_calling", "value": "true"}, {"property_id": "reasoning", "value": "true"}]}
+ITEM = {
+    "id": "188a4e1e-253e-46d0-9616-0bf8c149763f", "source": 1, "name": "@cf/openai/gpt-oss-20b",
+    "description": "OpenAI's open-weight models …",
+    "task": {
+        "id": "c329a1f9-323d-4e91-b2aa-582dd4188d34", "name": "Text Generation",
+        "description": "Family of generative text models, …"},
+    "created_at": "2025-08-05 10:49:53.265", "tags": [],
+    "properties": [
+        {"property_id": "context_window", "value": "128000"},
+        {
+            "property_id": "price",
+            "value": [
+                {"unit": "per M input tokens", "price": 0.2, "currency": "USD"},
+                {"unit": "per M output tokens", "price": 0.3, "currency": "USD"}]},
+        {"property_id": "function_calling", "value": "true"},
+        {"property_id": "reasoning", "value": "true"}]}
 
 
 def item(name, task="Text Generation", **properties):
-    return {"name": name, "task": {"name": task}, "properties": [{"property_id": name, "value": value} for name, value in properties.items()]}
+    return {
+        "name": name, "task": {"name": task},
+        "properties": [
+            {"property_id": name, "value": value}
+            for name, value in properties.items()]}
 
 
-# The fake's list: pages that overlap, models that are no longer there or no text models, and enough of them for a second page.
-CATALOGUE = [ITEM, item("@cf/baai/bge-m3", "Text Embeddings"), item("@cf/black-forest-labs/flux", "Text-to-Image"), item("@cf/old/gone", planned_deprecation_date="2026-05-30"),
-             item("@cf/leaving/later", "text  generation", planned_deprecation_date="2999-01-01")]
+# The fake's list: pages that overlap, models that are retired or no text models, and enough of
+# them for a second page.
+CATALOGUE = [
+    ITEM, item("@cf/baai/bge-m3", "Text Embeddings"),
+    item("@cf/black-forest-labs/flux", "Text-to-Image"),
+    item("@cf/old/gone", planned_deprecation_date="2026-05-30"),
+    item("@cf/leaving/later", "text  generation", planned_deprecation_date="2999-01-01")]
 CATALOGUE += [item("@cf/filler/m%d" % number) for number in range(45)]
 CATALOGUE += [item("@cf/filler/m44"), item("@cf/zai-org/glm-4.7-flash"), item("@hf/nous/hermes-4")]
 
 # -- the fake
 
-CHAT = {    # what a model of this name answers, (whole, stream); without a stream it answers JSON where one was asked for, as gpt-oss may
+# how a model of this name responds, (whole, stream); without a stream it sends JSON where one was
+# requested, as gpt-oss may
+CHAT = {
     "@cf/meta/llama-3.1-8b-instruct": (QWEN_3, LLAMA_31),
     "@cf/meta/llama-4-scout-17b-16e-instruct": (LLAMA_4, LEGACY),
     "@cf/shape/kimi": (envelope(QWEN_3), KIMI),
-    "@cf/shape/dual": ({"response": "Hello", "choices": [{"index": 0, "message": {"content": "Hello"}}]}, DUAL),
-    "@cf/openai/gpt-oss-20b": (LLAMA_4_TOOL, TOOLS),
-    "@cf/shape/flat-tool": (LLAMA_33_TOOL, None),
-    "@cf/shape/bare": (QWEN_3, None),
-    "@cf/shape/wrapped": (envelope(QWEN_3), None),
+    "@cf/shape/dual": (
+        {"response": "Hello", "choices": [{"index": 0, "message": {"content": "Hello"}}]}, DUAL),
+    "@cf/openai/gpt-oss-20b": (LLAMA_4_TOOL, TOOLS), "@cf/shape/flat-tool": (LLAMA_33_TOOL, None),
+    "@cf/shape/bare": (QWEN_3, None), "@cf/shape/wrapped": (envelope(QWEN_3), None),
     "@cf/shape/responses": (envelope(GPT_OSS), None),
     "@cf/shape/function-call": (envelope(dict(GPT_OSS, output=[FUNCTION_CALL])), None),
     "@cf/shape/object": (envelope({"response": {"n": [1]}}), None),
-    "@cf/shape/number": (envelope({"response": 7}), sse({"response": 7}, {"response": 8}, "[DONE]")),
-    "@cf/shape/null": (envelope({"response": None}), sse({"response": None}, {"response": "x"}, "[DONE]")),
-    "@cf/shape/sentinel": (LLAMA_33_TOOL, sse(
-        delta(tool_calls=[{"id": "a", "type": "function", "index": 0, "function": {"name": "get_weather"}}]),
-        delta(tool_calls=[{"index": 0, "function": {"arguments": "{}"}}]),
-        delta(tool_calls=[{"id": None, "type": None, "function": {"name": None}}]), "[DONE]")),
-}
-BROKEN = {  # answers with status 200 that cannot be read: content type, body
+    "@cf/shape/number": (
+        envelope({"response": 7}), sse({"response": 7}, {"response": 8}, "[DONE]")),
+    "@cf/shape/null": (
+        envelope({"response": None}), sse({"response": None}, {"response": "x"}, "[DONE]")),
+    "@cf/shape/sentinel": (
+        LLAMA_33_TOOL,
+        sse(
+            delta(
+                tool_calls=[
+                    {
+                        "id": "a", "type": "function", "index": 0,
+                        "function": {"name": "get_weather"}}]),
+            delta(tool_calls=[{"index": 0, "function": {"arguments": "{}"}}]),
+            delta(tool_calls=[{"id": None, "type": None, "function": {"name": None}}]), "[DONE]"))}
+# answers with status 200 that cannot be read: content type, body
+BROKEN = {
     "html": ("text/html", b"<html><body>502 Bad Gateway</body></html>"),
-    "empty": ("application/json", b""),
-    "cut-json": ("application/json", b'{"result":{"resp'),
-    "no-success": ("application/json", b'{"result":{"response":"x"},"success":false,"errors":[],"messages":[]}'),
-    "null-result": ("application/json", b'{"result":null,"success":true,"errors":[],"messages":[]}'),
-}
-MID_STREAM = {  # what comes after a first delta: an error in each of its forms, or nothing more
+    "empty": ("application/json", b""), "cut-json": ("application/json", b'{"result":{"resp'),
+    "no-success": (
+        "application/json",
+        b'{"result":{"response":"x"},"success":false,"errors":[],"messages":[]}'),
+    "null-result": (
+        "application/json", b'{"result":null,"success":true,"errors":[],"messages":[]}')}
+# what comes after a first delta: an error in each of its forms, or nothing more
+MID_STREAM = {
     "envelope": sse(NSFW),
-    "object": sse({"error": {"code": "invalid_prompt", "message": "AiError: AiError: %s on %s (%s)" % (TOKEN, ACCOUNT, UUID)}}),
-    "vllm": sse({"object": "error", "message": "too long", "type": "BadRequest", "param": None, "code": 400}),
-    "cut": b"",
-    "half": b'data: {"choices":[{"ind',
-}
+    "object": sse(
+        {
+            "error": {
+                "code": "invalid_prompt",
+                "message": "AiError: AiError: %s on %s (%s)" % (TOKEN, ACCOUNT, UUID)}}),
+    "vllm": sse(
+        {
+            "object": "error", "message": "too long", "type": "BadRequest", "param": None,
+            "code": 400}), "cut": b"", "half": b'data: {"choices":[{"ind'}
 
 
 class FakeCloudflare(Upstream):
-    """The API of one account. A model answers by its name: see CHAT, BROKEN (@cf/broken/...), MID_STREAM (@cf/mid/...), and @cf/error/STATUS/CODE."""
+    """The API of one account.
+
+    A model responds by its name: see CHAT, BROKEN (@cf/broken/...), MID_STREAM (@cf/mid/...), and
+    @cf/error/STATUS/CODE.
+    """
 
     def __init__(self):
         super().__init__(answer=self.route)
@@ -207,15 +331,29 @@ class FakeCloudflare(Upstream):
         if received.field("authorization") != "Bearer " + TOKEN:
             return self.reply(received, error_envelope(10000, "Authentication error"), 401)
         if not path.startswith(BASE + "/ai/"):
-            return self.reply(received, error_envelope(7003, "Could not route to %s, perhaps your object identifier is invalid?" % path[len("/client/v4"):]), 404)
+            return self.reply(
+                received,
+                error_envelope(
+                    7003, "Could not route to %s, perhaps your object identifier is invalid?" %
+                    path[len("/client/v4"):]), 404)
         if path == BASE + "/ai/models/search":
             asked = dict(urllib.parse.parse_qsl(query))
             size, page = int(asked["per_page"]), int(asked["page"])
             assert size == 50, "more than 50 a page and Cloudflare loses models"
-            return self.reply(received, dict(envelope(CATALOGUE[(page - 1) * size:page * size]), result_info={"page": page, "per_page": size, "count": size, "total_count": 308}))
+            return self.reply(
+                received,
+                dict(
+                    envelope(CATALOGUE[(page - 1) * size:page * size]),
+                    result_info={
+                        "page": page, "per_page": size, "count": size, "total_count": 308}))
         if method != "POST":
-            return self.reply(received, error_envelope(7001, "%s not supported for requested URI." % method), 405)
-        answer = {"/ai/v1/chat/completions": self.chat, "/ai/v1/embeddings": self.embeddings, "/ai/v1/responses": self.responses}.get(path[len(BASE):])
+            return self.reply(
+                received, error_envelope(7001, "%s not supported for requested URI." % method),
+                405)
+        answer = {
+            "/ai/v1/chat/completions": self.chat, "/ai/v1/embeddings": self.embeddings,
+            "/ai/v1/responses": self.responses
+        }.get(path[len(BASE):])
         if not answer:
             return self.reply(received, error_envelope(7000, "No route for that URI"), 400)
         request = json.loads(received.body)
@@ -223,13 +361,17 @@ class FakeCloudflare(Upstream):
 
     def reply(self, received, body, status=200, kind="application/json", fields=""):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        received.send(("HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\nServer: cloudflare\r\nSet-Cookie: __cf_bm=%s\r\nCF-RAY: 9a\r\n%s\r\n" % (
-            status, kind, len(body), ACCOUNT, fields)).encode() + body)
+        received.send(
+            ("HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\nServer: "
+            "cloudflare\r\nSet-Cookie: __cf_bm=%s\r\nCF-RAY: 9a\r\n%s\r\n" % (
+                status, kind, len(body), ACCOUNT, fields)).encode() + body)
         return True
 
     def stream(self, received, events):
         """Each event in a chunk of its own; what is not whole is the end of it all."""
-        received.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nCF-RAY: 9a\r\n\r\n")
+        received.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: "
+            b"chunked\r\nCF-RAY: 9a\r\n\r\n")
         whole = re.findall(rb".+?\n\n", events, re.S)
         for event in whole:
             received.send(chunk(event))
@@ -245,18 +387,26 @@ class FakeCloudflare(Upstream):
         if kind == "error":
             status, _, code = name.partition("/")
             message = "AiError: AiError: no account %s with %s (%s)" % (ACCOUNT, TOKEN, UUID)
-            return self.reply(received, error_envelope(int(code), message), int(status), fields="Retry-After: 7\r\n" if status == "429" else "")
-        return self.reply(received, BROKEN[name][1], kind=BROKEN[name][0]) if kind == "broken" else False
+            return self.reply(
+                received, error_envelope(int(code), message), int(status),
+                fields="Retry-After: 7\r\n" if status == "429" else "")
+        return (
+            self.reply(received, BROKEN[name][1], kind=BROKEN[name][0])
+            if kind == "broken" else False)
 
     def chat(self, received, request):
         assert request["messages"] and "prompt" not in request
         model = request["model"]
         if model.startswith("@cf/mid/"):
-            return self.stream(received, sse(delta(content="Hel")) + MID_STREAM[model[len("@cf/mid/"):]])
+            return self.stream(
+                received, sse(delta(content="Hel")) + MID_STREAM[model[len("@cf/mid/"):]])
         if model not in CHAT:
-            return self.reply(received, error_envelope(5007, "No such model %s or task" % model), 400)
+            return self.reply(
+                received, error_envelope(5007, "No such model %s or task" % model), 400)
         whole, events = CHAT[model]
-        return self.stream(received, events) if request.get("stream") and events else self.reply(received, whole)
+        return (
+            self.stream(received, events)
+            if request.get("stream") and events else self.reply(received, whole))
 
     def embeddings(self, received, request):
         """The shape of OpenAI [A], or the legacy one [O]; a vector tells how long its text is."""
@@ -266,13 +416,21 @@ class FakeCloudflare(Upstream):
             return self.reply(received, envelope({"shape": [len(rows), 2], "data": rows}))
         if request["model"] == "@cf/base64/bge":
             rows = [base64.b64encode(struct.pack("<2f", *row)).decode() for row in rows]
-        data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
-        return self.reply(received, {"object": "list", "data": data, "model": request["model"], "usage": {"prompt_tokens": 4, "total_tokens": 4}})
+        data = [
+            {"object": "embedding", "index": index, "embedding": row}
+            for index, row in enumerate(rows)]
+        return self.reply(
+            received,
+            {
+                "object": "list", "data": data, "model": request["model"],
+                "usage": {"prompt_tokens": 4, "total_tokens": 4}})
 
     def responses(self, received, request):
         assert "max_tokens" not in request and "messages" not in request
         if request["model"].startswith("@cf/mid/"):
-            return self.stream(received, named(RESPONSE_EVENTS[:2]) + MID_STREAM[request["model"][len("@cf/mid/"):]])
+            return self.stream(
+                received,
+                named(RESPONSE_EVENTS[:2]) + MID_STREAM[request["model"][len("@cf/mid/"):]])
         if request.get("stream") and request["model"] != "@cf/shape/whole":
             return self.stream(received, named(RESPONSE_EVENTS))
         return self.reply(received, GPT_OSS)
@@ -280,8 +438,11 @@ class FakeCloudflare(Upstream):
 
 def settings(fake, **others):
     """The environment of a relay in front of `fake`."""
-    return dict({"AIPROXY_UPSTREAM": "workers-ai", "CLOUDFLARE_ACCOUNT_ID": ACCOUNT, "CLOUDFLARE_API_TOKEN": TOKEN, "CLOUDFLARE_API_BASE_URL": fake.base,
-                 "AIPROXY_CLIENT_KEYS": "alice=ck-alice"}, **others)
+    return dict(
+        {
+            "AIPROXY_UPSTREAM": "workers-ai", "CLOUDFLARE_ACCOUNT_ID": ACCOUNT,
+            "CLOUDFLARE_API_TOKEN": TOKEN, "CLOUDFLARE_API_BASE_URL": fake.base,
+            "AIPROXY_CLIENT_KEYS": "alice=ck-alice"}, **others)
 
 
 if __name__ == "__main__":

@@ -17,22 +17,22 @@ from support import CHAT, OK, PATIENCE, Client
 
 def test_the_least_recently_seen_client_is_forgotten_first(monkeypatch):
     monkeypatch.setattr(aiproxy, "MAX_BUCKETS", 3)
-    buckets = aiproxy.Buckets(1, 3600)
+    buckets = aiproxy.RateLimiter(1, 3600)
 
     for client in ("alice", "bob", "carol", "alice", "dave"):
         buckets.take(client, 1000.0)
 
-    assert set(buckets.levels) == {"alice", "carol", "dave"}
+    assert set(buckets.buckets) == {"alice", "carol", "dave"}
     assert buckets.take("alice", 1001.0) is not None
     assert buckets.take("bob", 1001.0) is None
-    assert len(buckets.levels) == 3
+    assert len(buckets.buckets) == 3
 
 
 def test_a_long_client_address_is_not_remembered_in_full(relay):
     running = relay(RATE="5/min")
 
     assert running.ask(fields=[("X-Forwarded-For", "1" * 15000)]).status == 200
-    assert max(map(len, running.server.buckets.levels)) < 100
+    assert max(map(len, running.server.rate_limiter.buckets)) < 100
 
 
 @pytest.mark.parametrize("address,network", [
@@ -136,7 +136,7 @@ def test_a_connection_that_has_ended_no_longer_counts(coming_from):
         wait_until_no_client(running)
 
         # no name of a former client is kept either
-        assert not running.server.per_client
+        assert not running.server.connections_by_client
 
 
 # ---- threads, lines, bytes
@@ -144,7 +144,7 @@ def test_a_connection_that_has_ended_no_longer_counts(coming_from):
 
 def test_a_client_above_the_maximum_starts_no_thread(relay, monkeypatch):
     running = relay(MAX_CONNECTIONS="1")
-    monkeypatch.setattr(running.server, "give_up_idle", lambda *args: 0)
+    monkeypatch.setattr(running.server, "evict_idle", lambda *args: 0)
 
     with running.client() as first:
         assert status_of(first) == 200
@@ -156,30 +156,6 @@ def test_a_client_above_the_maximum_starts_no_thread(relay, monkeypatch):
 
         for client in refused:
             client.sock.close()
-
-
-def test_a_thread_without_a_client_ends(relay, monkeypatch):
-    monkeypatch.setattr(aiproxy, "SPARE_SECONDS", 0.05)
-    running = relay()
-    before = set(threading.enumerate())
-    clients = [running.client() for _ in range(10)]
-
-    assert [status_of(client) for client in clients] == [200] * 10
-
-    threads = set(threading.enumerate()) - before
-
-    assert len(threads) == 10
-
-    for client in clients:
-        client.sock.close()
-
-    for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-
-    # the next client gets a new thread
-    with running.client() as client:
-        assert status_of(client) == 200
 
 
 def test_a_thread_serves_one_client_after_the_other(relay):
@@ -211,13 +187,13 @@ def test_log_lines_that_cannot_be_written_are_dropped_and_counted():
 def test_pipelined_bytes_are_buffered_up_to_a_limit(upstream, relay, monkeypatch):
     gate = threading.Event()
     handlers = []
-    begin = aiproxy.Handler.start_record
+    begin = aiproxy.Handler.start_request
 
-    def start_record(handler):
+    def start_request(handler):
         handlers.append(handler)
         return begin(handler)
 
-    monkeypatch.setattr(aiproxy.Handler, "start_record", start_record)
+    monkeypatch.setattr(aiproxy.Handler, "start_request", start_request)
 
     def answer(received):
         assert gate.wait(PATIENCE)
@@ -233,7 +209,7 @@ def test_pipelined_bytes_are_buffered_up_to_a_limit(upstream, relay, monkeypatch
             # more than fits into all buffers on the way
             client.sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * (1 << 20))
 
-        assert len(handlers[0].client.buffer) <= aiproxy.EARLY_BYTES + aiproxy.PIECE
+        assert len(handlers[0].client.buffer) <= aiproxy.MAX_PIPELINED_BYTES + aiproxy.READ_SIZE
 
         gate.set()
         client.sock.settimeout(PATIENCE)

@@ -7,7 +7,6 @@ import gzip
 import json
 import socket
 import threading
-import zlib
 
 import pytest
 
@@ -359,7 +358,6 @@ def test_a_plain_upstream_behind_an_https_url_should_not_be_retried(relay):
 
 DETAILS = {"message": "Incorrect API key provided: sk-hidden-key.", "code": "invalid_api_key"}
 ERROR = json.dumps({"error": DETAILS}).encode()
-RAW_DEFLATE = zlib.compress(ERROR)[2:-4]
 LONG = b" " * 60000 + ERROR
 LEAKS = [  # status, content coding and body of the response
     pytest.param(401, b"", b"{}", id="401 alone"),
@@ -368,10 +366,6 @@ LEAKS = [  # status, content coding and body of the response
     pytest.param(403, b"", ERROR, id="403"),
     pytest.param(500, b"", ERROR, id="500"),
     pytest.param(400, b"", LONG, id="late"),
-    pytest.param(400, b"gzip", gzip.compress(ERROR), id="gzip"),
-    pytest.param(400, b"GZIP", gzip.compress(LONG), id="gzip, late"),
-    pytest.param(400, b"deflate", zlib.compress(ERROR), id="deflate"),
-    pytest.param(400, b"deflate", RAW_DEFLATE, id="deflate without wrapper"),
 ]
 
 

@@ -187,20 +187,14 @@ def test_the_other_keys_share_the_turns_of_a_key_in_cooldown(upstream, rotating)
     assert abs(used(upstream).count(KEYS[1]) - used(upstream).count(KEYS[2])) <= 2
 
 
-def response_with(status, *fields):
-    """A response as KeyRing.set_aside needs it."""
-
-    class Response:
-        head = aiproxy.Head((b"1", b"%d" % status, b""), list(fields))
-
-    Response.status = status
-    return Response
+def set_aside(keys, index, status, *fields):
+    keys.set_aside(index, status, aiproxy.Headers(list(fields)), 1000.0)
 
 
 def cooldown_after(*response):
     """The cooldown in seconds of the first of two keys after `response`, seen by its turns."""
-    keys = aiproxy.KeyRing(2)
-    keys.set_aside(0, response_with(*response), 1000.0, lambda text: None)
+    keys = aiproxy.KeyRotation(2, warn=print)
+    set_aside(keys, 0, *response)
 
     for seconds in (0, 0.4, 1, 2, 20, 60, 61, 120, 3600, 10**9):
         turns = [keys.order(1000.0 + seconds + 0.001) for _ in range(2)]
@@ -236,10 +230,9 @@ def test_a_retry_after_may_be_a_date():
 
 
 def test_if_all_keys_are_in_cooldown_the_first_to_be_ready_is_tried():
-    keys = aiproxy.KeyRing(3)
+    keys = aiproxy.KeyRotation(3, warn=print)
     for index, seconds in ((0, b"30"), (1, b"10"), (2, b"20")):
-        response = response_with(429, (b"retry-after", seconds))
-        keys.set_aside(index, response, 1000.0, lambda text: None)
+        set_aside(keys, index, 429, (b"retry-after", seconds))
 
     assert [keys.order(1001.0) for _ in range(3)] == [[1]] * 3
     assert sorted(keys.order(1021.0)) == [1, 2]

@@ -137,7 +137,7 @@ def test_an_idle_keep_alive_client_is_disconnected_without_a_response(relay, lim
 @pytest.mark.parametrize("settings", [{}, {"MODELS": "m"}], ids=["streamed", "buffered"])
 @pytest.mark.parametrize("manner", ["silent", "a byte at a time", "a chunk at a time"])
 def test_a_body_below_the_minimum_data_rate_is_refused(upstream, relay, limit, manner, settings):
-    limit(BODY_GRACE=SHORT, HOLD_SECONDS=LONG)
+    limit(BODY_GRACE=SHORT, PREFETCH_SECONDS=LONG)
     framing = CHUNKED if "chunk" in manner else ("Content-Length", "1000000")
 
     with relay(**settings).client() as client:
@@ -240,15 +240,17 @@ def test_the_upstream_does_not_time_out_under_back_pressure_from_the_client(
     upstream, relay, monkeypatch
 ):
     body = bytes(16 << 20)
-    on_tick = aiproxy.Stream.on_tick
+    on_tick = aiproxy.ResponseJob.on_tick
     held_back = threading.Semaphore(0)
 
-    def tick_much_later(stream, now):
-        on_tick(stream, now + 1000 if stream.pending else now)
-        if stream.pending:
+    def tick_much_later(job):
+        if job.unsent:
+            job.loop.now += 1000
+        on_tick(job)
+        if job.unsent:
             held_back.release()
 
-    monkeypatch.setattr(aiproxy.Stream, "on_tick", tick_much_later)
+    monkeypatch.setattr(aiproxy.ResponseJob, "on_tick", tick_much_later)
     monkeypatch.setattr(aiproxy, "STALL_SECONDS", LONG)
     upstream.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
@@ -462,7 +464,7 @@ def watch(monkeypatch, owner, name):
 @pytest.mark.parametrize("kind", ["kept alive", "new"])
 def test_the_longest_idle_client_makes_room_for_a_new_one(by_hand, relay, monkeypatch, kind):
     running = relay(UPSTREAM=by_hand.url, MAX_CONNECTIONS=3)
-    idle = watch(monkeypatch, running.server, "note_idle")
+    idle = watch(monkeypatch, running.server, "mark_idle")
 
     def connect(asks):
         client = running.client()
@@ -500,22 +502,22 @@ def test_a_client_whose_request_has_just_arrived_is_not_idle(relay, monkeypatch)
     running = relay(MAX_CONNECTIONS=1)
     arrived = threading.Event()
     evicted = threading.Event()
-    note_busy = running.server.note_busy
-    give_up_idle = running.server.give_up_idle
+    mark_busy = running.server.mark_busy
+    evict_idle = running.server.evict_idle
 
-    def note_busy_late(handler):
+    def mark_busy_late(handler):
         if not arrived.is_set():
             arrived.set()
             assert evicted.wait(PATIENCE)
-        return note_busy(handler)
+        return mark_busy(handler)
 
     def give_up_and_tell(*args):
-        count = give_up_idle(*args)
+        count = evict_idle(*args)
         evicted.set()
         return count
 
-    monkeypatch.setattr(running.server, "note_busy", note_busy_late)
-    monkeypatch.setattr(running.server, "give_up_idle", give_up_and_tell)
+    monkeypatch.setattr(running.server, "mark_busy", mark_busy_late)
+    monkeypatch.setattr(running.server, "evict_idle", give_up_and_tell)
 
     with running.client() as client:
         client.request()
@@ -603,7 +605,7 @@ def test_a_thread_that_cannot_start_frees_its_place(relay, monkeypatch):
     start = threading.Thread.start
 
     def fail_once(thread):
-        if failed.is_set() or "serve_clients" not in thread.name + repr(thread._target):
+        if failed.is_set() or not thread.name.startswith("client"):
             return start(thread)
 
         failed.set()
@@ -629,11 +631,11 @@ def test_the_limit_of_open_files_is_raised_and_bounds_the_number_of_clients(
     server = relay(MAX_CONNECTIONS=setting).server
 
     assert calls == [(hard, hard)]
-    assert server.cap == maximum
+    assert server.capacity == maximum
 
     warning = "room for %d clients, not %d" % (maximum, setting)
 
-    assert (warning in aiproxy.banner(server)) == (maximum < setting)
+    assert (warning in "".join(aiproxy.warnings(server))) == (maximum < setting)
 
 
 # ---- refusals during an upload

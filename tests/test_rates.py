@@ -20,8 +20,8 @@ def limited(relay):
     def start(**settings):
         running = relay(**settings)
         running.clock = types.SimpleNamespace(now=1000.0)
-        take = running.server.buckets.take
-        running.server.buckets.take = lambda client, now: take(client, running.clock.now)
+        take = running.server.rate_limiter.take
+        running.server.rate_limiter.take = lambda client, now: take(client, running.clock.now)
         return running
 
     return start
@@ -54,7 +54,7 @@ def statuses(running, count, *request, **more):
     "asking too early costs nothing",
 ])
 def test_a_bucket_allows_its_count_at_once_and_refills_evenly(count, period, times, expected):
-    bucket = aiproxy.Buckets(count, period)
+    bucket = aiproxy.RateLimiter(count, period)
     results = [bucket.take("alice", now) for now in times]
     rounded = [result and tuple(round(number, 6) for number in result) for result in results]
 
@@ -105,7 +105,7 @@ def test_an_open_relay_has_a_rate_by_default(environ, expected):
     (86400, "24h0m0s"),
 ])
 def test_a_reset_time_is_written_as_openai_writes_it(seconds, text):
-    assert aiproxy.duration(seconds) == text
+    assert aiproxy.format_duration(seconds) == text
 
 
 # ---- the response

@@ -25,10 +25,11 @@ PROVIDERS = sorted(set(aiproxy.PROVIDERS) - {"workers-ai"})
 def test_the_provider_key_goes_into_the_header_field_of_its_provider(
     upstream, relay, monkeypatch, name
 ):
-    base, field, paths = aiproxy.PROVIDERS[name]
-    base = urllib.parse.urlsplit(base).path
+    row = aiproxy.PROVIDERS[name]
+    base = urllib.parse.urlsplit(row.base_url).path
+    paths = row.paths
     # The provider's row, but with our upstream as its host.
-    monkeypatch.setitem(aiproxy.PROVIDERS, name, (upstream.url + base, field, paths))
+    monkeypatch.setitem(aiproxy.PROVIDERS, name, row._replace(base_url=upstream.url + base))
     running = relay(UPSTREAM=name, KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
 
     expected = dict.fromkeys(KEY_FIELDS, [])
@@ -220,6 +221,7 @@ def test_with_a_provider_key_nothing_about_the_client_goes_up(upstream, hidden):
         ("Host", "127.0.0.1:%d" % upstream.port),
         ("Content-Length", "2"),
         ("Authorization", "Bearer sk-hidden-key"),
+        ("Accept-Encoding", "identity"),
     ]
     assert sorted(names_and_values(upstream.received[0])) == sorted(expected)
 
@@ -237,18 +239,9 @@ def test_a_transparent_relay_sends_all_other_headers_up_unchanged(upstream, rela
     assert b"about-" not in upstream.all_bytes
 
 
-ACCEPT_ENCODINGS = [  # from the client, to the provider
-    ("br", "identity"),
-    ("gzip, br, zstd, deflate", "gzip, deflate"),
-    ("identity", "identity"),
-    ("*", "identity"),
-    ("gzip;q=0.5", "gzip;q=0.5"),
-]
-
-
-@pytest.mark.parametrize("accepted,sent", ACCEPT_ENCODINGS)
-def test_with_a_provider_key_only_content_codings_that_we_can_decode_are_accepted(
-    upstream, hidden, relay, accepted, sent
+@pytest.mark.parametrize("accepted", ["br", "gzip, br, deflate", "identity", "*", "gzip;q=0.5"])
+def test_with_a_provider_key_the_upstream_is_asked_for_no_content_coding(
+    upstream, hidden, relay, accepted
 ):
     fields = [("Accept-Encoding", accepted)]
 
@@ -256,7 +249,7 @@ def test_with_a_provider_key_only_content_codings_that_we_can_decode_are_accepte
     relay().chat(fields=fields)
 
     with_key, without_key = upstream.received
-    assert with_key.field("accept-encoding") == sent
+    assert with_key.field("accept-encoding") == "identity"
     assert without_key.field("accept-encoding") == accepted
 
 

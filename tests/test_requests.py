@@ -84,10 +84,10 @@ def start_relay(**settings):
     faults = []
 
     def note_fault(server, error):
-        faults.append(aiproxy.fault_place(error))
+        faults.append(aiproxy.format_traceback(error))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aiproxy, "HOLD_SECONDS", PATIENCE)
+        patch.setattr(aiproxy, "PREFETCH_SECONDS", PATIENCE)
         patch.setattr(aiproxy.Server, "report_fault", note_fault)
         with Upstream(answer=answer_without_a_body_to_head) as upstream:
             relay = Relay(UPSTREAM=upstream.url, **settings)

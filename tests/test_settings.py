@@ -272,7 +272,7 @@ def test_check_prints_every_setting_and_no_key(check):
 
     assert status == 0
     assert err == ""
-    assert set(printed) == {name for name, _, _ in aiproxy.KNOBS}
+    assert set(printed) == {name for name, *_ in aiproxy.OPTIONS}
     assert printed["AIPROXY_KEY"]
     assert printed["AIPROXY_CLIENT_KEYS"] == "alice=***, client2=***"
     assert printed["AIPROXY_MODELS"] == "a,b=c"
@@ -364,7 +364,7 @@ def test_help_and_version(check):
 
     assert status == 0
     assert err == ""
-    assert all(name in out for name, _, _ in aiproxy.KNOBS)
+    assert all(name in out for name, *_ in aiproxy.OPTIONS)
     assert "--demo" in out
     assert check("--version")[:2] == (0, "aiproxy %s\n" % aiproxy.__version__)
 
@@ -389,5 +389,5 @@ def test_the_variables_of_the_openai_sdk_are_ignored():
     environ = {"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": "http://127.0.0.1:8000"}
     settings = aiproxy.Settings(environ)
 
-    assert not settings.hidden
+    assert not settings.provider_keys
     assert settings.upstream.url == "https://api.openai.com"

@@ -1,21 +1,31 @@
-"""Cloudflare's shapes in, OpenAI's objects out. The mark after each name says how far its shape is to be trusted, as in WIRE_FORMATS.md:
-[O] official, [R] recorded, [T] third party, [A] assumed. The shapes that fake_cloudflare.py has are the literal ones.
+"""Cloudflare's shapes in, OpenAI's objects out.
+
+The mark after each name says how far its shape is to be trusted, as in WIRE_FORMATS.md:
+[O] official, [R] recorded, [T] third party, [A] assumed. The shapes that fake_cloudflare.py has
+are the literal ones.
 """
 import json
 
 import pytest
 
-from aiproxy import (Call, EventReader, Refusal, ResponsesTranslator, StreamTranslator, WORKERS_ALIASES, check_characters, edit_members, error_object, parse_object,
-                     read_catalogue_page, translate_answer, translate_catalogue, translate_error, translate_request)
-from fake_cloudflare import (ACCOUNT, DUAL, FUNCTION_CALL, GPT_OSS, ITEM, KIMI, LEGACY, LEGACY_ROWS, LLAMA_31, LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW, OPENAI_ROWS,
-                             PACKED, QWEN_3, RESPONSE_EVENTS, ROWS, TOKEN, TOOL_ID, TOOLS, USAGE, delta, envelope, error_envelope, item, named, sse)
+import aiproxy
+from aiproxy import (Call, ErrorResponse, EventReader, ResponsesTranslator, StreamTranslator,
+                     WORKERS_ALIASES, check_prompt_length, edit_members, error_object, parse_object,
+                     read_catalogue_page, translate_response, translate_catalogue, translate_error,
+                     translate_request)
+from fake_cloudflare import (ACCOUNT, DUAL, FUNCTION_CALL, GPT_OSS, ITEM, KIMI, LEGACY,
+                             LEGACY_ROWS, LLAMA_31, LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW,
+                             OPENAI_ROWS, PACKED, QWEN_3, RESPONSE_EVENTS, ROWS, TOKEN, TOOL_ID,
+                             TOOLS, USAGE, UUID, delta, envelope, error_envelope, item, named, sse)
 
 CREATED = 1778255778
 
 
 def call(kind="chat", **others):
-    others = dict(dict(path="", body=b"", model="shown", id="1", created=CREATED, stream=False, include_usage=False, base64=False,
-                       secrets=(ACCOUNT, TOKEN)), **others)
+    others = dict(
+        dict(
+            path="", body=b"", model="shown", id="1", created=CREATED, stream=False,
+            include_usage=False, base64=False, secrets=(ACCOUNT, TOKEN)), **others)
     return Call(kind=kind, **others)
 
 
@@ -24,8 +34,8 @@ def request(body, path="/v1/chat/completions", model="@cf/real/model", **others)
     return translate_request(path, body, parse_object(body), model, "shown", **others)
 
 
-def refusal(function, *args, **others):
-    with pytest.raises(Refusal) as caught:
+def raised(function, *args, **others):
+    with pytest.raises(ErrorResponse) as caught:
         function(*args, **others)
     return caught.value
 
@@ -35,37 +45,49 @@ def body(data):
 
 
 def choice(message, finish="stop", **others):
-    return dict({"index": 0, "message": dict({"role": "assistant", "content": None, "refusal": None}, **message), "logprobs": None,
-                 "finish_reason": finish}, **others)
+    return dict(
+        {
+            "index": 0,
+            "message": dict({"role": "assistant", "content": None, "refusal": None}, **message),
+            "logprobs": None, "finish_reason": finish}, **others)
 
 
 def called(ident, name, arguments):
     return {"id": ident, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-# -- what goes up
+# -- requests
 
 MESSAGES = '"messages":[{"role":"user","content":"h\\u00e9 \\ud83d"}]'
 
 
-@pytest.mark.parametrize("sent,goes_up", [
-    ('{ "model" : "gemma-4",  ' + MESSAGES + ', "temperature": 0.10, "max_tokens": 5}',
-     '{ "model" : "@cf/real/model",  ' + MESSAGES + ', "temperature": 0.10, "max_tokens": 5}'),
-    ('{"model":"a",' + MESSAGES + ',"x":1e2 }', '{"max_tokens": 4096, "model":"@cf/real/model",' + MESSAGES + ',"x":1e2 }'),
-    ('{' + MESSAGES + '}', '{"model": "@cf/real/model", "max_tokens": 4096, ' + MESSAGES + '}'),
-    ('{"model":"@cf\\/real/model",' + MESSAGES + ',"max_completion_tokens":9}', '{"model":"@cf\\/real/model",' + MESSAGES + ',"max_completion_tokens":9}'),
-    ('{"max_tokens": null,"model":"@cf/real/model",' + MESSAGES + '}', '{"max_tokens": 4096,"model":"@cf/real/model",' + MESSAGES + '}'),
-], ids=["the model only", "max_tokens too", "no model", "nothing at all", "null is absent"])
+@pytest.mark.parametrize(
+    "sent,goes_up",
+    [('{ "model" : "gemma-4",  ' + MESSAGES + ', "temperature": 0.10, "max_tokens": 5}',
+      '{ "model" : "@cf/real/model",  ' + MESSAGES + ', "temperature": 0.10, "max_tokens": 5}'),
+     ('{"model":"a",' + MESSAGES + ',"x":1e2 }',
+      '{"max_tokens": 4096, "model":"@cf/real/model",' + MESSAGES + ',"x":1e2 }'),
+     ('{' + MESSAGES + '}', '{"model": "@cf/real/model", "max_tokens": 4096, ' + MESSAGES + '}'),
+     ('{"model":"@cf\\/real/model",' + MESSAGES + ',"max_completion_tokens":9}',
+      '{"model":"@cf\\/real/model",' + MESSAGES + ',"max_completion_tokens":9}'),
+     ('{"max_tokens": null,"model":"@cf/real/model",' + MESSAGES + '}',
+      '{"max_tokens": 4096,"model":"@cf/real/model",' + MESSAGES + '}')],
+    ids=["the model only", "max_tokens too", "no model", "nothing at all", "null is absent"])
 def test_a_chat_body_goes_up_as_it_came_but_for_the_model_and_a_missing_max_tokens(sent, goes_up):
     made = request(sent)
     assert made.body.decode("utf-8", "surrogatepass") == goes_up
     assert (made.kind, made.path, made.model) == ("chat", "/ai/v1/chat/completions", "shown")
 
 
-@pytest.mark.parametrize("prompt", ['"say \\"hi\\" é"', '["say \\"hi\\" é"]'], ids=["a string", "an array of one"])
+@pytest.mark.parametrize(
+    "prompt", ['"say \\"hi\\" é"', '["say \\"hi\\" é"]'], ids=["a string", "an array of one"])
 def test_a_prompt_goes_up_as_one_user_message(prompt):
-    made = request('{"model":"a" , "prompt" : %s, "max_tokens":7,"stream":true}' % prompt, "/v1/completions")
-    assert made.body.decode() == '{"model":"@cf/real/model" , "messages" : [{"role": "user", "content": "say \\"hi\\" \\u00e9"}], "max_tokens":7,"stream":true}'
+    made = request(
+        '{"model":"a" , "prompt" : %s, "max_tokens":7,"stream":true}' % prompt, "/v1/completions")
+    assert (
+        made.body.decode()
+        == '{"model":"@cf/real/model" , "messages" : [{"role": "user", "content": "say \\"hi\\" '
+        '\\u00e9"}], "max_tokens":7,"stream":true}')
     assert (made.kind, made.path, made.stream) == ("text", "/ai/v1/chat/completions", True)
 
 
@@ -78,21 +100,25 @@ def test_embeddings_and_responses_get_no_max_tokens():
     assert (made.path, made.stream) == ("/ai/v1/responses", True)
 
 
-def test_usage_in_the_stream_is_seen_only_where_it_is_asked_for():
-    assert request({"messages": [1], "stream": True, "stream_options": {"include_usage": True}}).include_usage
+def test_usage_in_the_stream_is_seen_only_where_it_is_requested():
+    assert request({"messages": [1], "stream": True,
+                    "stream_options": {"include_usage": True}}).include_usage
     assert not request({"messages": [1], "stream": True, "stream_options": None}).include_usage
 
 
-def test_edits_leave_an_empty_object_whole():
+def test_a_member_can_be_added_to_an_empty_object():
     assert edit_members(b" {}", {"a": 1}) == b' {"a": 1}'
 
 
-GOOD = [("temperature", 5), ("temperature", 0), ("top_p", 2), ("top_k", 1), ("top_k", 50.0), ("presence_penalty", -2), ("frequency_penalty", 2.0), ("seed", 9999999999),
-        ("repetition_penalty", 0), ("max_tokens", 1), ("max_tokens", 1.0), ("stream", False), ("max_tokens", None), ("seed", None), ("made_up", {"x": 1})]
+GOOD = [
+    ("temperature", 5), ("temperature", 0), ("top_p", 2), ("top_k", 1), ("top_k", 50.0),
+    ("presence_penalty", -2), ("frequency_penalty", 2.0), ("seed", 9999999999),
+    ("repetition_penalty", 0), ("max_tokens", 1), ("max_tokens", 1.0), ("stream", False),
+    ("max_tokens", None), ("seed", None), ("made_up", {"x": 1})]
 
 
 @pytest.mark.parametrize("name,value", GOOD, ids=str)
-def test_what_some_model_takes_passes(name, value):
+def test_what_some_model_takes_goes_up(name, value):
     request({"messages": [{}], name: value})
 
 
@@ -115,146 +141,274 @@ def test_what_some_model_takes_passes(name, value):
     ("messages", "x" * 99, 'got "' + "x" * 56 + "...; it takes an array that is not empty"),
     ("messages", None, "is missing; it takes an array that is not empty"),
 ], ids=lambda value: str(value)[:24])
-def test_what_no_model_takes_is_refused_by_name(name, value, takes):
-    bad = refusal(request, dict({"messages": [{}]}, **{name: value}))
-    assert (bad.status, bad.code, bad.param, bad.message) == (400, "invalid_parameter", name, "`%s` %s." % (name, takes))
+def test_what_no_model_takes_is_a_400_that_names_it(name, value, takes):
+    bad = raised(request, dict({"messages": [{}]}, **{name: value}))
+    assert (bad.status, bad.code, bad.param, bad.message) == (
+        400, "invalid_parameter", name, "`%s` %s." % (name, takes))
 
 
-@pytest.mark.parametrize("members,param", [({}, "prompt"), ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [1, 2]}, "prompt"),
-                                           ({"prompt": [[1]]}, "prompt"), ({"prompt": "a", "messages": [{}]}, "messages")], ids=str)
+@pytest.mark.parametrize(
+    "members,param",
+    [
+        ({}, "prompt"), ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": []}, "prompt"),
+        ({"prompt": [1, 2]}, "prompt"), ({"prompt": [[1]]}, "prompt"),
+        ({"prompt": "a", "messages": [{}]}, "messages")], ids=str)
 def test_a_completion_takes_one_prompt(members, param):
-    bad = refusal(request, members, "/v1/completions")
+    bad = raised(request, members, "/v1/completions")
     assert (bad.status, bad.code, bad.param) == (400, "invalid_parameter", param)
 
 
-@pytest.mark.parametrize("members,characters", [
-    ({"messages": [{"role": "user", "content": "12345"}, {"role": "assistant", "content": None}]}, 5),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "123"}, {"type": "image_url", "image_url": {"url": "data:" + "x" * 999}}]}]}, 3),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "long-id", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-                   {"role": "tool", "tool_call_id": "long-id", "content": "12"}]}, 5),
-    ({"prompt": "äöü", "model": "long-name", "user": "someone"}, 3),
-    ({"input": ["12", "345"]}, 5),
-    ({"instructions": "12", "input": [{"role": "user", "content": [{"type": "input_text", "text": "3"}, {"type": "input_image", "image_url": "x" * 99}]},
-                                      {"type": "function_call_output", "call_id": "c", "output": "45"}]}, 5),
-], ids=["strings", "parts", "tools", "prompt", "inputs", "responses"])
+@pytest.mark.parametrize(
+    "members,characters",
+    [
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "12345"}, {"role": "assistant", "content": None}]},
+            5),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "123"},
+                            {"type": "image_url", "image_url": {"url": "data:" + "x" * 999}}]}]},
+            3),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {
+                                "id": "long-id", "type": "function",
+                                "function": {"name": "f", "arguments": "{}"}}]},
+                    {"role": "tool", "tool_call_id": "long-id", "content": "12"}]}, 5),
+        ({"prompt": "äöü", "model": "long-name", "user": "someone"}, 3),
+        ({"input": ["12", "345"]}, 5),
+        (
+            {
+                "instructions": "12",
+                "input": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "input_text", "text": "3"},
+                            {"type": "input_image", "image_url": "x" * 99}]},
+                    {"type": "function_call_output", "call_id": "c", "output": "45"}]}, 5)],
+    ids=["strings", "parts", "tools", "prompt", "inputs", "responses"])
 def test_all_text_counts_together_and_images_do_not(members, characters):
-    check_characters(members, characters)
-    bad = refusal(check_characters, members, characters - 1)
-    assert (bad.status, bad.code) == (400, "invalid_parameter") and "AIPROXY_MAX_CHARS" in bad.message and str(characters) in bad.message
+    check_prompt_length(members, characters)
+    bad = raised(check_prompt_length, members, characters - 1)
+    assert (bad.status, bad.code) == (400, "invalid_parameter")
+    assert "AIPROXY_MAX_CHARS" in bad.message
+    assert str(characters) in bad.message
 
 
-@pytest.mark.parametrize("name", list(WORKERS_ALIASES.values()) + ["@hf/nous/a.b_c-1", "llama", "a:b"])
+@pytest.mark.parametrize(
+    "name", list(WORKERS_ALIASES.values()) + ["@hf/nous/a.b_c-1", "llama", "a:b"])
 def test_names_of_models_are_safe(name):
     assert request({"messages": [{}]}, model=name)
 
 
-@pytest.mark.parametrize("name", ["", "..", "@cf/../x", "@cf//x", "/x", "x/", "a?b", "a#b", "a%2fb", "a b", "a\\b", "a\n", "@cf/./x", "x" * 201, "@cf/x/..", "é"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "..", "@cf/../x", "@cf//x", "/x", "x/", "a?b", "a#b", "a%2fb", "a b", "a\\b", "a\n",
+        "@cf/./x", "x" * 201, "@cf/x/..", "é"])
 def test_a_model_name_never_leaves_its_place_in_a_url(name):
-    bad = refusal(request, {"messages": [{}]}, model=name)
+    bad = raised(request, {"messages": [{}]}, model=name)
     assert (bad.status, bad.code, bad.param) == (400, "invalid_model", "model")
 
 
-# -- whole answers
+# -- whole responses
 
-SAID = {"content": "I am Llama 4 Scout, a large language model developed by Meta."}
+TEXT = {"content": "I am Llama 4 Scout, a large language model developed by Meta."}
 
-WHOLE = {   # name: what Cloudflare answers, the choice, the usage
-    "legacy text [T]": (LLAMA_4, choice(SAID), USAGE),
-    "legacy text, bare [A]": (LLAMA_4["result"], choice(SAID), USAGE),
+# name: what Cloudflare sends, the choice, the usage
+WHOLE = {
+    "legacy text [T]": (LLAMA_4, choice(TEXT), USAGE),
+    "legacy text, bare [A]": (LLAMA_4["result"], choice(TEXT), USAGE),
     "no usage [O]": (envelope({"response": "hi"}), choice({"content": "hi"}), None),
-    "zero usage [A]": (envelope({"response": "hi", "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}), choice({"content": "hi"}), None),
-    "flat tool call, null response [T]": (LLAMA_33_TOOL, choice({"tool_calls": [called("call_1_1", "get_weather", '{"location": "Paris"}')]}, "tool_calls"),
-                                          {"prompt_tokens": 151, "completion_tokens": 23, "total_tokens": 174}),
-    "tool call, no response [T]": (LLAMA_4_TOOL, choice({"tool_calls": LLAMA_4_TOOL["result"]["tool_calls"]}, "tool_calls"),
-                                   {"prompt_tokens": 160, "completion_tokens": 17, "total_tokens": 177}),
-    "an object in response [O]": (envelope({"response": {"name": "é", "n": [1]}}), choice({"content": '{"name": "é", "n": [1]}'}), None),
+    "zero usage [A]": (
+        envelope(
+            {
+                "response": "hi",
+                "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}),
+        choice({"content": "hi"}), None),
+    "flat tool call, null response [T]": (
+        LLAMA_33_TOOL,
+        choice(
+            {"tool_calls": [called("call_1_1", "get_weather", '{"location": "Paris"}')]},
+            "tool_calls"), {"prompt_tokens": 151, "completion_tokens": 23, "total_tokens": 174}),
+    "tool call, no response [T]": (
+        LLAMA_4_TOOL, choice({"tool_calls": LLAMA_4_TOOL["result"]["tool_calls"]}, "tool_calls"),
+        {"prompt_tokens": 160, "completion_tokens": 17, "total_tokens": 177}),
+    "an object in response [O]": (
+        envelope({"response": {"name": "é", "n": [1]}}),
+        choice({"content": '{"name": "é", "n": [1]}'}), None),
     "a number in response [O]": (envelope({"response": 7}), choice({"content": "7"}), None),
     "null in response [O]": (envelope({"response": None}), choice({"content": ""}), None),
-    "choices, wrapped [O]": (envelope(QWEN_3), choice({"content": "4", "reasoning_content": "2+2…"}), QWEN_3["usage"]),
-    "choices, bare [O]": (QWEN_3, choice({"content": "4", "reasoning_content": "2+2…"}), QWEN_3["usage"]),
-    "reasoning, not reasoning_content [T]": ({"choices": [{"message": {"content": "4", "reasoning": "r"}, "finish_reason": "model_length"}]},
-                                             choice({"content": "4", "reasoning_content": "r"}, "length"), None),
-    "text_completion from the chat route [O]": ({"object": "text_completion", "choices": [{"index": 0, "text": "x", "finish_reason": "length"}]},
-                                                choice({"content": "x"}, "length"), None),
-    "both at once [A]": ({"response": "Hello", "choices": [{"index": 0, "message": {"content": "Hello"}}]}, choice({"content": "Hello"}), None),
-    "stop after a tool call [A]": ({"choices": [{"message": {"content": "", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": ""}}]}, "finish_reason": "stop"}]},
-                                   choice({"tool_calls": [called("a", "f", "{}")]}, "tool_calls"), None),
-    "responses output [T]": (envelope(GPT_OSS), choice({"content": "The phrase …", "reasoning_content": "User asks …"}), GPT_OSS["usage"]),
-    "responses function_call without content [O]": (envelope(dict(GPT_OSS, output=[FUNCTION_CALL], usage={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})),
-                                                    choice({"tool_calls": [called("call_9", "get_weather", '{"a": 1}')]}, "tool_calls"),
-                                                    {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}),
-    "responses refusal [O]": (dict(GPT_OSS, usage=None, output=[{"type": "message", "content": [{"type": "refusal", "refusal": "No."}]}]),
-                              choice({"content": "", "refusal": "No."}), None),
-    "responses cut by length [O]": (dict(GPT_OSS, usage=None, output=[], status="incomplete", incomplete_details={"reason": "max_output_tokens"}),
-                                    choice({"content": ""}, "length"), None),
-    "cached tokens [O]": (envelope({"response": "x", "usage": dict(USAGE, prompt_tokens_details={"cached_tokens": 3})}), choice({"content": "x"}),
-                          dict(USAGE, prompt_tokens_details={"cached_tokens": 3})),
-}
+    "choices, wrapped [O]": (
+        envelope(QWEN_3), choice({"content": "4", "reasoning_content": "2+2…"}), QWEN_3["usage"]),
+    "choices, bare [O]": (
+        QWEN_3, choice({"content": "4", "reasoning_content": "2+2…"}), QWEN_3["usage"]),
+    "reasoning, not reasoning_content [T]": (
+        {
+            "choices": [
+                {"message": {"content": "4", "reasoning": "r"}, "finish_reason": "model_length"}]},
+        choice({"content": "4", "reasoning_content": "r"}, "length"), None),
+    "text_completion from the chat route [O]": (
+        {
+            "object": "text_completion",
+            "choices": [{"index": 0, "text": "x", "finish_reason": "length"}]},
+        choice({"content": "x"}, "length"), None),
+    "both at once [A]": (
+        {"response": "Hello", "choices": [{"index": 0, "message": {"content": "Hello"}}]},
+        choice({"content": "Hello"}), None),
+    "stop after a tool call [A]": (
+        {
+            "choices": [
+                {
+                    "message": {
+                        "content": "",
+                        "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": ""}}]},
+                    "finish_reason": "stop"}]},
+        choice({"tool_calls": [called("a", "f", "{}")]}, "tool_calls"), None),
+    "responses output [T]": (
+        envelope(GPT_OSS), choice({"content": "The phrase …", "reasoning_content": "User asks …"}),
+        GPT_OSS["usage"]),
+    "responses function_call without content [O]": (
+        envelope(
+            dict(
+                GPT_OSS, output=[FUNCTION_CALL],
+                usage={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})),
+        choice({"tool_calls": [called("call_9", "get_weather", '{"a": 1}')]}, "tool_calls"),
+        {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}),
+    "responses refusal [O]": (
+        dict(
+            GPT_OSS, usage=None,
+            output=[{"type": "message", "content": [{"type": "refusal", "refusal": "No."}]}]),
+        choice({"content": "", "refusal": "No."}), None),
+    "responses cut by length [O]": (
+        dict(
+            GPT_OSS, usage=None, output=[], status="incomplete",
+            incomplete_details={"reason": "max_output_tokens"}), choice({"content": ""}, "length"),
+        None),
+    "cached tokens [O]": (
+        envelope(
+            {"response": "x", "usage": dict(USAGE, prompt_tokens_details={"cached_tokens": 3})}),
+        choice({"content": "x"}), dict(USAGE, prompt_tokens_details={"cached_tokens": 3}))}
 
 
-@pytest.mark.parametrize("answer,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
-def test_every_answer_becomes_a_chat_completion(answer, expected, usage):
-    made = {"id": "chatcmpl-1", "object": "chat.completion", "created": CREATED, "model": "shown", "choices": [expected]}
-    assert translate_answer(call(), body(answer)) == (dict(made, usage=usage) if usage else made)
+@pytest.mark.parametrize("response,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
+def test_every_response_becomes_a_chat_completion(response, expected, usage):
+    made = {
+        "id": "chatcmpl-1", "object": "chat.completion", "created": CREATED, "model": "shown",
+        "choices": [expected]}
+    if usage:
+        made["usage"] = usage
+    assert translate_response(call(), body(response)) == made
 
 
-@pytest.mark.parametrize("answer,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
-def test_every_answer_becomes_a_text_completion(answer, expected, usage):
-    made = translate_answer(call("text"), body(answer))
+@pytest.mark.parametrize("response,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
+def test_every_response_becomes_a_text_completion(response, expected, usage):
+    made = translate_response(call("text"), body(response))
     finish = expected["finish_reason"]
     assert (made["id"], made["object"], made.get("usage")) == ("cmpl-1", "text_completion", usage)
-    assert made["choices"] == [{"index": 0, "text": expected["message"]["content"] or "", "logprobs": None, "finish_reason": finish}]
+    assert made["choices"] == [
+        {
+            "index": 0, "text": expected["message"]["content"] or "", "logprobs": None,
+            "finish_reason": finish}]
 
 
-@pytest.mark.parametrize("answer,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
-def test_every_answer_becomes_a_stream_where_one_was_asked_for(answer, expected, usage):
-    events = read_events(StreamTranslator(call(include_usage=True)).whole(body(answer)))
+@pytest.mark.parametrize("response,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
+def test_every_response_becomes_a_stream_where_one_was_requested(response, expected, usage):
+    events = read_events(StreamTranslator(call(include_usage=True)).whole(body(response)))
     assert events[-1] == "[DONE]"
     assert events[0]["choices"][0]["delta"]["role"] == "assistant"
     message, finish = joined(events)
-    wanted = {name: value for name, value in expected["message"].items() if value and name != "role"}
+    wanted = {
+        name: value
+        for name, value in expected["message"].items()
+        if value and name != "role"
+    }
     assert (message, finish) == (wanted, expected["finish_reason"])
     assert [event["usage"] for event in events[:-1] if event["usage"]] == ([usage] if usage else [])
 
 
 def test_several_choices_stay_apart():
-    made = translate_answer(call(), body({"choices": [{"index": n, "message": {"content": str(n)}, "finish_reason": "stop"} for n in range(2)]}))
+    made = translate_response(
+        call(),
+        body(
+            {
+                "choices": [
+                    {"index": n, "message": {"content": str(n)}, "finish_reason": "stop"}
+                    for n in range(2)]}))
     assert made["choices"] == [choice({"content": "0"}), choice({"content": "1"}, index=1)]
 
 
-UNREADABLE = [b"", b"<html>502</html>", b'{"result":{"resp', b"null", b"[]", b'"text"', b'{"result":null,"success":true}', b"{}", b'{"request_id":"x"}', b'{"response":NaN}', b'{"choices":[]}',
-              b"\xff", b"[" * 100000, b'{"success":false,"errors":[],"result":{"response":"x"}}', b'{"choices":[{"message":{"content":"x"},"finish_reason":"error"}]}']
+UNREADABLE = [
+    b"", b"<html>502</html>", b'{"result":{"resp', b"null", b"[]", b'"text"',
+    b'{"result":null,"success":true}', b"{}", b'{"request_id":"x"}', b'{"response":NaN}',
+    b'{"choices":[]}', b"\xff", b"[" * 100000,
+    b'{"success":false,"errors":[],"result":{"response":"x"}}',
+    b'{"choices":[{"message":{"content":"x"},"finish_reason":"error"}]}']
 
 
-@pytest.mark.parametrize("kind,answer", [(kind, answer) for kind in ("chat", "text", "embeddings", "responses") for answer in UNREADABLE
-                                         if not (kind == "responses" and b"choices" in answer or kind == "embeddings" and b"NaN" in answer)],     # no answers of that kind
-                         ids=lambda data: data if isinstance(data, str) else repr(data[:20]))
-def test_what_cannot_be_read_is_a_502(kind, answer):
-    bad = refusal(translate_answer, call(kind), answer)
+@pytest.mark.parametrize(
+    "kind,response",
+    # two of them are not responses of that kind
+    [(kind, response)
+     for kind in ("chat", "text", "embeddings", "responses")
+     for response in UNREADABLE
+     if not (kind == "responses" and b"choices" in response
+             or kind == "embeddings" and b"NaN" in response)],
+    ids=lambda data: data if isinstance(data, str) else repr(data[:20]))
+def test_what_cannot_be_read_is_a_502(kind, response):
+    bad = raised(translate_response, call(kind), response)
     assert (bad.status, bad.code) == (502, "upstream_bad_response")
 
 
-@pytest.mark.parametrize("answer,as_base64,rows,usage", [
-    (OPENAI_ROWS, False, ROWS, {"prompt_tokens": 4, "total_tokens": 4}),
-    (OPENAI_ROWS, True, PACKED, {"prompt_tokens": 4, "total_tokens": 4}),
-    (dict(OPENAI_ROWS, data=[{"embedding": row} for row in PACKED]), True, PACKED, {"prompt_tokens": 4, "total_tokens": 4}),
-    (LEGACY_ROWS, False, ROWS, None),
-    (LEGACY_ROWS, True, PACKED, None),
-], ids=["floats [A]", "floats to base64 [T]", "base64 already [A]", "legacy [O]", "legacy to base64 [O]"])
-def test_embeddings(answer, as_base64, rows, usage):
-    made = {"object": "list", "data": [{"object": "embedding", "index": n, "embedding": row} for n, row in enumerate(rows)], "model": "shown"}
-    assert translate_answer(call("embeddings", base64=as_base64), body(answer)) == (dict(made, usage=usage) if usage else made)
+@pytest.mark.parametrize(
+    "response,as_base64,rows,usage",
+    [
+        (OPENAI_ROWS, False, ROWS, {"prompt_tokens": 4, "total_tokens": 4}),
+        (OPENAI_ROWS, True, PACKED, {"prompt_tokens": 4, "total_tokens": 4}),
+        (
+            dict(OPENAI_ROWS, data=[{"embedding": row} for row in PACKED]), True, PACKED,
+            {"prompt_tokens": 4, "total_tokens": 4}), (LEGACY_ROWS, False, ROWS, None),
+        (LEGACY_ROWS, True, PACKED, None)],
+    ids=[
+        "floats [A]", "floats to base64 [T]", "base64 already [A]", "legacy [O]",
+        "legacy to base64 [O]"])
+def test_embeddings_are_in_openais_form_in_base64_where_requested(response, as_base64, rows, usage):
+    made = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": n, "embedding": row}
+            for n, row in enumerate(rows)], "model": "shown"}
+    if usage:
+        made["usage"] = usage
+    assert translate_response(call("embeddings", base64=as_base64), body(response)) == made
 
 
 @pytest.mark.parametrize("rows", [[["x"]], [[1e39]], [None], [{"embedding": None}], []], ids=str)
-def test_embeddings_that_are_none_are_a_502(rows):
-    assert refusal(translate_answer, call("embeddings", base64=True), body({"data": rows})).status == 502
+def test_embeddings_that_cannot_be_read_are_a_502(rows):
+    assert (
+        raised(translate_response, call("embeddings", base64=True), body({"data": rows})).status
+        == 502)
 
 
 def test_a_responses_object_is_relayed_with_the_name_that_the_client_used():
-    assert translate_answer(call("responses"), body(envelope(GPT_OSS))) == dict(GPT_OSS, model="shown")
-    failed = dict(GPT_OSS, status="failed", error={"code": "server_error", "message": "AiError: no account " + ACCOUNT})
-    assert translate_answer(call("responses"), body(failed))["error"] == {"code": "server_error", "message": "no account ***"}
+    assert translate_response(call("responses"), body(envelope(GPT_OSS))) == dict(
+        GPT_OSS, model="shown")
+    failed = dict(
+        GPT_OSS, status="failed",
+        error={"code": "server_error", "message": "AiError: no account " + ACCOUNT})
+    assert translate_response(call("responses"), body(failed))["error"] == {
+        "code": "server_error", "message": "no account ***"}
 
 
 # -- events
@@ -262,11 +416,14 @@ def test_a_responses_object_is_relayed_with_the_name_that_the_client_used():
 EVENTS = [("", "one"), ("named", "two\nlines"), ("", "[DONE]")]
 
 
-@pytest.mark.parametrize("stream", [
-    b"data: one\n\nevent: named\ndata: two\ndata: lines\n\ndata: [DONE]\n\n",
-    b"data: one\r\n\r\nevent: named\r\ndata: two\r\ndata: lines\r\n\r\ndata: [DONE]\r\n\r\n",
-    b": comment\n\ndata:one\n:\n\n\nevent:named\nid: 7\ndata:two\nretry: 9\ndata:lines\n\nevent: empty\n\ndata:[DONE]\n\n",
-], ids=["LF", "CRLF", "comments, no space"])
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"data: one\n\nevent: named\ndata: two\ndata: lines\n\ndata: [DONE]\n\n",
+        b"data: one\r\n\r\nevent: named\r\ndata: two\r\ndata: lines\r\n\r\ndata: [DONE]\r\n\r\n",
+        b": comment\n\ndata:one\n:\n\n\nevent:named\nid: 7\ndata:two\nretry: "
+        b"9\ndata:lines\n\nevent: empty\n\ndata:[DONE]\n\n"],
+    ids=["LF", "CRLF", "comments, no space"])
 def test_events_are_read_wherever_the_bytes_are_cut(stream):
     for size in (1, 2, 3, 7, 1000):
         reader, seen = EventReader(), []
@@ -275,11 +432,57 @@ def test_events_are_read_wherever_the_bytes_are_cut(stream):
         assert seen == EVENTS, size
 
 
-def test_an_event_is_there_with_the_byte_that_ends_it():
+def test_an_event_is_complete_with_the_byte_that_ends_it():
     reader = EventReader()
     assert reader.feed(b"data: one\r\n\r\n") == [("", "one")]
     assert reader.feed(b"data: two\n") == []
     assert reader.feed(b"\n") == [("", "two")]
+
+
+class CountingPattern:
+    """A pattern that counts the bytes in which it searches."""
+
+    def __init__(self, pattern):
+        self.pattern = pattern
+        self.searched = 0
+
+    def search(self, data, position):
+        match = self.pattern.search(data, position)
+        self.searched += (match.end() if match else len(data)) - position
+        return match
+
+
+def test_an_event_in_many_pieces_is_searched_once_and_taken_apart_once(monkeypatch):
+    """3 MB in 1,000 pieces. Work is counted: bytes searched, events parsed, buffers made."""
+    blank_line = CountingPattern(aiproxy.BLANK_LINE)
+    read_event = aiproxy.read_event
+    parsed = []
+
+    def counting_read_event(block):
+        parsed.append(len(block))
+        return read_event(block)
+    monkeypatch.setattr(aiproxy, "BLANK_LINE", blank_line)
+    monkeypatch.setattr(aiproxy, "read_event", counting_read_event)
+
+    reader = EventReader()
+    buffer = reader.buffer
+    assert reader.feed(b"data: ") == []
+    for _ in range(1000):
+        assert reader.feed(b"x" * 3000) == []
+        assert reader.buffer is buffer, "it grows in place, and is not copied for each piece"
+    assert not parsed
+    assert reader.feed(b"\r\n\r\n") == [("", "x" * 3000000)]
+
+    size = len("data: ") + 3000000
+    assert blank_line.searched <= size + 4 + 3 * 1002
+    assert parsed == [size]
+    assert buffer == b""
+
+
+def test_an_event_without_an_end_is_bounded():
+    reader = EventReader()
+    assert reader.feed(b"data: " + b"x" * (aiproxy.MAX_EVENT - 6)) == []
+    assert raised(reader.feed, b"x").code == "upstream_bad_response"
 
 
 # -- streams
@@ -287,7 +490,9 @@ def test_an_event_is_there_with_the_byte_that_ends_it():
 
 def read_events(stream):
     assert stream.endswith(b"\n\n") or not stream
-    return [data if data == "[DONE]" else json.loads(data) for _, data in EventReader().feed(stream)]
+    return [
+        data if data == "[DONE]" else json.loads(data)
+        for _, data in EventReader().feed(stream)]
 
 
 def joined(events):
@@ -298,10 +503,14 @@ def joined(events):
             for name, value in one["delta"].items():
                 if name == "tool_calls":
                     for part in value:
-                        known = calls.setdefault(part["index"], {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-                        known["id"] += part.get("id", "")
+                        merged = calls.setdefault(
+                            part["index"],
+                            {
+                                "id": "", "type": "function",
+                                "function": {"name": "", "arguments": ""}})
+                        merged["id"] += part.get("id", "")
                         for inner, text in part["function"].items():
-                            known["function"][inner] += text
+                            merged["function"][inner] += text
                 elif name != "role":
                     message[name] = (message.get(name) or "") + (value or "")
             assert not (finish and one["finish_reason"]), "two finish_reasons"
@@ -316,61 +525,124 @@ def stream(events, translator=None):
     return read_events(translator.feed(data) + translator.end())
 
 
-LONG_USAGE = {"prompt_tokens": 1386, "completion_tokens": 1306, "total_tokens": 2692, "prompt_tokens_details": {"cached_tokens": 0}}
+LONG_USAGE = {
+    "prompt_tokens": 1386, "completion_tokens": 1306, "total_tokens": 2692,
+    "prompt_tokens_details": {"cached_tokens": 0}}
 HELLO = {"content": "Hello!"}
 
 WEATHER = {"tool_calls": [called(TOOL_ID, "get_weather", '{"city": "Paris"}')]}
 
 
-STREAMS = {     # name: events, the message they make, finish_reason, usage
-    "two finish chunks, no role [R]": (LLAMA_31, HELLO, "stop", {"prompt_tokens": 45, "completion_tokens": 2, "total_tokens": 47}),
+# name: events, the message they make, finish_reason, usage
+STREAMS = {
+    "two finish chunks, no role [R]": (
+        LLAMA_31, HELLO, "stop",
+        {"prompt_tokens": 45, "completion_tokens": 2, "total_tokens": 47}),
     "legacy, no finish_reason [T]": (LEGACY, HELLO, "stop", LONG_USAGE),
     "native usage tail [T]": (KIMI, HELLO, "stop", LONG_USAGE),
     "the same text twice [O]": (DUAL, HELLO, "stop", None),
-    "gpt-oss, forced tool [R]": (TOOLS, dict(WEATHER, reasoning_content="Need it."), "tool_calls",
-                                 {"prompt_tokens": 136, "completion_tokens": 37, "total_tokens": 173, "prompt_tokens_details": {"cached_tokens": 0}}),
-    "a number [O]": (sse({"response": 7}, {"response": "!"}, "[DONE]"), {"content": "7!"}, "stop", None),
-    "null sentinel, no finish_reason [O]": (sse(
-        delta(tool_calls=[{"id": "a", "type": "function", "index": 0, "function": {"name": "f"}}]), delta(tool_calls=[{"index": 0, "function": {"arguments": "{}"}}]),
-        delta(tool_calls=[{"id": None, "type": None, "function": {"name": None}}]), "[DONE]"), {"tool_calls": [called("a", "f", "{}")]}, "tool_calls", None),
-    "dual tool calls [O]": (sse({"tool_calls": [{"function": {"arguments": "{}"}}], "choices": [{"index": 0, "delta": {"tool_calls": [
-        {"id": "a", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}]}}]}, "[DONE]"), {"tool_calls": [called("a", "f", "{}")]}, "tool_calls", None),
-    "native text beside an empty delta [A]": (sse({"response": "Hello!", "choices": [{"index": 0, "delta": {}}]}, "[DONE]"), HELLO, "stop", None),
-    "legacy tool call in an event [A]": (sse({"response": None, "tool_calls": [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]}, "[DONE]"),
-                                         {"tool_calls": [called("call_1_1", "f", '{"a": 1}'), called("call_1_2", "g", "{}")]}, "tool_calls", None),
-    "two tools, one index [A]": (sse(delta(tool_calls=[{"id": "a", "index": 0, "function": {"name": "f", "arguments": "1"}}]),
-                                     delta(tool_calls=[{"id": "b", "index": 0, "function": {"name": "g", "arguments": "2"}}]), "[DONE]"),
-                                 {"tool_calls": [called("a", "f", "1"), called("b", "g", "2")]}, "tool_calls", None),
-    "id and name in every delta [A]": (sse(*[delta(tool_calls=[{"id": "a", "index": 0, "function": {"name": "f", "arguments": part}}]) for part in "12"] + ["[DONE]"]),
-                                       {"tool_calls": [called("a", "f", "12")]}, "tool_calls", None),
-    "cumulative usage [O]": (sse(*[dict(delta(content=part), usage={"prompt_tokens": 1, "completion_tokens": n, "total_tokens": n + 1})
-                                   for n, part in enumerate(("Hello", "!"), 1)] + ["[DONE]"]), HELLO, "stop",
-                             {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}),
-    "model_length at the top [O]": (sse({"response": "Hello!"}, {"response": "", "finish_reason": "model_length"}, "[DONE]"), HELLO, "length", None),
-    "a finish_reason and no [DONE] [A]": (sse(delta(content="Hello!"), {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), HELLO, "stop", None),
-    "[DONE] without a blank line [A]": (LEGACY[:-2], HELLO, "stop", LONG_USAGE),
-    "half an event after the finish [A]": (LLAMA_31[:LLAMA_31.rindex(b'"usage"')], HELLO, "stop", {"prompt_tokens": 45, "completion_tokens": 2, "total_tokens": 47}),
-    "gemma's reasoning [T]": (sse(delta(reasoning="Hm."), delta(content="Hello!"), "[DONE]"), dict(HELLO, reasoning_content="Hm."), "stop", None),
-}
+    "gpt-oss, forced tool [R]": (
+        TOOLS, dict(WEATHER, reasoning_content="Need it."), "tool_calls",
+        {
+            "prompt_tokens": 136, "completion_tokens": 37, "total_tokens": 173,
+            "prompt_tokens_details": {"cached_tokens": 0}}),
+    "a number [O]": (
+        sse({"response": 7}, {"response": "!"}, "[DONE]"), {"content": "7!"}, "stop", None),
+    "null sentinel, no finish_reason [O]": (
+        sse(
+            delta(
+                tool_calls=[
+                    {"id": "a", "type": "function", "index": 0, "function": {"name": "f"}}]),
+            delta(tool_calls=[{"index": 0, "function": {"arguments": "{}"}}]),
+            delta(tool_calls=[{"id": None, "type": None, "function": {"name": None}}]), "[DONE]"),
+        {"tool_calls": [called("a", "f", "{}")]}, "tool_calls", None),
+    "dual tool calls [O]": (
+        sse(
+            {
+                "tool_calls": [{"function": {"arguments": "{}"}}],
+                "choices": [
+                    {
+                        "index": 0,
+                        "delta": {
+                            "tool_calls": [
+                                {
+                                    "id": "a", "type": "function", "index": 0,
+                                    "function": {"name": "f", "arguments": "{}"}}]}}]}, "[DONE]"),
+        {"tool_calls": [called("a", "f", "{}")]}, "tool_calls", None),
+    "native text beside an empty delta [A]": (
+        sse({"response": "Hello!", "choices": [{"index": 0, "delta": {}}]}, "[DONE]"), HELLO,
+        "stop", None),
+    "legacy tool call in an event [A]": (
+        sse(
+            {
+                "response": None,
+                "tool_calls": [
+                    {"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]},
+            "[DONE]"),
+        {"tool_calls": [called("call_1_1", "f", '{"a": 1}'), called("call_1_2", "g", "{}")]},
+        "tool_calls", None),
+    "two tools, one index [A]": (
+        sse(
+            delta(
+                tool_calls=[{"id": "a", "index": 0, "function": {"name": "f", "arguments": "1"}}]),
+            delta(
+                tool_calls=[{"id": "b", "index": 0, "function": {"name": "g", "arguments": "2"}}]),
+            "[DONE]"), {"tool_calls": [called("a", "f", "1"), called("b", "g", "2")]},
+        "tool_calls", None),
+    "id and name in every delta [A]": (
+        sse(
+            *[
+                delta(
+                    tool_calls=[
+                        {"id": "a", "index": 0, "function": {"name": "f", "arguments": part}}])
+                for part in "12"] + ["[DONE]"]), {"tool_calls": [called("a", "f", "12")]},
+        "tool_calls", None),
+    "cumulative usage [O]": (
+        sse(
+            *[
+                dict(
+                    delta(content=part),
+                    usage={"prompt_tokens": 1, "completion_tokens": n, "total_tokens": n + 1})
+                for n, part in enumerate(("Hello", "!"), 1)] + ["[DONE]"]), HELLO, "stop",
+        {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}),
+    "model_length at the top [O]": (
+        sse({"response": "Hello!"}, {"response": "", "finish_reason": "model_length"}, "[DONE]"),
+        HELLO, "length", None),
+    "a finish_reason and no [DONE] [A]": (
+        sse(
+            delta(content="Hello!"),
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), HELLO, "stop",
+        None), "[DONE] without a blank line [A]": (LEGACY[:-2], HELLO, "stop", LONG_USAGE),
+    "half an event after the finish [A]": (
+        LLAMA_31[:LLAMA_31.rindex(b'"usage"')], HELLO, "stop",
+        {"prompt_tokens": 45, "completion_tokens": 2, "total_tokens": 47}),
+    "gemma's reasoning [T]": (
+        sse(delta(reasoning="Hm."), delta(content="Hello!"), "[DONE]"),
+        dict(HELLO, reasoning_content="Hm."), "stop", None)}
 
 
 @pytest.mark.parametrize("events,message,finish,usage", list(STREAMS.values()), ids=list(STREAMS))
 @pytest.mark.parametrize("size", [1, 1000000], ids=["byte by byte", "at once"])
 def test_every_stream_becomes_openai_chunks(events, message, finish, usage, size):
     translator = StreamTranslator(call())
-    made = read_events(b"".join(translator.feed(events[at:at + size]) for at in range(0, len(events), size)) + translator.end())
+    made = read_events(b"".join(
+        translator.feed(events[at:at + size])
+        for at in range(0, len(events), size)) + translator.end())
     assert joined(made) == (message, finish)
     assert made.pop() == "[DONE]" and translator.done and not translator.failed
     assert made[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
     for event in made:
         assert set(event) == {"id", "object", "created", "model", "choices"}
-        assert (event["id"], event["object"], event["model"]) == ("chatcmpl-1", "chat.completion.chunk", "shown")
-        assert [set(one) for one in event["choices"]] == [{"index", "delta", "logprobs", "finish_reason"}]
-    assert [one["delta"] for event in made for one in event["choices"] if one["finish_reason"]] == [{}]
+        assert (event["id"], event["object"], event["model"]) == (
+            "chatcmpl-1", "chat.completion.chunk", "shown")
+        assert [set(one) for one in event["choices"]] == [
+            {"index", "delta", "logprobs", "finish_reason"}]
+    assert [one["delta"] for event in made for one in event["choices"] if one["finish_reason"]] == [
+        {}]
 
 
 @pytest.mark.parametrize("events,message,finish,usage", list(STREAMS.values()), ids=list(STREAMS))
-def test_usage_comes_last_and_only_where_it_is_asked_for(events, message, finish, usage):
+def test_usage_comes_last_and_only_where_it_is_requested(events, message, finish, usage):
     made = stream(events, StreamTranslator(call(include_usage=True)))[:-1]
     if usage:
         last = made.pop()
@@ -390,34 +662,60 @@ def test_every_stream_becomes_text_completion_events(events, message, finish, us
 
 def test_each_event_is_translated_when_it_arrives():
     translator = StreamTranslator(call())
-    seen = [[one["delta"] or one["finish_reason"] for event in read_events(translator.feed(event + b"\n\n")) if event != "[DONE]" for one in event["choices"]]
-            for event in LLAMA_31.strip().split(b"\n\n")]
-    assert seen == [[{"role": "assistant", "content": "", "refusal": None}, {"content": "Hello"}], [{"content": "!"}], ["stop"], [], []]
+    seen = [
+        [
+            one["delta"] or one["finish_reason"]
+            for event in read_events(translator.feed(event + b"\n\n"))
+            if event != "[DONE]"
+            for one in event["choices"]]
+        for event in LLAMA_31.strip().split(b"\n\n")]
+    assert seen == [
+        [{"role": "assistant", "content": "", "refusal": None}, {"content": "Hello"}],
+        [{"content": "!"}], ["stop"], [], []]
 
 
-@pytest.mark.parametrize("event,code,message", [
-    (NSFW, "invalid_request", "Input prompt contains NSFW content."),
-    ({"error": {"message": "AiError: no (bd40edba-1111-2222-3333-444455556666)", "code": "invalid_prompt"}}, "invalid_prompt", "no"),
-    ({"error": "just text"}, "upstream_bad_response", "just text"),
-    ({"object": "error", "message": "too long", "type": "BadRequest", "code": 400}, "invalid_request", "too long"),
-    ({"errors": [{"code": 3036, "message": "used up on " + ACCOUNT}]}, "insufficient_quota", "used up on ***"),
-    ("<html>", "upstream_bad_response", "Cloudflare's answer could not be read."),
-    ("[1]", "upstream_bad_response", "Cloudflare's answer could not be read."),
-    ({"choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]}, "upstream_bad_response", "The model broke off with an error."),
-], ids=["envelope [T]", "OpenAI's [T]", "text [A]", "vLLM's [T]", "no success [T]", "HTML", "no object", "finish_reason error [O]"])
+@pytest.mark.parametrize(
+    "event,code,message",
+    [
+        (NSFW, "invalid_request", "Input prompt contains NSFW content."),
+        (
+            {
+                "error": {
+                    "message": "AiError: no (bd40edba-1111-2222-3333-444455556666)",
+                    "code": "invalid_prompt"}}, "invalid_prompt", "no"),
+        ({"error": "just text"}, "upstream_bad_response", "just text"),
+        (
+            {"object": "error", "message": "too long", "type": "BadRequest", "code": 400},
+            "invalid_request", "too long"),
+        (
+            {"errors": [{"code": 3036, "message": "used up on " + ACCOUNT}]}, "insufficient_quota",
+            "used up on ***"),
+        ("<html>", "upstream_bad_response", "Cloudflare's answer could not be read."),
+        ("[1]", "upstream_bad_response", "Cloudflare's answer could not be read."),
+        (
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]},
+            "upstream_bad_response", "The model broke off with an error.")],
+    ids=[
+        "envelope [T]", "OpenAI's [T]", "text [A]", "vLLM's [T]", "no success [T]", "HTML",
+        "no object", "finish_reason error [O]"])
 @pytest.mark.parametrize("kind", ["chat", "text"])
 def test_an_error_in_mid_stream_becomes_one_error_event(kind, event, code, message):
     translator = StreamTranslator(call(kind))
     made = stream([delta(content="Hel"), event, delta(content="lo"), "[DONE]"], translator)
-    assert set(made[-1]) == {"error"} and set(made[-1]["error"]) == {"message", "type", "param", "code"}
+    assert set(made[-1]) == {"error"}
+    assert set(made[-1]["error"]) == {"message", "type", "param", "code"}
     assert (made[-1]["error"]["code"], made[-1]["error"]["message"]) == (code, message)
     assert (translator.done, translator.failed) == (True, code)
     assert len(made) == (3 if kind == "chat" else 2) and "[DONE]" not in made
 
 
-@pytest.mark.parametrize("events", [[delta(content="Hel")], [], [{"response": "Hel"}, {"response": "lo"}], LLAMA_31[:100], LLAMA_31[:250]],
-                         ids=["after a delta", "at once", "legacy", "in the first event", "in the second"])
-def test_a_stream_cut_off_ends_in_an_error_event_and_never_in_stop(events):
+@pytest.mark.parametrize(
+    "events",
+    [
+        [delta(content="Hel")], [], [{"response": "Hel"}, {"response": "lo"}], LLAMA_31[:100],
+        LLAMA_31[:250]],
+    ids=["after a delta", "at once", "legacy", "in the first event", "in the second"])
+def test_a_stream_that_ends_early_ends_in_an_error_event_and_never_in_stop(events):
     made = stream(events)
     assert made[-1]["error"]["code"] == "upstream_bad_response"
     assert not any(one["finish_reason"] for event in made[:-1] for one in event["choices"])
@@ -426,8 +724,11 @@ def test_a_stream_cut_off_ends_in_an_error_event_and_never_in_stop(events):
 def test_the_reason_of_a_cut_is_shown():
     translator = StreamTranslator(call())
     translator.feed(sse(delta(content="Hel")))
-    event, = read_events(translator.end(Refusal(504, "upstream_timeout", "The upstream fell silent.")))
-    assert event["error"] == {"message": "The upstream fell silent.", "type": "server_error", "param": None, "code": "upstream_timeout"}
+    event, = read_events(
+        translator.end(ErrorResponse(504, "upstream_timeout", "The upstream timed out.")))
+    assert event["error"] == {
+        "message": "The upstream timed out.", "type": "server_error", "param": None,
+        "code": "upstream_timeout"}
     assert translator.end() == b""
 
 
@@ -437,8 +738,17 @@ def test_a_stream_of_nothing_but_its_end_is_an_error():
 
 
 def test_several_choices_stream_apart():
-    made = stream([{"choices": [{"index": n, "delta": {"content": str(n)}, "finish_reason": "stop" if n else None}]} for n in (0, 1, 0)] + ["[DONE]"])
-    assert [(one["index"], one["finish_reason"]) for event in made[:-1] for one in event["choices"]] == [
+    made = stream(
+        [
+            {
+                "choices": [
+                    {
+                        "index": n, "delta": {"content": str(n)},
+                        "finish_reason": "stop" if n else None}]}
+            for n in (0, 1, 0)] + ["[DONE]"])
+    assert [
+        (one["index"], one["finish_reason"])
+        for event in made[:-1] for one in event["choices"]] == [
         (0, None), (0, None), (1, None), (1, None), (1, "stop"), (0, None), (0, "stop")]
 
 
@@ -447,125 +757,245 @@ def test_several_choices_stream_apart():
 def test_response_events_pass_with_the_name_that_the_client_used():
     translator = ResponsesTranslator(call("responses"))
     made = EventReader().feed(translator.feed(named(RESPONSE_EVENTS)) + translator.end())
-    wanted = [dict(event, response=dict(event["response"], model="shown")) if "response" in event else event for event in RESPONSE_EVENTS]
-    assert [(name, json.loads(data)) for name, data in made] == [(event["type"], event) for event in wanted]
+    wanted = [
+        (
+            dict(event, response=dict(event["response"], model="shown"))
+            if "response" in event else event)
+        for event in RESPONSE_EVENTS]
+    assert [(name, json.loads(data)) for name, data in made] == [
+        (event["type"], event)
+        for event in wanted]
 
 
-@pytest.mark.parametrize("event,code", [(NSFW, "invalid_request"), ({"type": "error", "code": "server_error", "message": "no"}, "server_error"),
-                                        ({"error": {"message": "no", "code": 3021}}, "rate_limit_exceeded"), (None, "upstream_bad_response")],
-                         ids=["envelope", "OpenAI's event", "error object", "cut"])
+@pytest.mark.parametrize(
+    "event,code",
+    [
+        (NSFW, "invalid_request"),
+        ({"type": "error", "code": "server_error", "message": "no"}, "server_error"),
+        ({"error": {"message": "no", "code": 3021}}, "rate_limit_exceeded"),
+        (None, "upstream_bad_response")],
+    ids=["envelope", "OpenAI's event", "error object", "cut"])
 def test_an_error_in_a_response_stream_is_one_that_the_sdks_raise(event, code):
     translator = ResponsesTranslator(call("responses"))
-    made = EventReader().feed(translator.feed(named(RESPONSE_EVENTS[:2]) + (sse(event) if event else b"")) + translator.end())
+    made = EventReader().feed(
+        translator.feed(named(RESPONSE_EVENTS[:2]) + (sse(event) if event else b"")) +
+        translator.end())
     assert made[-1][0] == "error" and translator.failed == code
     last = json.loads(made[-1][1])
-    assert last["type"] == "error" and last["error"]["code"] == last["code"] == code and last["message"]
+    assert last["type"] == "error"
+    assert last["error"]["code"] == last["code"] == code
+    assert last["message"]
 
 
 def test_a_whole_response_becomes_the_events_of_one():
     whole = dict(GPT_OSS, output=GPT_OSS["output"] + [FUNCTION_CALL])
     made = EventReader().feed(ResponsesTranslator(call("responses")).whole(body(envelope(whole))))
     events = [json.loads(data) for _, data in made]
-    assert [name for name, _ in made] == [event["type"] for event in events] and [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [name for name, _ in made] == [event["type"] for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert (events[0]["type"], events[0]["response"]["output"]) == ("response.created", [])
-    assert [(event["output_index"], event["item"]) for event in events if event["type"] == "response.output_item.done"] == list(enumerate(whole["output"]))
-    assert [event["delta"] for event in events if event["type"] == "response.output_text.delta"] == ["The phrase …"]
-    assert (events[-1]["type"], events[-1]["response"]) == ("response.completed", dict(whole, model="shown"))
+    assert [
+        (event["output_index"], event["item"])
+        for event in events if event["type"] == "response.output_item.done"] == list(
+        enumerate(whole["output"]))
+    assert [event["delta"]
+            for event in events
+            if event["type"] == "response.output_text.delta"] == ["The phrase …"]
+    assert (events[-1]["type"], events[-1]["response"]) == (
+        "response.completed", dict(whole, model="shown"))
 
 
 # -- errors
 
 
-BY_CODE = [(5007, 400, 404, "model_not_found"), (3042, 404, 404, "model_not_found"), (3036, 429, 429, "insufficient_quota"), (4006, 429, 429, "insufficient_quota"),
-           (3006, 413, 413, "request_too_large"), (3021, 429, 429, "rate_limit_exceeded"), (3040, 400, 429, "rate_limit_exceeded"),
-           (3007, 408, 504, "upstream_timeout"), (3008, 408, 504, "upstream_timeout"), (10000, 401, 502, "upstream_credentials_rejected"),
-           (10000, 403, 502, "upstream_credentials_rejected"), (9106, 400, 502, "upstream_credentials_rejected"), (7000, 400, 502, "upstream_misconfigured"),
-           (7001, 405, 502, "upstream_misconfigured"), (7003, 404, 502, "upstream_misconfigured"), (8005, 500, 500, "upstream_error"), (8005, 400, 502, "upstream_error"),
-           (7009, 503, 503, "upstream_error"), (1234, 418, 418, "invalid_request"), (1234, 522, 522, "upstream_error"), (1234, 200, 502, "upstream_bad_response"),
-           (1234, 410, 404, "model_not_found"), ("3021", 429, 429, "rate_limit_exceeded")]
-BY_CODE += [(code, 400, 400, "invalid_request") for code in (3003, 5004, 5006, 8001, 8007)] + [(code, 405, 400, "invalid_request") for code in (5005, 5019)]
+BY_CODE = [
+    (5007, 400, 404, "model_not_found"), (3042, 404, 404, "model_not_found"),
+    (3036, 429, 429, "insufficient_quota"), (4006, 429, 429, "insufficient_quota"),
+    (3006, 413, 413, "request_too_large"), (3021, 429, 429, "rate_limit_exceeded"),
+    (3040, 400, 429, "rate_limit_exceeded"), (3007, 408, 504, "upstream_timeout"),
+    (3008, 408, 504, "upstream_timeout"), (10000, 401, 502, "upstream_credentials_rejected"),
+    (10000, 403, 502, "upstream_credentials_rejected"),
+    (9106, 400, 502, "upstream_credentials_rejected"), (7000, 400, 502, "upstream_misconfigured"),
+    (7001, 405, 502, "upstream_misconfigured"), (7003, 404, 502, "upstream_misconfigured"),
+    (8005, 500, 500, "upstream_error"), (8005, 400, 502, "upstream_error"),
+    (7009, 503, 503, "upstream_error"), (1234, 418, 418, "invalid_request"),
+    (1234, 522, 522, "upstream_error"), (1234, 200, 502, "upstream_bad_response"),
+    (1234, 410, 404, "model_not_found"), ("3021", 429, 429, "rate_limit_exceeded")]
+BY_CODE += [(code, 400, 400, "invalid_request") for code in (3003, 5004, 5006, 8001, 8007)] + [
+    (code, 405, 400, "invalid_request")
+    for code in (5005, 5019)]
 BY_CODE += [(code, 403, 403, "permission_denied") for code in (3023, 3041, 5016, 5018, 5035)]
 
 
-@pytest.mark.parametrize("number,status,ours,code", BY_CODE, ids=str)
-def test_an_error_is_told_by_its_code_and_then_by_its_status(number, status, ours, code):
+@pytest.mark.parametrize("number,status,our_status,code", BY_CODE, ids=str)
+def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, status, our_status,
+                                                                   code):
     made = translate_error(status, body(error_envelope(number)), (ACCOUNT, TOKEN))
-    assert (made.status, made.code) == (ours, code)
-    assert ((b"x-should-retry", b"false") in made.fields) == (code in ("insufficient_quota", "upstream_credentials_rejected", "upstream_misconfigured"))
+    assert (made.status, made.code) == (our_status, code)
+    assert ((b"x-should-retry", b"false")
+            in made.headers) == (code in ("insufficient_quota", "upstream_credentials_rejected",
+                                          "upstream_misconfigured"))
 
 
-@pytest.mark.parametrize("status,data,ours,code,message", [
-    (400, b'{"errors":[{"message":"AiError: AiError: Input prompt contains NSFW content. (bd40edba-1111-2222-3333-444455556666)","code":8007}],"success":false,"result":{},"messages":[]}',
-     400, "invalid_request", "Input prompt contains NSFW content."),
-    (400, error_envelope(5006, "AiError: Bad input: Error: '/temperature' must be <= 5"), 400, "invalid_request", "Bad input: Error: '/temperature' must be <= 5"),
-    (400, error_envelope(5004, 'AiError: AiError: {"object":"error","message":"too long","type":"BadRequest","param":null,"code":400} (bd40edba-1111-2222-3333-444455556666)'),
-     400, "invalid_request", "too long"),
-    (400, error_envelope(5004, 'AiError: {"error":{"message":"AiError: {\\"message\\":\\"deep\\"}"}}'), 400, "invalid_request", "deep"),
-    (400, b'{"error":{"code":"invalid_prompt","message":"AiError: AiError: bad (bd40edba-1111-2222-3333-444455556666)"}}', 400, "invalid_prompt", "bad"),
-    (404, {"error": {"message": "x", "param": "model"}}, 404, "not_found", "x"),
-    (400, {"error": "just text"}, 400, "invalid_request", "just text"),
-    (500, {"success": False, "errors": [{"code": 8005, "message": "at %s with %s" % (ACCOUNT.upper(), TOKEN)}]}, 500, "upstream_error", "at *** with ***"),
-    (429, b"", 429, "rate_limit_exceeded", "Cloudflare answered with status 429 and no reason that could be read."),
-    (502, b"<html>Bad gateway</html>", 502, "upstream_error", "Cloudflare answered with status 502 and no reason that could be read."),
-    (410, b'{"errors":["odd"]}', 404, "model_not_found", "Cloudflare answered with status 410 and no reason that could be read."),
-    (401, b"{}", 502, "upstream_credentials_rejected", None), (403, b"no json", 403, "permission_denied", None), (408, b"", 504, "upstream_timeout", None),
-    (302, b"", 502, "upstream_bad_response", None), (400, error_envelope(8001, None), 400, "invalid_request", None), (500, b"[" * 100000, 500, "upstream_error", None),
-], ids=lambda value: str(value)[:30] if isinstance(value, (bytes, dict)) else str(value))
-def test_an_error_in_any_form_is_read(status, data, ours, code, message):
+@pytest.mark.parametrize(
+    "status,data,our_status,code,message",
+    [
+        (
+            400,
+            b'{"errors":[{"message":"AiError: AiError: Input prompt contains NSFW content. '
+            b'(bd40edba-1111-2222-3333-444455556666)","code":8007}],"success":false,"result":{},'
+            b'"messages":[]}', 400, "invalid_request", "Input prompt contains NSFW content."),
+        (
+            400, error_envelope(5006, "AiError: Bad input: Error: '/temperature' must be <= 5"),
+            400, "invalid_request", "Bad input: Error: '/temperature' must be <= 5"),
+        (
+            400,
+            error_envelope(
+                5004,
+                'AiError: AiError: {"object":"error","message":"too long","type":"BadRequest",'
+                '"param":null,"code":400} (bd40edba-1111-2222-3333-444455556666)'), 400,
+            "invalid_request", "too long"),
+        (
+            400,
+            error_envelope(
+                5004, 'AiError: {"error":{"message":"AiError: {\\"message\\":\\"deep\\"}"}}'), 400,
+            "invalid_request", "deep"),
+        (
+            400,
+            b'{"error":{"code":"invalid_prompt","message":"AiError: AiError: bad '
+            b'(bd40edba-1111-2222-3333-444455556666)"}}', 400, "invalid_prompt", "bad"),
+        (404, {"error": {"message": "x", "param": "model"}}, 404, "not_found", "x"),
+        (400, {"error": "just text"}, 400, "invalid_request", "just text"),
+        (
+            500,
+            {
+                "success": False,
+                "errors": [{"code": 8005, "message": "at %s with %s" % (ACCOUNT.upper(), TOKEN)}]},
+            500, "upstream_error", "at *** with ***"),
+        (
+            429, b"", 429, "rate_limit_exceeded",
+            "Cloudflare answered with status 429 and no reason that could be read."),
+        (
+            502, b"<html>Bad gateway</html>", 502, "upstream_error",
+            "Cloudflare answered with status 502 and no reason that could be read."),
+        (
+            410, b'{"errors":["odd"]}', 404, "model_not_found",
+            "Cloudflare answered with status 410 and no reason that could be read."),
+        (401, b"{}", 502, "upstream_credentials_rejected", None),
+        (403, b"no json", 403, "permission_denied", None),
+        (408, b"", 504, "upstream_timeout", None), (302, b"", 502, "upstream_bad_response", None),
+        (400, error_envelope(8001, None), 400, "invalid_request", None),
+        (500, b"[" * 100000, 500, "upstream_error", None)],
+    ids=lambda value: str(value)[:30] if isinstance(value, (bytes, dict)) else str(value))
+def test_an_error_in_any_form_is_read(status, data, our_status, code, message):
     made = translate_error(status, body(data), (ACCOUNT, TOKEN))
-    assert (made.status, made.code) == (ours, code)
+    assert (made.status, made.code) == (our_status, code)
     assert made.message == message or message is None and made.message
     assert set(error_object(made)) == {"message", "type", "param", "code"}
 
 
 def test_the_operators_errors_name_the_setting_and_show_no_value():
-    made = translate_error(404, body(error_envelope(7003, "Could not route to /accounts/%s/ai/v1/x, perhaps your object identifier is invalid?" % ACCOUNT)), (ACCOUNT,))
+    made = translate_error(
+        404,
+        body(
+            error_envelope(
+                7003,
+                "Could not route to /accounts/%s/ai/v1/x, perhaps your object identifier is "
+                "invalid?" % ACCOUNT)), (ACCOUNT,))
     assert "CLOUDFLARE_ACCOUNT_ID" in made.message and ACCOUNT not in made.message
     assert "CLOUDFLARE_API_TOKEN" in translate_error(401, body(error_envelope(10000))).message
 
 
-def test_retry_after_goes_on():
-    assert translate_error(429, b"", (), retry_after="5").fields == [(b"retry-after", b"5")]
+def test_retry_after_is_passed_on():
+    assert translate_error(429, b"", (), [(b"retry-after", b"5")]).headers == [
+        (b"retry-after", b"5")]
+
+
+def test_of_a_long_message_only_the_beginning_is_looked_at(monkeypatch):
+    strip_message = aiproxy.strip_message
+    lengths = []
+
+    def counting_strip_message(text):
+        lengths.append(len(text))
+        return strip_message(text)
+    monkeypatch.setattr(aiproxy, "strip_message", counting_strip_message)
+    blanks = " " * 500000
+    letters = "x" * 500000
+    for message in (blanks, letters, "AiError" + blanks, "(" + blanks, {"a": letters}):
+        made = translate_error(400, body(error_envelope(5004, message)))
+        assert made.status == 400
+        assert len(made.message) <= 2000
+    assert max(lengths) <= aiproxy.MAX_MESSAGE_READ
+
+
+def test_half_of_a_secret_at_the_end_of_what_is_looked_at_is_not_shown():
+    filler = (UUID + " ") * (aiproxy.MAX_MESSAGE_READ // (len(UUID) + 1))
+    made = translate_error(400, body(error_envelope(5004, filler + TOKEN)), (ACCOUNT, TOKEN))
+    assert made.message == "***"
 
 
 # -- the model list
 
-CATALOGUE = [ITEM, item("@cf/baai/bge-m3", "Text Embeddings"), item("@cf/black-forest-labs/flux", "Text-to-Image"), item("@cf/old", planned_deprecation_date="2026-05-30"),
-             item("@cf/leaving", "text  generation", planned_deprecation_date="2027-01-01"), ITEM, {"name": None}, {"name": "@cf/odd", "task": None, "properties": None}]
+CATALOGUE = [
+    ITEM, item("@cf/baai/bge-m3", "Text Embeddings"),
+    item("@cf/black-forest-labs/flux", "Text-to-Image"),
+    item("@cf/old", planned_deprecation_date="2026-05-30"),
+    item("@cf/leaving", "text  generation", planned_deprecation_date="2027-01-01"), ITEM,
+    {"name": None}, {"name": "@cf/odd", "task": None, "properties": None}]
 
 
 def test_an_item_of_the_catalogue_becomes_a_model():
-    assert translate_catalogue([ITEM], "2026-11-21", {}, False) == [{
-        "id": "@cf/openai/gpt-oss-20b", "object": "model", "created": 1754390993, "owned_by": "cloudflare", "permission": [], "root": "@cf/openai/gpt-oss-20b",
-        "parent": None, "metadata": {"description": "OpenAI's open-weight models …", "task": "Text Generation", "context_window": "128000"}}]
+    assert translate_catalogue([ITEM], "2026-11-21", {}, False) == [
+        {
+            "id": "@cf/openai/gpt-oss-20b", "object": "model", "created": 1754390993,
+            "owned_by": "cloudflare", "permission": [], "root": "@cf/openai/gpt-oss-20b",
+            "parent": None,
+            "metadata": {
+                "description": "OpenAI's open-weight models …", "task": "Text Generation",
+                "context_window": "128000"}}]
 
 
-@pytest.mark.parametrize("names,only,ids", [
-    (WORKERS_ALIASES, False, ["gpt-oss-20b", "@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"]),
-    ({"@cf/leaving": "@cf/leaving", "small": "@cf/openai/gpt-oss-20b", "gone": "@cf/old"}, True, ["small", "@cf/leaving"]),
-    ({}, False, ["@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"]),
-], ids=["out of the box", "an allow-list", "no aliases"])
+@pytest.mark.parametrize(
+    "names,only,ids",
+    [
+        (
+            WORKERS_ALIASES, False,
+            ["gpt-oss-20b", "@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"]),
+        (
+            {"@cf/leaving": "@cf/leaving", "small": "@cf/openai/gpt-oss-20b", "gone": "@cf/old"},
+            True, ["small", "@cf/leaving"]),
+        ({}, False, ["@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"])],
+    ids=["out of the box", "an allow-list", "no aliases"])
 def test_the_list_has_live_text_and_embedding_models_aliases_first(names, only, ids):
     made = translate_catalogue(CATALOGUE, "2026-11-21", names, only)
     assert [model["id"] for model in made] == ids
     leaving = [model for model in made if model["id"] == "@cf/leaving"][0]
-    assert leaving["metadata"] == {"task": "text  generation", "planned_deprecation_date": "2027-01-01"} and leaving["created"] == 0
+    assert leaving["metadata"] == {
+        "task": "text  generation", "planned_deprecation_date": "2027-01-01"}
+    assert leaving["created"] == 0
 
 
-def test_a_model_is_gone_on_its_day():
+def test_a_model_is_retired_on_its_date():
     assert len(translate_catalogue(CATALOGUE, "2026-05-29", {}, False)) == 4
     assert len(translate_catalogue(CATALOGUE, "2026-05-30", {}, False)) == 3
 
 
-def test_a_page_is_read_or_refused():
-    page = {"success": True, "errors": [], "messages": [], "result": [ITEM], "result_info": {"page": 1, "per_page": 50, "count": 50, "total_count": 308}}
+def test_a_page_of_the_list_is_read_or_is_an_error():
+    page = {
+        "success": True, "errors": [], "messages": [], "result": [ITEM],
+        "result_info": {"page": 1, "per_page": 50, "count": 50, "total_count": 308}}
     assert read_catalogue_page(200, body(page)) == [ITEM]
     assert read_catalogue_page(200, body(dict(page, result=[]))) == []
-    assert refusal(read_catalogue_page, 401, body(error_envelope(10000))).code == "upstream_credentials_rejected"
-    for bad in (b"", b"<html>", b"{}", body(dict(page, result=None)), body(dict(page, success=False))):
-        assert refusal(read_catalogue_page, 200, bad).code == "upstream_bad_response"
+    assert (
+        raised(read_catalogue_page, 401, body(error_envelope(10000))).code
+        == "upstream_credentials_rejected")
+    for bad in (b"", b"<html>", b"{}", body(dict(page,
+                                                 result=None)), body(dict(page, success=False))):
+        assert raised(read_catalogue_page, 200, bad).code == "upstream_bad_response"
 
 
 def test_no_retired_model_is_a_default():
-    retired = ("kimi-k2.5", "llama-3-8b", "llama-3.1-8b-instruct", "llama-3.1-70b", "llama-2", "mistral-7b", "gemma-7b", "gemma-3", "hermes-2", "phi-2", "sqlcoder")
+    retired = (
+        "kimi-k2.5", "llama-3-8b", "llama-3.1-8b-instruct", "llama-3.1-70b", "llama-2",
+        "mistral-7b", "gemma-7b", "gemma-3", "hermes-2", "phi-2", "sqlcoder")
     assert not [model for model in WORKERS_ALIASES.values() if any(old in model for old in retired)]

@@ -447,21 +447,21 @@ def test_an_upload_is_relayed_while_it_is_still_arriving(by_hand, relay, framing
 def test_only_the_beginning_of_a_streamed_upload_is_buffered_however_fast_it_arrives(
     upstream, relay, monkeypatch, framing
 ):
-    read_some = aiproxy.RequestBody.read_some
-    open_upstream = aiproxy.Handler.open_upstream
+    read = aiproxy.Upload.read
+    ask_upstream = aiproxy.Handler.ask_upstream
     prefix_lengths = []
 
-    def wait_and_read_some(body):
-        if not body.client.buffer:
-            body.client.wait_readable(PATIENCE)
-        return read_some(body)
+    def wait_and_read(upload):
+        if not upload.client.buffer:
+            upload.client.wait_readable(PATIENCE)
+        return read(upload)
 
-    def open_and_note(handler, prefix):
+    def ask_and_note(handler, prefix):
         prefix_lengths.append(len(prefix))
-        return open_upstream(handler, prefix)
+        return ask_upstream(handler, prefix)
 
-    monkeypatch.setattr(aiproxy.RequestBody, "read_some", wait_and_read_some)
-    monkeypatch.setattr(aiproxy.Handler, "open_upstream", open_and_note)
+    monkeypatch.setattr(aiproxy.Upload, "read", wait_and_read)
+    monkeypatch.setattr(aiproxy.Handler, "ask_upstream", ask_and_note)
     body = bytes(4 << 20)
 
     if framing == "chunked":
@@ -471,7 +471,7 @@ def test_only_the_beginning_of_a_streamed_upload_is_buffered_however_fast_it_arr
 
     assert reply.status == 200
     assert upstream.received[0].body == body
-    assert prefix_lengths[0] <= aiproxy.HOLD_BYTES + aiproxy.PIECE
+    assert prefix_lengths[0] <= aiproxy.PREFETCH_BYTES + aiproxy.READ_SIZE
 
 
 def test_an_upload_that_turns_out_malformed_is_not_completed(by_hand, relay):

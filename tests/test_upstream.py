@@ -127,7 +127,7 @@ def test_an_idle_connection_that_closed_or_sent_bytes_is_not_reused(either, rela
 
     answered.set()
     assert acted.wait(PATIENCE)
-    wait_until_readable(running.server.upstreams.idle)
+    wait_until_readable(running.server.upstream.pool.idle)
 
     assert running.chat().body == b'{"ok":true}'
     assert either.connections == 2
@@ -137,7 +137,7 @@ def test_an_idle_connection_that_closed_or_sent_bytes_is_not_reused(either, rela
 def wait_until_readable(idle):
     """Wait until the upstream's action has reached the relay's end of the one idle connection."""
     ((connection, _),) = idle
-    assert aiproxy.wait(PATIENCE, connection.wire, aiproxy.READ)
+    assert connection.wait_readable(PATIENCE)
 
 
 @pytest.mark.parametrize("method", ["POST", "GET"])

@@ -395,7 +395,7 @@ def test_a_response_in_any_two_pieces_is_the_same_response(upstream, relay, plac
     assert len(data) == 131
 
     first_read = threading.Event()
-    receive = aiproxy.Wire.receive
+    receive = aiproxy.BufferedSocket.receive
 
     def receive_and_signal(wire):
         piece = receive(wire)
@@ -403,7 +403,7 @@ def test_a_response_in_any_two_pieces_is_the_same_response(upstream, relay, plac
             first_read.set()
         return piece
 
-    monkeypatch.setattr(aiproxy.Wire, "receive", receive_and_signal)
+    monkeypatch.setattr(aiproxy.BufferedSocket, "receive", receive_and_signal)
     scene = Scene(upstream, relay, data[place:])
 
     def answer_in_two(received):

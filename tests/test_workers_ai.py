@@ -1,7 +1,8 @@
-"""Workers AI through a real relay: what goes up, what comes down, in OpenAI's format, and what never does. fake_cloudflare.py is the other side.
+"""Workers AI through a real relay: what goes up, what comes down, and what never does.
 
-Each shape by itself is in test_translate.py; here is what needs sockets. Answers of /ai/v1 that are not streams, embeddings and Responses events have
-not been recorded by anybody: those of the fake are assumed, by the docs and the types.
+fake_cloudflare.py is the other side. Each shape by itself is in test_translate.py; here is what
+needs sockets. Responses of /ai/v1 that are not streams, embeddings and events of the Responses API
+have not been recorded by anybody: those of the fake are assumed, by the docs and the types.
 """
 import base64
 import json
@@ -13,7 +14,8 @@ import pytest
 
 import aiproxy
 from aiproxy import EventReader, SettingError, Settings
-from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, GPT_OSS, LLAMA_31, MID_STREAM, RESPONSE_EVENTS, TOKEN, UUID, FakeCloudflare, delta, envelope,
+from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, GPT_OSS, LLAMA_31, MID_STREAM,
+                             RESPONSE_EVENTS, TOKEN, UUID, FakeCloudflare, delta, envelope,
                              error_envelope, named, settings, sse)
 from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, chunk, run_program
 
@@ -32,19 +34,32 @@ def cloudflare():
 
 @pytest.fixture
 def workers(cloudflare, relay, capfd):
-    """start(**settings) → a relay that makes OpenAI's API of the fake account. No fault may be printed."""
+    """start(**settings) starts a relay that makes OpenAI's API of the fake account.
+
+    No fault may be printed.
+    """
     def start(**others):
-        names = {name.replace("AIPROXY_", "", 1): value for name, value in settings(cloudflare).items()}
+        names = {
+            name.replace("AIPROXY_", "", 1): value
+            for name, value in settings(cloudflare).items()
+        }
         return relay(**dict(names, **others))
     yield start
     assert "fault" not in capfd.readouterr().err
 
 
 def post(running, path=CHAT, fields=(), version="HTTP/1.1", **body):
-    """The reply to a request with these members, null ones left out; HELLO and the llama are what a chat is about unless told otherwise."""
+    """The reply to a request with these members, null ones left out.
+
+    A chat has the messages HELLO and the model LLAMA unless others are given.
+    """
     if path == CHAT:
         body = dict({"messages": HELLO}, **body)
-    body = {name: value for name, value in dict({"model": LLAMA}, **body).items() if value is not None}
+    body = {
+        name: value
+        for name, value in dict({"model": LLAMA}, **body).items()
+        if value is not None
+    }
     return running.ask("POST", path, json.dumps(body).encode(), AUTH + list(fields), version)
 
 
@@ -55,23 +70,39 @@ def events_of(reply_or_bytes):
 
 
 def text_of(events):
-    return "".join(one.get("delta", one).get("content", one.get("text")) or "" for event in events if event != "[DONE]" for one in event["choices"])
+    return "".join(
+        one.get("delta", one).get("content", one.get("text")) or ""
+        for event in events if event != "[DONE]" for one in event["choices"])
 
 
-# -- what goes up
+# -- requests
 
 
-@pytest.mark.parametrize("sent,goes_up", [
-    (b'{ "model" : "glm-4.7-flash", "messages":[{"role":"user","content":[{"type":"text","text":"h\\u00e9"},{"type":"image_url","image_url":{"url":"data:,x"}}]}],'
-     b' "max_tokens":5, "tools":[{"type":"function","function":{"name":"f","parameters":{}}}], "response_format":{"type":"json_object"}, "reasoning_effort":"low",'
-     b' "chat_template_kwargs":{"enable_thinking":false}, "temperature":0.10, "unknown":[1e2,null] }',
-     b'{ "model" : "@cf/zai-org/glm-4.7-flash", "messages":[{"role":"user","content":[{"type":"text","text":"h\\u00e9"},{"type":"image_url","image_url":{"url":"data:,x"}}]}],'
-     b' "max_tokens":5, "tools":[{"type":"function","function":{"name":"f","parameters":{}}}], "response_format":{"type":"json_object"}, "reasoning_effort":"low",'
-     b' "chat_template_kwargs":{"enable_thinking":false}, "temperature":0.10, "unknown":[1e2,null] }'),
-    (b'{"model":"@cf/zai-org/glm-4.7-flash","messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"a"}]},{"role":"tool","tool_call_id":"a","content":"7"}]}',
-     b'{"max_tokens": 4096, "model":"@cf/zai-org/glm-4.7-flash","messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"a"}]},{"role":"tool","tool_call_id":"a","content":"7"}]}'),
-], ids=["an alias", "no max_tokens"])
-def test_a_body_goes_up_as_the_client_sent_it_but_for_model_and_a_missing_max_tokens(cloudflare, workers, sent, goes_up):
+@pytest.mark.parametrize(
+    "sent,goes_up",
+    [(b'{ "model" : "glm-4.7-flash", "messages":[{"role":"user","content":[{"type":"text",'
+      b'"text":"h\\u00e9"},{"type":"image_url","image_url":{"url":"data:,x"}}]}],'
+      b' "max_tokens":5, "tools":[{"type":"function","function":{"name":"f",'
+      b'"parameters":{}}}], "response_format":{"type":"json_object"}, '
+      b'"reasoning_effort":"low",'
+      b' "chat_template_kwargs":{"enable_thinking":false}, "temperature":0.10, '
+      b'"unknown":[1e2,null] }',
+      b'{ "model" : "@cf/zai-org/glm-4.7-flash", "messages":[{"role":"user",'
+      b'"content":[{"type":"text","text":"h\\u00e9"},{"type":"image_url",'
+      b'"image_url":{"url":"data:,x"}}]}],'
+      b' "max_tokens":5, "tools":[{"type":"function","function":{"name":"f",'
+      b'"parameters":{}}}], "response_format":{"type":"json_object"}, '
+      b'"reasoning_effort":"low",'
+      b' "chat_template_kwargs":{"enable_thinking":false}, "temperature":0.10, '
+      b'"unknown":[1e2,null] }'),
+     (b'{"model":"@cf/zai-org/glm-4.7-flash","messages":[{"role":"assistant",'
+      b'"content":null,"tool_calls":[{"id":"a"}]},{"role":"tool","tool_call_id":"a",'
+      b'"content":"7"}]}', b'{"max_tokens": 4096, "model":"@cf/zai-org/glm-4.7-flash",'
+      b'"messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"a"}]},'
+      b'{"role":"tool","tool_call_id":"a","content":"7"}]}')],
+    ids=["an alias", "no max_tokens"])
+def test_a_body_goes_up_as_the_client_sent_it_but_for_model_and_a_missing_max_tokens(
+        cloudflare, workers, sent, goes_up):
     running = workers()
     running.ask("POST", CHAT, sent, AUTH)
     received = cloudflare.wait_for()
@@ -80,8 +111,13 @@ def test_a_body_goes_up_as_the_client_sent_it_but_for_model_and_a_missing_max_to
 
 
 def test_the_head_that_goes_up_has_our_token_and_nothing_of_the_clients_key(cloudflare, workers):
-    post(workers(), fields=[("Accept-Encoding", "gzip, br"), ("x-session-affinity", "ses-1"), ("User-Agent", "OpenAI/Python"), ("Content-Type", "text/plain"), ("Cookie", "a=b"),
-                            ("X-Forwarded-For", "203.0.113.7"), ("x-api-key", "ck-alice"), ("Origin", "https://page.example")])
+    post(
+        workers(),
+        fields=[
+            ("Accept-Encoding", "gzip, br"), ("x-session-affinity", "ses-1"),
+            ("User-Agent", "OpenAI/Python"), ("Content-Type", "text/plain"), ("Cookie", "a=b"),
+            ("X-Forwarded-For", "203.0.113.7"), ("x-api-key", "ck-alice"),
+            ("Origin", "https://page.example")])
     received = cloudflare.wait_for()
     assert received.fields("authorization") == ["Bearer " + TOKEN]
     assert received.fields("accept-encoding") == ["identity"]
@@ -92,15 +128,23 @@ def test_the_head_that_goes_up_has_our_token_and_nothing_of_the_clients_key(clou
         assert word not in cloudflare.all_bytes
 
 
-@pytest.mark.parametrize("path,body,up,sent_up", [
-    ("/v1/completions", {"prompt": "Once"}, "/ai/v1/chat/completions", {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 4096}),
-    ("/v1/completions", {"prompt": ["Once"], "max_tokens": 3}, "/ai/v1/chat/completions", {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 3}),
-    (CHAT, {"max_completion_tokens": 9}, "/ai/v1/chat/completions", {"messages": HELLO, "max_completion_tokens": 9}),
-    ("/v1/embeddings", {"input": "Once"}, "/ai/v1/embeddings", {"input": "Once"}),
-    ("/v1/responses", {"input": "Once"}, "/ai/v1/responses", {"input": "Once"}),
-    ("/v1/v1/responses", {"input": "Once"}, "/ai/v1/responses", {"input": "Once"}),
-    ("/embeddings", {"input": ["a", "b"]}, "/ai/v1/embeddings", {"input": ["a", "b"]}),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "path,body,up,sent_up",
+    [
+        (
+            "/v1/completions", {"prompt": "Once"}, "/ai/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 4096}),
+        (
+            "/v1/completions", {"prompt": ["Once"], "max_tokens": 3}, "/ai/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 3}),
+        (
+            CHAT, {"max_completion_tokens": 9}, "/ai/v1/chat/completions",
+            {"messages": HELLO, "max_completion_tokens": 9}),
+        ("/v1/embeddings", {"input": "Once"}, "/ai/v1/embeddings", {"input": "Once"}),
+        ("/v1/responses", {"input": "Once"}, "/ai/v1/responses", {"input": "Once"}),
+        ("/v1/v1/responses", {"input": "Once"}, "/ai/v1/responses", {"input": "Once"}),
+        ("/embeddings", {"input": ["a", "b"]}, "/ai/v1/embeddings", {"input": ["a", "b"]})],
+    ids=lambda value: value if isinstance(value, str) else "")
 def test_each_path_has_its_own_upstream(cloudflare, workers, path, body, up, sent_up):
     assert post(workers(), path, **body).status == 200
     received = cloudflare.wait_for()
@@ -108,88 +152,125 @@ def test_each_path_has_its_own_upstream(cloudflare, workers, path, body, up, sen
     assert json.loads(received.body) == dict(sent_up, model=LLAMA)
 
 
-@pytest.mark.parametrize("asked,sent_up", [({}, {"max_tokens": 100}), ({"n": 2}, {"max_tokens": 50, "n": 2}), ({"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
-                                           ({"max_output_tokens": 7}, {"max_output_tokens": 7, "max_tokens": 100})], ids=str)
-def test_aiproxy_max_tokens_is_the_most_that_goes_up(cloudflare, workers, asked, sent_up):
+@pytest.mark.parametrize(
+    "requested,sent_up",
+    [
+        ({}, {"max_tokens": 100}), ({"n": 2}, {"max_tokens": 50, "n": 2}),
+        ({"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
+        ({"max_output_tokens": 7}, {"max_output_tokens": 7, "max_tokens": 100})], ids=str)
+def test_aiproxy_max_tokens_is_the_most_that_goes_up(cloudflare, workers, requested, sent_up):
     running = workers(MAX_TOKENS=100)
-    assert post(running, **asked).status == 200
+    assert post(running, **requested).status == 200
     assert json.loads(cloudflare.wait_for().body) == dict(sent_up, model=LLAMA, messages=HELLO)
-    assert post(running, max_tokens=101).code == "invalid_parameter" and len(cloudflare.received) == 1
+    assert post(running, max_tokens=101).code == "invalid_parameter"
+    assert len(cloudflare.received) == 1
 
 
 def test_aiproxy_max_tokens_holds_for_responses(cloudflare, workers):
     post(workers(MAX_TOKENS=100), "/v1/responses", input="Once")
-    assert json.loads(cloudflare.wait_for().body) == {"max_output_tokens": 100, "model": LLAMA, "input": "Once"}
+    assert json.loads(cloudflare.wait_for().body) == {
+        "max_output_tokens": 100, "model": LLAMA, "input": "Once"}
 
 
-# -- whole answers
+# -- whole responses
 
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_every_shape_is_a_clean_chat_completion(workers, model):
     running = workers(MODELS="mine=" + model)
     reply = post(running, model="mine")
-    assert (reply.status, reply.complete, reply.all("content-type"), reply.all("content-length")) == (200, True, ["application/json"], [str(len(reply.body))])
-    answer = reply.json
-    usage = answer.pop("usage", {"total_tokens": 1})
-    assert set(answer) == {"id", "object", "created", "model", "choices"} and usage["total_tokens"] > 0
-    assert answer["id"].startswith("chatcmpl-") and answer["object"] == "chat.completion" and answer["model"] == "mine"
-    choice, = answer["choices"]
+    assert (reply.status, reply.complete, reply.all("content-type"),
+            reply.all("content-length")) == (200, True, ["application/json"], [
+                str(len(reply.body))
+            ])
+    result = reply.json
+    usage = result.pop("usage", {"total_tokens": 1})
+    assert set(result) == {"id", "object", "created", "model", "choices"}
+    assert usage["total_tokens"] > 0
+    assert result["id"].startswith("chatcmpl-")
+    assert result["object"] == "chat.completion"
+    assert result["model"] == "mine"
+    choice, = result["choices"]
     assert set(choice) == {"index", "message", "logprobs", "finish_reason"}
     calls = choice["message"].get("tool_calls")
-    assert choice["finish_reason"] == ("tool_calls" if calls else "stop") and isinstance(choice["message"]["content"], type(None) if calls else str)
+    assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+    assert isinstance(choice["message"]["content"], type(None) if calls else str)
     for one in calls or ():
-        assert one["type"] == "function" and one["id"] and isinstance(json.loads(one["function"]["arguments"]), dict) and one["function"]["name"] == "get_weather"
+        assert one["type"] == "function"
+        assert one["id"]
+        assert isinstance(json.loads(one["function"]["arguments"]), dict)
+        assert one["function"]["name"] == "get_weather"
 
 
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"], ids=["chat", "text"])
-def test_every_shape_is_a_stream_where_one_was_asked_for(workers, model, path):
-    reply = post(workers(), path, model=model, stream=True, **({} if path == CHAT else {"prompt": "Once"}))
-    assert (reply.status, reply.complete, reply.get("content-type").partition(";")[0]) == (200, True, "text/event-stream")
+def test_every_shape_is_a_stream_where_one_was_requested(workers, model, path):
+    reply = post(
+        workers(), path, model=model, stream=True, **{} if path == CHAT else {"prompt": "Once"})
+    assert (reply.status, reply.complete, reply.get("content-type").partition(";")[0]) == (
+        200, True, "text/event-stream")
     events = events_of(reply)
     assert events.pop() == "[DONE]" and events
-    assert {event["object"] for event in events} == {"chat.completion.chunk" if path == CHAT else "text_completion"}
-    assert {event["model"] for event in events} == {model} and len({event["id"] for event in events}) == 1 and not any("usage" in event for event in events)
-    assert [bool(event["choices"][0]["finish_reason"]) for event in events] == [False] * (len(events) - 1) + [True]
+    assert {event["object"] for event in events} == {
+        "chat.completion.chunk" if path == CHAT else "text_completion"}
+    assert {event["model"] for event in events} == {model}
+    assert len({event["id"] for event in events}) == 1
+    assert not any("usage" in event for event in events)
+    assert [bool(event["choices"][0]["finish_reason"]) for event in events] == [False] * (len(
+        events) - 1) + [True]
     if path == CHAT:
         assert events[0]["choices"][0]["delta"]["role"] == "assistant"
     else:
-        assert all(set(event["choices"][0]) == {"index", "text", "logprobs", "finish_reason"} for event in events)
+        assert all(
+            set(event["choices"][0]) == {"index", "text", "logprobs", "finish_reason"}
+            for event in events)
 
 
 def test_a_completion_is_a_text_completion(workers):
-    answer = post(workers(), "/v1/completions", prompt="Once").json
-    assert answer.pop("id").startswith("cmpl-") and answer.pop("created")
-    assert answer == {"object": "text_completion", "model": LLAMA, "choices": [{"index": 0, "text": "4", "logprobs": None, "finish_reason": "stop"}],
-                      "usage": {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33}}
+    result = post(workers(), "/v1/completions", prompt="Once").json
+    assert result.pop("id").startswith("cmpl-") and result.pop("created")
+    assert result == {
+        "object": "text_completion", "model": LLAMA,
+        "choices": [{"index": 0, "text": "4", "logprobs": None, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33}}
 
 
 @pytest.mark.parametrize("model", ["@cf/baai/bge-m3", "@cf/legacy/bge", "@cf/base64/bge"])
-@pytest.mark.parametrize("asked", ["Once", ["Once", "é"]], ids=["a string", "a list"])
-def test_embeddings_are_base64_where_that_is_asked_for(workers, model, asked):
-    answer = post(workers(), "/v1/embeddings", model=model, input=asked, encoding_format="base64").json
-    vectors = [struct.unpack("<2f", base64.b64decode(one["embedding"])) for one in answer["data"]]
-    assert vectors == [(4.0, -0.5)] + [(1.0, -0.5)] * (len(asked) == 2)
-    assert answer["model"] == model and answer["object"] == "list"
-    assert [(one["object"], one["index"]) for one in answer["data"]] == [("embedding", index) for index in range(len(vectors))]
+@pytest.mark.parametrize("requested", ["Once", ["Once", "é"]], ids=["a string", "a list"])
+def test_embeddings_are_base64_where_that_is_requested(workers, model, requested):
+    result = post(workers(), "/v1/embeddings", model=model, input=requested,
+                  encoding_format="base64").json
+    vectors = [struct.unpack("<2f", base64.b64decode(one["embedding"])) for one in result["data"]]
+    assert vectors == [(4.0, -0.5)] + [(1.0, -0.5)] * (len(requested) == 2)
+    assert result["model"] == model and result["object"] == "list"
+    assert [(one["object"], one["index"]) for one in result["data"]] == [
+        ("embedding", index)
+        for index in range(len(vectors))]
 
 
 @pytest.mark.parametrize("form", [None, "float"], ids=str)
-def test_embeddings_are_floats_where_base64_is_not_asked_for(workers, form):
-    answer = post(workers(MODELS="bge=@cf/baai/bge-m3"), "/v1/embeddings", model="bge", input="Once", encoding_format=form).json
-    assert answer == {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [4.0, -0.5]}], "model": "bge", "usage": {"prompt_tokens": 4, "total_tokens": 4}}
+def test_embeddings_are_floats_where_base64_is_not_requested(workers, form):
+    result = post(
+        workers(MODELS="bge=@cf/baai/bge-m3"), "/v1/embeddings", model="bge", input="Once",
+        encoding_format=form).json
+    assert result == {
+        "object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [4.0, -0.5]}],
+        "model": "bge", "usage": {"prompt_tokens": 4, "total_tokens": 4}}
 
 
 def test_a_response_comes_back_with_the_alias(workers):
-    assert post(workers(), "/v1/responses", model="gpt-oss-20b", input="Once").json == dict(GPT_OSS, model="gpt-oss-20b")
+    assert post(workers(), "/v1/responses", model="gpt-oss-20b", input="Once").json == dict(
+        GPT_OSS, model="gpt-oss-20b")
 
 
 # -- streams
 
 
 def gated(cloudflare, blocks, end=b"0\r\n\r\n"):
-    """Make the fake send a stream of `blocks`, each only when the gate of the one before is set; the gates."""
+    """Make the fake send a stream of `blocks`, each only when the gate of the last is set.
+
+    Returns the gates.
+    """
     gates = [threading.Event() for _ in blocks]
 
     def answer(received):
@@ -203,134 +284,205 @@ def gated(cloudflare, blocks, end=b"0\r\n\r\n"):
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
-def test_an_event_is_translated_and_relayed_before_the_next_one_is_sent(cloudflare, workers, version):
+def test_an_event_is_translated_and_relayed_before_the_next_one_is_sent(
+        cloudflare, workers, version):
     gates = gated(cloudflare, [block + b"\n\n" for block in LLAMA_31.strip().split(b"\n\n")])
     with workers().client() as client:
-        client.request("POST", CHAT, json.dumps({"model": LLAMA, "messages": HELLO, "stream": True}).encode(), AUTH, version)
+        client.request(
+            "POST", CHAT, json.dumps({"model": LLAMA, "messages": HELLO, "stream": True}).encode(),
+            AUTH, version)
         reply = client.read_head()
-        assert reply.get("content-type") == "text/event-stream; charset=utf-8" and reply.get("x-accel-buffering") == "no" and reply.get("cache-control") == "no-cache"
-        assert (reply.get("transfer-encoding"), reply.get("connection")) == (("chunked", None) if version == "HTTP/1.1" else (None, "close"))
+        assert reply.get("content-type") == "text/event-stream; charset=utf-8"
+        assert reply.get("x-accel-buffering") == "no"
+        assert reply.get("cache-control") == "no-cache"
+        framing = ("chunked", None) if version == "HTTP/1.1" else (None, "close")
+        assert (reply.get("transfer-encoding"), reply.get("connection")) == framing
         for gate, mark in zip(gates, (b'"Hello"', b'"!"', b'"stop"', None, b"[DONE]")):
             data = client.read_until(mark) if mark else b""
             gate.set()
         assert b"finish_reason" not in data
-        assert client.read_until(b"0\r\n\r\n") if version == "HTTP/1.1" else client.read_until(b"\n\n") and client.ended()
+        if version == "HTTP/1.1":
+            assert client.read_until(b"0\r\n\r\n")
+        else:
+            assert client.read_until(b"\n\n") and client.ended()
 
 
 def test_response_events_are_relayed_before_the_next_one_is_sent(cloudflare, workers):
     gates = gated(cloudflare, [named([event]) for event in RESPONSE_EVENTS])
     with workers().client() as client:
-        client.request("POST", "/v1/responses", json.dumps({"model": "gpt-oss-20b", "input": "Once", "stream": True}).encode(), AUTH)
+        client.request(
+            "POST", "/v1/responses",
+            json.dumps({"model": "gpt-oss-20b", "input": "Once", "stream": True}).encode(), AUTH)
         client.read_head()
         for gate, event in zip(gates, RESPONSE_EVENTS):
             sent, = EventReader().feed(client.read_chunk())
-            wanted = dict(event, response=dict(event["response"], model="gpt-oss-20b")) if "response" in event else event
+            wanted = (
+                dict(event, response=dict(event["response"], model="gpt-oss-20b"))
+                if "response" in event else event)
             assert (sent[0], json.loads(sent[1])) == (event["type"], wanted)
             gate.set()
         assert client.read_chunk() == b""
 
 
-@pytest.mark.parametrize("model,usage", [(LLAMA, (45, 2)), ("@cf/meta/llama-4-scout-17b-16e-instruct", (1386, 1306)), ("@cf/openai/gpt-oss-20b", (136, 37)),
-                                         ("@cf/shape/bare", (9, 24)), ("@cf/shape/number", None)])
-@pytest.mark.parametrize("asked", [True, False])
-def test_usage_comes_last_where_it_is_asked_for_and_is_honest(workers, model, usage, asked):
+@pytest.mark.parametrize(
+    "model,usage",
+    [
+        (LLAMA, (45, 2)), ("@cf/meta/llama-4-scout-17b-16e-instruct", (1386, 1306)),
+        ("@cf/openai/gpt-oss-20b", (136, 37)), ("@cf/shape/bare", (9, 24)),
+        ("@cf/shape/number", None)])
+@pytest.mark.parametrize("requested", [True, False])
+def test_usage_comes_last_where_it_is_requested_and_is_honest(workers, model, usage, requested):
     running = workers()
-    events = events_of(post(running, model=model, stream=True, stream_options={"include_usage": True} if asked else None))[:-1]
+    events = events_of(
+        post(
+            running, model=model, stream=True,
+            stream_options={"include_usage": True} if requested else None))[:-1]
     with_choices = [event for event in events if event["choices"]]
-    if asked and usage:
-        assert (events[-1]["usage"]["prompt_tokens"], events[-1]["usage"]["completion_tokens"]) == usage and events[-1]["choices"] == []
+    if requested and usage:
+        assert (events[-1]["usage"]["prompt_tokens"],
+                events[-1]["usage"]["completion_tokens"]) == usage
+        assert events[-1]["choices"] == []
         assert len(with_choices) == len(events) - 1
     else:
         assert with_choices == events
-    assert all(event.get("usage", 0) == (None if asked else 0) for event in with_choices)
+    assert all(event.get("usage", 0) == (None if requested else 0) for event in with_choices)
     record = running.wait_for_record()
     assert (record["prompt_tokens"], record["completion_tokens"]) == (usage or (None, None))
 
 
-def test_the_log_knows_the_usage_of_every_kind(workers):
+def test_the_log_has_the_usage_of_every_kind(workers):
     running = workers()
-    asked = [(CHAT, {}, (9, 24)), ("/v1/completions", {"prompt": "Once"}, (9, 24)), ("/v1/embeddings", {"model": "@cf/baai/bge-m3", "input": "Once"}, (4, None)),
-             ("/v1/responses", {"input": "Once"}, (70, 60)), ("/v1/responses", {"input": "Once", "stream": True}, (70, 60)),
-             ("/v1/responses", {"model": "@cf/shape/whole", "input": "Once", "stream": True}, (70, 60))]
-    for number, (path, body, usage) in enumerate(asked, 1):
+    requested = [
+        (CHAT, {}, (9, 24)), ("/v1/completions", {"prompt": "Once"}, (9, 24)),
+        ("/v1/embeddings", {"model": "@cf/baai/bge-m3", "input": "Once"}, (4, None)),
+        ("/v1/responses", {"input": "Once"}, (70, 60)),
+        ("/v1/responses", {"input": "Once", "stream": True}, (70, 60)),
+        (
+            "/v1/responses", {"model": "@cf/shape/whole", "input": "Once", "stream": True},
+            (70, 60))]
+    for number, (path, body, usage) in enumerate(requested, 1):
         reply = post(running, path, **body)
         record = running.wait_for_record(number)
-        assert ((record["prompt_tokens"], record["completion_tokens"]), record["bytes"]) == (usage, len(reply.body)), path
-        assert (record["client"], record["path"], record["model"], record["status"], record["upstream_status"], record["outcome"]) == (
+        assert ((record["prompt_tokens"], record["completion_tokens"]),
+                record["bytes"]) == (usage, len(reply.body)), path
+        assert (
+            record["client"], record["path"], record["model"], record["status"],
+            record["upstream_status"], record["outcome"]) == (
             "alice", path, body.get("model", LLAMA), 200, 200, "ok")
 
 
-def test_a_whole_answer_that_ends_by_a_reset_is_a_502(cloudflare, workers):
+def test_a_whole_response_that_ends_by_a_reset_is_a_502(cloudflare, workers):
     def answer(received):
-        received.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + json.dumps(envelope({"response": "It may go on"})).encode())
+        received.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + json.dumps(
+                envelope({"response": "It may go on"})).encode())
         received.reset()
     cloudflare.answer = answer
     reply = post(workers())
     assert (reply.status, reply.code) == (502, "upstream_bad_response")
 
 
-@pytest.mark.parametrize("end", ["close", "reset", "broken chunk", "length", "half an event", "last chunk"])
+@pytest.mark.parametrize(
+    "end", ["close", "reset", "broken chunk", "length", "half an event", "last chunk"])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
-def test_a_cut_stream_ends_in_an_error_event_and_never_in_stop(cloudflare, workers, end, version):
+def test_a_stream_that_ends_early_ends_in_an_error_event_and_never_in_stop(
+        cloudflare, workers, end, version):
     def answer(received):
-        head, data = (EVENT_HEAD, chunk(sse(delta(content="Hel")))) if end != "length" else (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n", sse(delta(content="Hel")))
-        received.send(head + data + {"broken chunk": b"zz\r\n", "half an event": chunk(b'data: {"choices":[{"ind'), "last chunk": b"0\r\n\r\n"}.get(end, b""))
+        head, data = (
+            (EVENT_HEAD, chunk(sse(delta(content="Hel"))))
+            if end != "length" else (
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: "
+                b"999\r\n\r\n", sse(delta(content="Hel"))))
+        received.send(
+            head + data + {
+                "broken chunk": b"zz\r\n", "half an event": chunk(b'data: {"choices":[{"ind'),
+                "last chunk": b"0\r\n\r\n"
+            }.get(end, b""))
         received.reset() if end == "reset" else received.close()
     cloudflare.answer = answer
     running = workers()
     reply = post(running, stream=True, version=version)
-    if not (version == "HTTP/1.0" and not reply.body):      # a reset may overtake what came before it
+    # a reset may overtake what came before it
+    if not (version == "HTTP/1.0" and not reply.body):
         *events, last = events_of(reply)
         assert end == "reset" or text_of(events) == "Hel"
-        assert last["error"]["type"] == "server_error" and set(last["error"]) == {"message", "type", "param", "code"}
+        assert last["error"]["type"] == "server_error"
+        assert set(last["error"]) == {"message", "type", "param", "code"}
     assert b"[DONE]" not in reply.body and b'"stop"' not in reply.body and not reply.complete
     assert running.wait_for_record()["outcome"] not in ("ok", "client_gone")
 
 
-def test_a_stream_that_falls_silent_ends_in_an_error_event(cloudflare, workers):
-    cloudflare.answer = lambda received: received.send(EVENT_HEAD + chunk(sse(delta(content="Hel")))) or received.wait_closed()
+def test_a_stream_that_times_out_ends_in_an_error_event(cloudflare, workers):
+    cloudflare.answer = lambda received: (
+        received.send(EVENT_HEAD + chunk(sse(delta(content="Hel")))) or received.wait_closed())
     reply = post(workers(TIMEOUT=0.2), stream=True)
     assert events_of(reply)[-1]["error"]["code"] == "upstream_timeout" and not reply.complete
 
 
-@pytest.mark.parametrize("form,code", [("envelope", "invalid_request"), ("object", "invalid_prompt"), ("vllm", "invalid_request"), ("cut", None), ("half", None)])
+@pytest.mark.parametrize(
+    "form,code",
+    [
+        ("envelope", "invalid_request"), ("object", "invalid_prompt"), ("vllm", "invalid_request"),
+        ("cut", None), ("half", None)])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 def test_an_error_in_mid_stream_becomes_one_error_event(cloudflare, workers, path, form, code):
     assert form in MID_STREAM
     running = workers()
-    reply = post(running, path, model="@cf/mid/" + form, stream=True, **{CHAT: {}, "/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}[path])
+    reply = post(
+        running, path, model="@cf/mid/" + form, stream=True,
+        **{CHAT: {}, "/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}[path])
     *before, last = events_of(reply)
-    assert reply.status == 200 and before and not any("error" in event for event in before) and "[DONE]" not in before
+    assert reply.status == 200
+    assert before
+    assert not any("error" in event for event in before)
+    assert "[DONE]" not in before
     assert last["error"]["code"] == code or code is None and last["error"]["type"] == "server_error"
-    assert last["error"]["message"] and not any(word in reply.body.decode() for word in SECRETS + ("AiError", UUID))
+    assert last["error"]["message"]
+    assert not any(word in reply.body.decode() for word in SECRETS + ("AiError", UUID))
     assert not reply.complete and running.wait_for_record()["outcome"] == last["error"]["code"]
 
 
-def test_json_where_a_stream_was_asked_for_becomes_events(workers):
-    reply = post(workers(), model="@cf/shape/responses", stream=True, stream_options={"include_usage": True})
+def test_json_where_a_stream_was_requested_becomes_events(workers):
+    reply = post(
+        workers(), model="@cf/shape/responses", stream=True,
+        stream_options={"include_usage": True})
     events = events_of(reply)
-    assert text_of(events[:-2]) == "The phrase …" and events[-1] == "[DONE]" and events[-2]["usage"]["total_tokens"] == 130
+    assert text_of(events[:-2]) == "The phrase …"
+    assert events[-1] == "[DONE]"
+    assert events[-2]["usage"]["total_tokens"] == 130
     assert reply.complete and reply.get("content-type").startswith("text/event-stream")
 
 
-def test_a_whole_response_where_a_stream_was_asked_for_becomes_events(workers):
-    events = events_of(post(workers(MODELS="gpt=@cf/shape/whole"), "/v1/responses", model="gpt", input="x", stream=True))
-    assert events[0]["type"] == "response.created" and events[-1] == dict(events[-1], type="response.completed", response=dict(GPT_OSS, model="gpt"))
-    assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == "The phrase …"
+def test_a_whole_response_where_a_stream_was_requested_becomes_events(workers):
+    events = events_of(
+        post(
+            workers(MODELS="gpt=@cf/shape/whole"), "/v1/responses", model="gpt", input="x",
+            stream=True))
+    assert events[0]["type"] == "response.created"
+    assert events[-1] == dict(
+        events[-1], type="response.completed", response=dict(GPT_OSS, model="gpt"))
+    assert "".join(
+        event["delta"]
+        for event in events if event["type"] == "response.output_text.delta") == "The phrase …"
 
 
-def test_an_error_where_a_stream_was_asked_for_is_an_error_answer(workers):
+def test_an_error_where_a_stream_was_requested_is_an_error_response(workers):
     reply = post(workers(), model="@cf/error/400/5007", stream=True)
-    assert (reply.status, reply.code, reply.get("content-type")) == (404, "model_not_found", "application/json")
+    assert (reply.status, reply.code, reply.get("content-type")) == (
+        404, "model_not_found", "application/json")
 
 
 # -- cancel, connections, browsers
 
 
 @pytest.mark.parametrize("phase", ["mid-stream", "before the first byte", "not streaming"])
-def test_when_the_client_goes_the_upstream_is_closed(cloudflare, workers, phase):
-    first, seen = {"mid-stream": (EVENT_HEAD + chunk(sse(delta(content="Hel"))), b"Hel"), "before the first byte": (b"", b""),
-                   "not streaming": (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{", b"")}[phase]
+def test_when_the_client_disconnects_the_upstream_is_closed(cloudflare, workers, phase):
+    first, seen = {
+        "mid-stream": (EVENT_HEAD + chunk(sse(delta(content="Hel"))), b"Hel"),
+        "before the first byte": (b"", b""),
+        "not streaming": (
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+            b"")}[phase]
     closed = queue.Queue()
 
     def answer(received):
@@ -339,7 +491,10 @@ def test_when_the_client_goes_the_upstream_is_closed(cloudflare, workers, phase)
     cloudflare.answer = answer
     running = workers()
     with running.client() as client:
-        client.request("POST", CHAT, json.dumps({"model": LLAMA, "messages": HELLO, "stream": phase == "mid-stream"}).encode(), AUTH)
+        client.request(
+            "POST", CHAT,
+            json.dumps({"model": LLAMA, "messages": HELLO,
+                        "stream": phase == "mid-stream"}).encode(), AUTH)
         cloudflare.wait_for()
         client.read_until(seen) if seen else None
     took = closed.get(timeout=2 * PATIENCE)
@@ -347,16 +502,20 @@ def test_when_the_client_goes_the_upstream_is_closed(cloudflare, workers, phase)
     assert running.wait_for_record()["outcome"] == "client_gone"
 
 
-@pytest.mark.parametrize("asked", [{}, {"stream": True}, {"model": "@cf/error/429/3040"}, {"model": "@cf/broken/html"}], ids=["whole", "stream", "error", "unreadable"])
-def test_upstream_connections_are_used_again(cloudflare, workers, asked):
+@pytest.mark.parametrize(
+    "requested",
+    [{}, {"stream": True}, {"model": "@cf/error/429/3040"}, {"model": "@cf/broken/html"}],
+    ids=["whole", "stream", "error", "unreadable"])
+def test_upstream_connections_are_used_again(cloudflare, workers, requested):
     running = workers()
     for number in range(1, 4):
-        post(running, **asked)
+        post(running, **requested)
         running.wait_for_record(number)     # by then the connection has been given back
     assert len(cloudflare.received) == 3 and cloudflare.connections == 1
 
 
-def test_an_upstream_connection_is_used_again_when_its_stream_ends_a_little_after_done(cloudflare, workers):
+def test_an_upstream_connection_is_used_again_when_its_stream_ends_a_little_after_done(
+        cloudflare, workers):
     gate = threading.Event()
 
     def answer(received):
@@ -368,10 +527,13 @@ def test_an_upstream_connection_is_used_again_when_its_stream_ends_a_little_afte
     for _ in range(2):
         gate.clear()
         with running.client() as client:
-            client.request("POST", CHAT, json.dumps({"model": LLAMA, "messages": HELLO, "stream": True}).encode(), AUTH)
-            assert client.read_reply().complete, "the client's answer waits for nothing"
+            client.request(
+                "POST", CHAT,
+                json.dumps({"model": LLAMA, "messages": HELLO, "stream": True}).encode(), AUTH)
+            assert client.read_reply().complete, "the client's response waits for nothing"
             gate.set()
-            client.request("GET", "/health")        # on the same connection: answered when all of the stream is done with
+            # on the same connection: answered when all of the stream is done with
+            client.request("GET", "/health")
             assert client.read_reply().status == 200
     assert len(cloudflare.received) == 2 and cloudflare.connections == 1
     assert running.wait_for_record()["outcome"] == "ok"
@@ -380,12 +542,14 @@ def test_an_upstream_connection_is_used_again_when_its_stream_ends_a_little_afte
 def test_client_connections_are_used_again(cloudflare, workers):
     with workers().client() as client:
         for stream in (False, True, False):
-            client.request("POST", CHAT, json.dumps({"model": LLAMA, "messages": HELLO, "stream": stream}).encode(), AUTH)
+            client.request(
+                "POST", CHAT,
+                json.dumps({"model": LLAMA, "messages": HELLO, "stream": stream}).encode(), AUTH)
             assert client.read_reply().complete
     assert len(cloudflare.received) == 3
 
 
-def test_a_kept_connection_that_cloudflare_closed_is_not_the_clients_trouble(cloudflare, workers):
+def test_an_idle_connection_that_cloudflare_closed_is_not_the_clients_trouble(cloudflare, workers):
     running = workers()
 
     def answer(received):
@@ -395,18 +559,20 @@ def test_a_kept_connection_that_cloudflare_closed_is_not_the_clients_trouble(clo
     assert [post(running).status for _ in range(3)] == [200] * 3
 
 
-def test_browsers_get_cors_fields_with_every_answer(workers):
+def test_browsers_get_cors_fields_with_every_response(workers):
     running = workers(ORIGINS="https://app.example")
     origin = [("Origin", "https://app.example")]
-    for asked in ({}, {"stream": True}, {"model": "@cf/error/429/3040"}, {"temperature": 9}):
-        reply = post(running, fields=origin, **asked)
-        assert reply.all("access-control-allow-origin") == ["https://app.example"] and "retry-after" in reply.get("access-control-expose-headers")
+    for requested in ({}, {"stream": True}, {"model": "@cf/error/429/3040"}, {"temperature": 9}):
+        reply = post(running, fields=origin, **requested)
+        assert reply.all("access-control-allow-origin") == ["https://app.example"]
+        assert "retry-after" in reply.get("access-control-expose-headers")
     assert post(running, fields=[("Origin", "https://other.example")]).code == "origin_not_allowed"
 
 
-def test_what_cloudflare_says_about_itself_does_not_come_down(workers):
+def test_cloudflares_own_fields_do_not_come_down(workers):
     running = workers()
-    for reply in (post(running), post(running, model="@cf/error/400/5006"), post(running, stream=True)):
+    for reply in (post(running), post(running,
+                                      model="@cf/error/400/5006"), post(running, stream=True)):
         assert not [name for name, _ in reply.fields if name in ("server", "set-cookie")]
         assert len(reply.all("x-request-id")) == len(reply.all("date")) == 1
 
@@ -438,44 +604,70 @@ def models(running, path="/v1/models", fields=AUTH):
 
 
 def searches(cloudflare):
-    return [received.line for received in cloudflare.received if "/ai/models/search" in received.line]
+    return [
+        received.line
+        for received in cloudflare.received if "/ai/models/search" in received.line]
 
 
 def test_the_model_list_is_the_accounts_own_page_by_page(cloudflare, workers):
     reply = models(workers())
-    assert searches(cloudflare) == ["GET %s/ai/models/search?per_page=50&page=%d HTTP/1.1" % (BASE, page) for page in (1, 2, 3)]
+    assert searches(cloudflare) == [
+        "GET %s/ai/models/search?per_page=50&page=%d HTTP/1.1" % (BASE, page)
+        for page in (1, 2, 3)]
     listed = reply.json
     ids = [model["id"] for model in listed["data"]]
     assert listed["object"] == "list" and len(ids) == len(set(ids))
-    assert ids[:5] == ["gpt-oss-20b", "glm-4.7-flash", "@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving/later"] and ids[-2:] == ["@cf/zai-org/glm-4.7-flash", "@hf/nous/hermes-4"]
+    assert ids[:5] == [
+        "gpt-oss-20b", "glm-4.7-flash", "@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3",
+        "@cf/leaving/later"]
+    assert ids[-2:] == ["@cf/zai-org/glm-4.7-flash", "@hf/nous/hermes-4"]
     assert "@cf/old/gone" not in ids and "@cf/black-forest-labs/flux" not in ids
-    assert listed["data"][0] == {"id": "gpt-oss-20b", "object": "model", "created": 1754390993, "owned_by": "cloudflare", "permission": [], "root": "@cf/openai/gpt-oss-20b", "parent": None,
-                                 "metadata": {"description": "OpenAI's open-weight models …", "task": "Text Generation", "context_window": "128000"}}
-    assert {frozenset(model) for model in listed["data"]} == {frozenset(("id", "object", "created", "owned_by", "permission", "root", "parent", "metadata"))}
+    assert listed["data"][0] == {
+        "id": "gpt-oss-20b", "object": "model", "created": 1754390993, "owned_by": "cloudflare",
+        "permission": [], "root": "@cf/openai/gpt-oss-20b", "parent": None,
+        "metadata": {
+            "description": "OpenAI's open-weight models …", "task": "Text Generation",
+            "context_window": "128000"}}
+    assert {frozenset(model) for model in listed["data"]} == {
+        frozenset(
+            ("id", "object", "created", "owned_by", "permission", "root", "parent", "metadata"))}
     assert listed["data"][4]["metadata"]["planned_deprecation_date"] == "2999-01-01"
     assert not any(word in reply.body.decode() for word in SECRETS)
     for received in cloudflare.received:
-        assert received.fields("authorization") == ["Bearer " + TOKEN] and received.fields("accept-encoding") == ["identity"]
+        assert received.fields("authorization") == ["Bearer " + TOKEN]
+        assert received.fields("accept-encoding") == ["identity"]
     assert b"ck-alice" not in cloudflare.all_bytes and cloudflare.connections == 1
 
 
 def test_an_allow_list_filters_the_models(workers):
-    listed = models(workers(MODELS="@cf/baai/bge-m3,small=@cf/openai/gpt-oss-20b,gone=@cf/old/gone,gemma-4=@cf/google/gemma-4-26b-a4b-it")).json
-    assert [(model["id"], model["root"]) for model in listed["data"]] == [("small", "@cf/openai/gpt-oss-20b"), ("@cf/baai/bge-m3", "@cf/baai/bge-m3")]
+    listed = models(
+        workers(
+            MODELS="@cf/baai/bge-m3,small=@cf/openai/gpt-oss-20b,gone=@cf/old/gone,"
+            "gemma-4=@cf/google/gemma-4-26b-a4b-it")).json
+    assert [(model["id"], model["root"]) for model in listed["data"]] == [
+        ("small", "@cf/openai/gpt-oss-20b"), ("@cf/baai/bge-m3", "@cf/baai/bge-m3")]
 
 
-@pytest.mark.parametrize("asked,found", [
-    ("@cf%2Fopenai%2Fgpt-oss-20b", "@cf/openai/gpt-oss-20b"), ("@cf/openai/gpt-oss-20b", "@cf/openai/gpt-oss-20b"), ("%40cf%2fopenai%2fgpt-oss-20b", "@cf/openai/gpt-oss-20b"),
-    ("gpt-oss-20b", "gpt-oss-20b"), ("@cf%2Fold%2Fgone", None), ("@cf/black-forest-labs/flux", None), ("gemma-4", None), ("nobody", None)])
-def test_one_model_is_found_by_its_id(workers, asked, found):
-    reply = models(workers(), "/v1/models/" + asked)
-    if found:
-        assert reply.status == 200 and reply.json["id"] == found and reply.json["object"] == "model"
+@pytest.mark.parametrize(
+    "requested,listed",
+    [
+        ("@cf%2Fopenai%2Fgpt-oss-20b", "@cf/openai/gpt-oss-20b"),
+        ("@cf/openai/gpt-oss-20b", "@cf/openai/gpt-oss-20b"),
+        ("%40cf%2fopenai%2fgpt-oss-20b", "@cf/openai/gpt-oss-20b"), ("gpt-oss-20b", "gpt-oss-20b"),
+        ("@cf%2Fold%2Fgone", None), ("@cf/black-forest-labs/flux", None), ("gemma-4", None),
+        ("nobody", None)])
+def test_one_model_is_found_by_its_id(workers, requested, listed):
+    reply = models(workers(), "/v1/models/" + requested)
+    if listed:
+        assert reply.status == 200
+        assert reply.json["id"] == listed
+        assert reply.json["object"] == "model"
     else:
-        assert (reply.status, reply.code) == (404, "model_not_found") and reply.json["error"]["param"] == "model"
+        assert (reply.status, reply.code) == (404, "model_not_found")
+        assert reply.json["error"]["param"] == "model"
 
 
-def test_the_model_list_is_kept_for_ten_minutes(cloudflare, workers, clock):
+def test_the_model_list_is_cached_for_ten_minutes(cloudflare, workers, clock):
     running = workers()
     for _ in range(3):
         models(running)
@@ -488,45 +680,68 @@ def test_the_model_list_is_kept_for_ten_minutes(cloudflare, workers, clock):
     assert len(searches(cloudflare)) == 6
 
 
-FAILURES = {    # how the list may fail to come, and what the client reads where there is no other list
-    "token": (lambda fake, received: fake.reply(received, error_envelope(10000, "Authentication error for " + ACCOUNT), 401), 502, "upstream_credentials_rejected"),
-    "account": (lambda fake, received: fake.reply(received, error_envelope(7003, "Could not route to /accounts/" + ACCOUNT), 404), 502, "upstream_misconfigured"),
-    "html": (lambda fake, received: fake.reply(received, b"<html>", kind="text/html"), 502, "upstream_bad_response"),
-    "no list": (lambda fake, received: fake.reply(received, envelope({"n": 1})), 502, "upstream_bad_response"),
+# how the list may fail to come, and what the client reads where there is no other list
+FAILURES = {
+    "token": (
+        lambda fake, received: fake.reply(
+            received, error_envelope(10000, "Authentication error for " + ACCOUNT), 401), 502,
+        "upstream_credentials_rejected"),
+    "account": (
+        lambda fake, received: fake.reply(
+            received, error_envelope(7003, "Could not route to /accounts/" + ACCOUNT), 404), 502,
+        "upstream_misconfigured"),
+    "html": (
+        lambda fake, received: fake.reply(received, b"<html>", kind="text/html"), 502,
+        "upstream_bad_response"),
+    "no list": (
+        lambda fake, received: fake.reply(received, envelope({"n": 1})), 502,
+        "upstream_bad_response"),
     "hang-up": (lambda fake, received: received.close(), 502, "upstream_bad_response"),
-    "half": (lambda fake, received: received.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{") or received.close(), 502, "upstream_bad_response"),
-    "second page": (lambda fake, received: fake.reply(received, b"", 500) if "page=2" in received.line else fake.route(received), 500, "upstream_error"),
-    "later": (lambda fake, received: fake.reply(received, error_envelope(3040), 429), 429, "rate_limit_exceeded"),
-}
+    "half": (
+        lambda fake, received: (
+            received.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{") or received.close()),
+        502, "upstream_bad_response"),
+    "second page": (
+        lambda fake, received: (
+            fake.reply(received, b"", 500) if "page=2" in received.line else fake.route(received)),
+        500, "upstream_error"),
+    "later": (
+        lambda fake, received: fake.reply(received, error_envelope(3040), 429), 429,
+        "rate_limit_exceeded")}
 
 
 @pytest.mark.parametrize("failure", list(FAILURES))
-def test_a_list_that_cannot_be_read_is_an_error_for_half_a_minute(cloudflare, workers, clock, capfd, failure):
+def test_a_list_that_cannot_be_read_is_an_error_for_half_a_minute(cloudflare, workers, clock,
+                                                                  capfd, failure):
     fail, status, code = FAILURES[failure]
     cloudflare.answer = lambda received: fail(cloudflare, received)
     running = workers()
     reply = models(running)
-    assert (reply.status, reply.code) == (status, code) and not any(word in reply.raw_head.decode() + reply.body.decode() for word in SECRETS)
+    assert (reply.status, reply.code) == (status, code)
+    assert not any(word in reply.raw_head.decode() + reply.body.decode() for word in SECRETS)
     printed = capfd.readouterr().err
-    assert ("CLOUDFLARE_API_TOKEN" in printed, "CLOUDFLARE_ACCOUNT_ID" in printed) == (failure == "token", failure == "account")
-    asked, cloudflare.answer = len(searches(cloudflare)), cloudflare.route
+    assert ("CLOUDFLARE_API_TOKEN" in printed, "CLOUDFLARE_ACCOUNT_ID" in printed) == (
+        failure == "token", failure == "account")
+    requested, cloudflare.answer = len(searches(cloudflare)), cloudflare.route
     clock(29)
-    assert models(running, "/v1/models/gpt-oss-20b").code == code and len(searches(cloudflare)) == asked
+    assert models(running, "/v1/models/gpt-oss-20b").code == code
+    assert len(searches(cloudflare)) == requested
     clock(2)
     assert models(running).status == 200 and aiproxy.CATALOGUE_RETRY == 30
 
 
 @pytest.mark.parametrize("failure", list(FAILURES))
-def test_the_last_list_is_served_while_a_new_one_cannot_be_read(cloudflare, workers, clock, failure):
+def test_the_last_list_is_served_while_a_new_one_cannot_be_read(cloudflare, workers, clock,
+                                                                failure):
     running = workers()
     listed = models(running).json
     cloudflare.answer = lambda received: FAILURES[failure][0](cloudflare, received)
     clock(601)
     assert models(running).json == listed
-    asked = len(searches(cloudflare))
-    assert models(running).json == listed and len(searches(cloudflare)) == asked > 3
+    requested = len(searches(cloudflare))
+    assert models(running).json == listed and len(searches(cloudflare)) == requested > 3
     clock(31)
-    assert models(running).json == listed and len(searches(cloudflare)) > asked
+    assert models(running).json == listed and len(searches(cloudflare)) > requested
 
 
 def test_the_configured_list_is_served_where_there_never_was_another(cloudflare, workers):
@@ -540,15 +755,19 @@ def test_the_list_is_read_once_for_all_who_ask_at_the_same_time(cloudflare, work
     gate, replies = threading.Event(), queue.Queue()
     cloudflare.answer = lambda received: gate.wait(PATIENCE) and cloudflare.route(received)
     running = workers()
-    threads = [threading.Thread(target=lambda: replies.put(models(running).status), daemon=True) for _ in range(5)]
+    threads = [
+        threading.Thread(target=lambda: replies.put(models(running).status), daemon=True)
+        for _ in range(5)]
     for thread in threads:
         thread.start()
     cloudflare.wait_for()
     gate.set()
-    assert [replies.get(timeout=PATIENCE) for _ in threads] == [200] * 5 and len(searches(cloudflare)) == 3
+    assert [replies.get(timeout=PATIENCE) for _ in threads] == [200] * 5
+    assert len(searches(cloudflare)) == 3
 
 
-def test_a_client_that_goes_while_the_list_is_read_leaves_the_others_alone(cloudflare, workers):
+def test_a_client_that_disconnects_while_the_list_is_read_leaves_the_others_alone(
+        cloudflare, workers):
     closed = queue.Queue()
     cloudflare.answer = lambda received: closed.put(received.wait_closed())
     running = workers()
@@ -561,18 +780,24 @@ def test_a_client_that_goes_while_the_list_is_read_leaves_the_others_alone(cloud
 
 
 @pytest.mark.parametrize("fields,shown", [(AUTH, True), ([], False)], ids=["alice", "anybody"])
-def test_health_shows_the_models_to_those_who_may_list_them_and_asks_nobody(cloudflare, workers, fields, shown):
-    answer = models(workers(), "/health", fields).json
-    assert answer["status"] == "healthy" and answer.get("models") == (list(aiproxy.WORKERS_ALIASES) if shown else None)
+def test_health_shows_the_models_to_those_who_may_list_them_and_asks_nobody(
+        cloudflare, workers, fields, shown):
+    result = models(workers(), "/health", fields).json
+    assert result["status"] == "healthy"
+    assert result.get("models") == (list(aiproxy.WORKERS_ALIASES) if shown else None)
     assert not cloudflare.received
 
 
 # -- names
 
 
-ALIASES = {"deepseek-r1": "@cf/deepseek-ai/deepseek-r1-distill-qwen-32b", "gpt-oss-120b": "@cf/openai/gpt-oss-120b", "gpt-oss-20b": "@cf/openai/gpt-oss-20b",
-           "llama-4-scout": "@cf/meta/llama-4-scout-17b-16e-instruct", "qwen2.5-coder": "@cf/qwen/qwen2.5-coder-32b-instruct", "gemma-3": "@cf/google/gemma-4-26b-a4b-it",
-           "gemma-4": "@cf/google/gemma-4-26b-a4b-it", "glm-4.7-flash": "@cf/zai-org/glm-4.7-flash", "kimi-k2.6": "@cf/moonshotai/kimi-k2.6"}
+ALIASES = {
+    "deepseek-r1": "@cf/deepseek-ai/deepseek-r1-distill-qwen-32b",
+    "gpt-oss-120b": "@cf/openai/gpt-oss-120b", "gpt-oss-20b": "@cf/openai/gpt-oss-20b",
+    "llama-4-scout": "@cf/meta/llama-4-scout-17b-16e-instruct",
+    "qwen2.5-coder": "@cf/qwen/qwen2.5-coder-32b-instruct",
+    "gemma-3": "@cf/google/gemma-4-26b-a4b-it", "gemma-4": "@cf/google/gemma-4-26b-a4b-it",
+    "glm-4.7-flash": "@cf/zai-org/glm-4.7-flash", "kimi-k2.6": "@cf/moonshotai/kimi-k2.6"}
 
 
 @pytest.mark.parametrize("alias,model", list(ALIASES.items()))
@@ -585,9 +810,11 @@ def test_aliases_are_there_out_of_the_box(cloudflare, workers, monkeypatch, alia
 
 def test_a_list_of_models_replaces_the_aliases(cloudflare, workers):
     running = workers(MODELS="small=" + LLAMA + ",@cf/shape/bare")
-    assert post(running, model="small").json["model"] == "small" and post(running, model="@cf/shape/bare").status == 200
+    assert post(running, model="small").json["model"] == "small"
+    assert post(running, model="@cf/shape/bare").status == 200
     for other in ("gpt-oss-20b", LLAMA, "@cf/openai/gpt-oss-20b"):
-        assert (post(running, model=other).status, post(running, model=other).code) == (403, "model_not_allowed")
+        assert (post(running, model=other).status, post(running, model=other).code) == (
+            403, "model_not_allowed")
     assert len(cloudflare.received) == 2
 
 
@@ -598,51 +825,83 @@ def test_there_is_no_default_model_unless_one_is_set(cloudflare, workers):
     assert json.loads(cloudflare.wait_for().body)["model"] == "@cf/openai/gpt-oss-20b"
 
 
-@pytest.mark.parametrize("name", ["..", "@cf/../x", "@cf//x", "/x", "a?b", "a#b", "a%2fb", "a b", "x/..", "a\\b", "a\r\nX: y", "é"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..", "@cf/../x", "@cf//x", "/x", "a?b", "a#b", "a%2fb", "a b", "x/..", "a\\b",
+        "a\r\nX: y", "é"])
 def test_a_model_name_never_leaves_its_place(cloudflare, workers, name):
     reply = post(workers(), model=name)
-    assert (reply.status, reply.code, reply.json["error"]["param"]) == (400, "invalid_model", "model") and not cloudflare.received
+    assert (reply.status, reply.code, reply.json["error"]["param"]) == (
+        400, "invalid_model", "model")
+    assert not cloudflare.received
 
 
-def test_an_unknown_model_is_cloudflares_to_refuse(workers):
+def test_an_unknown_model_is_refused_by_cloudflare(workers):
     reply = post(workers(), model="@cf/no/such")
-    assert (reply.status, reply.code, reply.json["error"]["param"]) == (404, "model_not_found", "model") and "No such model" in reply.json["error"]["message"]
+    assert (reply.status, reply.code, reply.json["error"]["param"]) == (
+        404, "model_not_found", "model")
+    assert "No such model" in reply.json["error"]["message"]
 
 
 # -- validation
 
 
-@pytest.mark.parametrize("path,body,param", [
-    (CHAT, {"temperature": 5.01}, "temperature"), (CHAT, {"temperature": "1"}, "temperature"), (CHAT, {"top_p": -1}, "top_p"), (CHAT, {"top_k": 0}, "top_k"),
-    (CHAT, {"max_tokens": 0}, "max_tokens"), (CHAT, {"max_tokens": 1.5}, "max_tokens"), (CHAT, {"seed": 0}, "seed"), (CHAT, {"stream": "true"}, "stream"),
-    (CHAT, {"frequency_penalty": 2.1}, "frequency_penalty"), (CHAT, {"presence_penalty": -3}, "presence_penalty"), (CHAT, {"repetition_penalty": -1}, "repetition_penalty"),
-    (CHAT, {"messages": []}, "messages"), (CHAT, {"messages": "hi"}, "messages"), (CHAT, {"messages": None}, "messages"),
-    ("/v1/completions", {}, "prompt"), ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"), ("/v1/completions", {"prompt": 1}, "prompt"),
-    ("/v1/embeddings", {"input": "x", "max_tokens": -1}, "max_tokens"), ("/v1/responses", {"input": "x", "temperature": -1}, "temperature"),
-], ids=lambda value: value if isinstance(value, str) else json.dumps(value))
+@pytest.mark.parametrize(
+    "path,body,param",
+    [
+        (CHAT, {"temperature": 5.01}, "temperature"), (CHAT, {"temperature": "1"}, "temperature"),
+        (CHAT, {"top_p": -1}, "top_p"), (CHAT, {"top_k": 0}, "top_k"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"), (CHAT, {"max_tokens": 1.5}, "max_tokens"),
+        (CHAT, {"seed": 0}, "seed"), (CHAT, {"stream": "true"}, "stream"),
+        (CHAT, {"frequency_penalty": 2.1}, "frequency_penalty"),
+        (CHAT, {"presence_penalty": -3}, "presence_penalty"),
+        (CHAT, {"repetition_penalty": -1}, "repetition_penalty"),
+        (CHAT, {"messages": []}, "messages"), (CHAT, {"messages": "hi"}, "messages"),
+        (CHAT, {"messages": None}, "messages"), ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
+        ("/v1/completions", {"prompt": 1}, "prompt"),
+        ("/v1/embeddings", {"input": "x", "max_tokens": -1}, "max_tokens"),
+        ("/v1/responses", {"input": "x", "temperature": -1}, "temperature")],
+    ids=lambda value: value if isinstance(value, str) else json.dumps(value))
 def test_a_wrong_parameter_is_refused_before_the_call(cloudflare, workers, path, body, param):
     reply = post(workers(), path, **body)
-    assert (reply.status, reply.code, reply.json["error"]["param"], reply.json["error"]["type"]) == (400, "invalid_parameter", param, "invalid_request_error")
+    assert (reply.status, reply.code, reply.json["error"]["param"],
+            reply.json["error"]["type"]) == (400, "invalid_parameter", param,
+                                             "invalid_request_error")
     assert "`%s`" % param in reply.json["error"]["message"] and not cloudflare.received
 
 
-def test_null_is_absent_and_one_point_nought_an_integer(cloudflare, workers):
-    body = b'{"model":"%b","messages":[1],"temperature":null,"seed":1.0,"max_tokens":7.0,"stop":null,"made_up":{"x":1}}' % LLAMA.encode()
+def test_null_is_absent_and_1_0_is_an_integer(cloudflare, workers):
+    body = (
+        b'{"model":"%b","messages":[1],"temperature":null,"seed":1.0,"max_tokens":7.0,'
+        b'"stop":null,"made_up":{"x":1}}' % LLAMA.encode())
     assert workers().ask("POST", CHAT, body, AUTH).status == 200
     assert cloudflare.wait_for().body == body
 
 
-@pytest.mark.parametrize("setting,most", [({}, 131072), ({"MAX_CHARS": 10}, 10), ({"MAX_CHARS": 0}, None)], ids=["default", "ten", "off"])
-def test_a_prompt_has_a_most(cloudflare, workers, setting, most):
+@pytest.mark.parametrize(
+    "setting,most", [({}, 131072), ({"MAX_CHARS": 10}, 10), ({"MAX_CHARS": 0}, None)],
+    ids=["default", "ten", "off"])
+def test_a_prompt_has_a_maximum_length(cloudflare, workers, setting, most):
     running = workers(**setting)
     most, over = (most, 1) if most else (200000, 0)
-    half = [{"role": "user", "content": "x" * (most // 2)}, {"role": "user", "content": [{"type": "text", "text": "é" * (most - most // 2)},
-                                                                                         {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 5000}}]}]
+    half = [
+        {"role": "user", "content": "x" * (most // 2)},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "é" * (most - most // 2)},
+                {
+                    "type": "image_url",
+                    "image_url": {"url": "data:image/png;base64," + "A" * 5000}}]}]
     assert post(running, messages=half).status == 200
     if over:
         reply = post(running, messages=half + [{"role": "user", "content": "1"}])
-        assert (reply.status, reply.code) == (400, "invalid_parameter") and "AIPROXY_MAX_CHARS" in reply.json["error"]["message"]
-        assert post(running, "/v1/embeddings", input=["x" * most, "y"]).status == post(running, "/v1/responses", instructions="x" * most, input="y").status == 400
+        assert (reply.status, reply.code) == (400, "invalid_parameter")
+        assert "AIPROXY_MAX_CHARS" in reply.json["error"]["message"]
+        assert post(running, "/v1/embeddings", input=["x" * most, "y"]).status == post(
+            running, "/v1/responses", instructions="x" * most, input="y").status == 400
         assert post(running, "/v1/completions", prompt="x" * (most + 1)).status == 400
     assert len(cloudflare.received) == 1
 
@@ -650,73 +909,118 @@ def test_a_prompt_has_a_most(cloudflare, workers, setting, most):
 # -- errors
 
 
-@pytest.mark.parametrize("number,sent,status,code,retry", [
-    (5007, 400, 404, "model_not_found", None), (3042, 404, 404, "model_not_found", None), (1, 410, 404, "model_not_found", None),
-    *[(number, 400, 400, "invalid_request", None) for number in (3003, 5004, 5006, 8001, 8007)], (5005, 405, 400, "invalid_request", None), (5019, 405, 400, "invalid_request", None),
-    (3006, 413, 413, "request_too_large", None), *[(number, 403, 403, "permission_denied", None) for number in (3023, 3041, 5016, 5018, 5035)],
-    (3021, 429, 429, "rate_limit_exceeded", None), (3040, 429, 429, "rate_limit_exceeded", None), (3040, 400, 429, "rate_limit_exceeded", None),
-    (3036, 429, 429, "insufficient_quota", "false"), (4006, 429, 429, "insufficient_quota", "false"), (3007, 408, 504, "upstream_timeout", None), (3008, 408, 504, "upstream_timeout", None),
-    (10000, 401, 502, "upstream_credentials_rejected", "false"), (10000, 403, 502, "upstream_credentials_rejected", "false"), (9106, 400, 502, "upstream_credentials_rejected", "false"),
-    (7000, 400, 502, "upstream_misconfigured", "false"), (7001, 405, 502, "upstream_misconfigured", "false"), (7003, 404, 502, "upstream_misconfigured", "false"),
-    (8005, 500, 500, "upstream_error", None), (7009, 503, 503, "upstream_error", None), (1, 522, 522, "upstream_error", None)])
+@pytest.mark.parametrize(
+    "number,sent,status,code,retry",
+    [
+        (5007, 400, 404, "model_not_found", None), (3042, 404, 404, "model_not_found", None),
+        (1, 410, 404, "model_not_found", None),
+        *[(number, 400, 400, "invalid_request", None) for number in (3003, 5004, 5006, 8001, 8007)],
+        (5005, 405, 400, "invalid_request", None), (5019, 405, 400, "invalid_request", None),
+        (3006, 413, 413, "request_too_large", None),
+        *[
+            (number, 403, 403, "permission_denied", None)
+            for number in (3023, 3041, 5016, 5018, 5035)],
+        (3021, 429, 429, "rate_limit_exceeded", None),
+        (3040, 429, 429, "rate_limit_exceeded", None),
+        (3040, 400, 429, "rate_limit_exceeded", None),
+        (3036, 429, 429, "insufficient_quota", "false"),
+        (4006, 429, 429, "insufficient_quota", "false"),
+        (3007, 408, 504, "upstream_timeout", None), (3008, 408, 504, "upstream_timeout", None),
+        (10000, 401, 502, "upstream_credentials_rejected", "false"),
+        (10000, 403, 502, "upstream_credentials_rejected", "false"),
+        (9106, 400, 502, "upstream_credentials_rejected", "false"),
+        (7000, 400, 502, "upstream_misconfigured", "false"),
+        (7001, 405, 502, "upstream_misconfigured", "false"),
+        (7003, 404, 502, "upstream_misconfigured", "false"),
+        (8005, 500, 500, "upstream_error", None), (7009, 503, 503, "upstream_error", None),
+        (1, 522, 522, "upstream_error", None)])
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses"], ids=["chat", "responses"])
 def test_cloudflares_errors_are_openais(workers, capfd, path, number, sent, status, code, retry):
     running = workers()
-    reply = post(running, path, model="@cf/error/%d/%d" % (sent, number), **({} if path == CHAT else {"input": "x"}))
+    reply = post(
+        running, path, model="@cf/error/%d/%d" % (sent, number),
+        input=None if path == CHAT else "x")
     error = reply.json["error"]
-    assert (reply.status, error["code"], reply.get("x-should-retry"), reply.complete) == (status, code, retry, True)
-    assert reply.get("retry-after") == ("7" if sent == 429 else None) and reply.get("content-type") == "application/json"
-    assert error["type"] == ("rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error") and set(error) == {"message", "type", "param", "code"}
+    assert (reply.status, error["code"], reply.get("x-should-retry"), reply.complete) == (
+        status, code, retry, True)
+    assert reply.get("retry-after") == ("7" if sent == 429 else None)
+    assert reply.get("content-type") == "application/json"
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    assert error["type"] == ("rate_limit_error" if status == 429 else kind)
+    assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == ("model" if code == "model_not_found" else None)
     record, printed = running.wait_for_record(), capfd.readouterr().err
     assert (record["status"], record["upstream_status"], record["outcome"]) == (status, sent, code)
-    assert not any(word in reply.raw_head.decode() + reply.body.decode() + printed + str(record) for word in SECRETS + ("AiError", UUID))
-    for setting, names in (("CLOUDFLARE_ACCOUNT_ID", code == "upstream_misconfigured"), ("CLOUDFLARE_API_TOKEN", code == "upstream_credentials_rejected")):
+    assert not any(word in reply.raw_head.decode() + reply.body.decode() + printed + str(record)
+                   for word in SECRETS + ("AiError", UUID))
+    for setting, names in (("CLOUDFLARE_ACCOUNT_ID", code == "upstream_misconfigured"),
+                           ("CLOUDFLARE_API_TOKEN", code == "upstream_credentials_rejected")):
         assert (setting in printed) == names
 
 
 @pytest.mark.parametrize("form", list(BROKEN))
-@pytest.mark.parametrize("path,body", [(CHAT, {}), (CHAT, {"stream": True}), ("/v1/embeddings", {"input": "x"}), ("/v1/responses", {"input": "x"})],
-                         ids=["chat", "stream", "embeddings", "responses"])
-def test_an_answer_that_cannot_be_read_is_a_502(workers, path, body, form):
+@pytest.mark.parametrize(
+    "path,body",
+    [
+        (CHAT, {}), (CHAT, {"stream": True}), ("/v1/embeddings", {"input": "x"}),
+        ("/v1/responses", {"input": "x"})], ids=["chat", "stream", "embeddings", "responses"])
+def test_a_response_that_cannot_be_read_is_a_502(workers, path, body, form):
     reply = post(workers(), path, model="@cf/broken/" + form, **body)
     assert (reply.status, reply.code, reply.complete) == (502, "upstream_bad_response", True)
 
 
-@pytest.mark.parametrize("sent,status,code", [(b"", 502, "upstream_bad_response"), (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", 502, "upstream_bad_response"),
-                                              (b"HTTP/1.1 500 X\r\nContent-Length: 9\r\n\r\n{", 502, "upstream_bad_response"),
-                                              (b"HTTP/1.1 502 X\r\nContent-Type: text/html\r\n\r\n<html>" + ACCOUNT.encode(), 502, "upstream_error")],
-                         ids=["nothing", "half", "half an error", "an HTML error"])
-def test_an_upstream_that_breaks_off_before_the_answer_is_a_502(cloudflare, workers, sent, status, code):
+@pytest.mark.parametrize(
+    "sent,status,code",
+    [(b"", 502, "upstream_bad_response"),
+     (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", 502, "upstream_bad_response"),
+     (b"HTTP/1.1 500 X\r\nContent-Length: 9\r\n\r\n{", 502, "upstream_bad_response"),
+     (b"HTTP/1.1 502 X\r\nContent-Type: text/html\r\n\r\n<html>" + ACCOUNT.encode(), 502,
+      "upstream_error")],
+    ids=["nothing", "half", "half an error", "an HTML error"])
+def test_an_upstream_that_closes_early_before_the_response_is_a_502(cloudflare, workers, sent,
+                                                                    status, code):
     cloudflare.answer = lambda received: received.send(sent) or received.close()
     reply = post(workers())
     assert (reply.status, reply.code) == (status, code) and ACCOUNT not in reply.body.decode()
 
 
-def test_silence_is_a_504(cloudflare, workers):
-    for head in (b"", b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"):
+def test_a_timeout_is_a_504(cloudflare, workers):
+    for head in (
+            b"",
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"):
         cloudflare.answer = lambda received: received.send(head) or received.wait_closed()
         reply = post(workers(TIMEOUT=0.2))
         assert (reply.status, reply.code) == (504, "upstream_timeout")
 
 
-# -- the token counts as the hidden key
+# -- the token is the provider key
 
 
 def test_the_account_and_the_token_appear_nowhere(cloudflare):
     seen = b""
     with Program(env=settings(cloudflare, AIPROXY_LOG="json", AIPROXY_MODELS="")) as program:
         count = 0
-        for body in [{"model": model} for model in (LLAMA, "@cf/error/400/5006", "@cf/error/404/7003", "@cf/error/401/10000", "@cf/mid/object", "@cf/broken/html", "@cf/no/such")] + [
-                {"model": LLAMA, "seed": TOKEN}, {"model": TOKEN + "/" + ACCOUNT}, {"model": "a b" + TOKEN}]:
+        names = (
+            LLAMA, "@cf/error/400/5006", "@cf/error/404/7003", "@cf/error/401/10000",
+            "@cf/mid/object", "@cf/broken/html", "@cf/no/such", TOKEN + "/" + ACCOUNT,
+            "a b" + TOKEN)
+        bodies = [{"model": name} for name in names] + [{"model": LLAMA, "seed": TOKEN}]
+        for body in bodies:
             for stream in (False, True):
                 with Client(program.address) as client:
-                    client.request("POST", CHAT, json.dumps(dict(body, messages=HELLO, stream=stream)).encode(), AUTH)
+                    client.request(
+                        "POST", CHAT,
+                        json.dumps(dict(body, messages=HELLO, stream=stream)).encode(), AUTH)
                     while client.more():
-                        count += b"\r\n\r\n" in client.data and client.data.endswith((b"0\r\n\r\n", b"}")) and client.sock.shutdown(1) is None
-                    if TOKEN not in json.dumps(body):       # what a client itself sends, it may read again
+                        count += (
+                            b"\r\n\r\n" in client.data
+                            and client.data.endswith((b"0\r\n\r\n", b"}"))
+                            and client.sock.shutdown(1) is None)
+                    # what a client itself sends, it may read again
+                    if TOKEN not in json.dumps(body):
                         seen += client.data
-        for path in ("/", "/health", "/v1/models", "/v1/models/x", "/v1/files", "/v1/accounts/" + ACCOUNT):
+        for path in ("/", "/health", "/v1/models", "/v1/models/x", "/v1/files",
+                     "/v1/accounts/" + ACCOUNT):
             with Client(program.address) as client:
                 client.request("GET", path, fields=AUTH)
                 reply = client.read_reply()
@@ -725,20 +1029,32 @@ def test_the_account_and_the_token_appear_nowhere(cloudflare):
         printed = program.banner + "".join(program.errors + program.lines)
     for word in SECRETS + ("ck-alice",):
         assert word.encode() not in seen and word not in printed
-    assert "CLOUDFLARE_ACCOUNT_ID" in printed and "CLOUDFLARE_API_TOKEN" in printed and seen.count(b"HTTP/1.1 200") > 3
+    assert "CLOUDFLARE_ACCOUNT_ID" in printed
+    assert "CLOUDFLARE_API_TOKEN" in printed
+    assert seen.count(b"HTTP/1.1 200") > 3
 
 
 def test_check_shows_the_account_and_masks_the_token(cloudflare):
     done = run_program("--check", env=settings(cloudflare))
-    assert done.returncode == 0 and "CLOUDFLARE_ACCOUNT_ID=" + ACCOUNT in done.stdout and TOKEN not in done.stdout + done.stderr and "ck-alice" not in done.stdout
+    assert done.returncode == 0
+    assert "CLOUDFLARE_ACCOUNT_ID=" + ACCOUNT in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    assert "ck-alice" not in done.stdout
 
 
-@pytest.mark.parametrize("given,names", [
-    ({"CLOUDFLARE_ACCOUNT_ID": ""}, "CLOUDFLARE_ACCOUNT_ID"), ({"CLOUDFLARE_API_TOKEN": ""}, "CLOUDFLARE_API_TOKEN"), ({"CLOUDFLARE_API_TOKEN": "YOUR_API_KEY"}, "CLOUDFLARE_API_TOKEN"),
-    ({"CLOUDFLARE_ACCOUNT_ID": "../x"}, "CLOUDFLARE_ACCOUNT_ID"), ({"CLOUDFLARE_ACCOUNT_ID": "your-account-id"}, "CLOUDFLARE_ACCOUNT_ID"),
-    ({"CLOUDFLARE_API_TOKEN": "", "AIPROXY_KEY": "sk-x"}, "CLOUDFLARE_API_TOKEN"), ({"AIPROXY_CLIENT_KEYS": "", "AIPROXY_HOST": "0.0.0.0"}, "AIPROXY_CLIENT_KEYS"),
-    ({"AIPROXY_CLIENT_KEYS": TOKEN}, "AIPROXY_CLIENT_KEYS"), ({"CLOUDFLARE_API_BASE_URL": "https://u:%s@host" % TOKEN}, "CLOUDFLARE_API_BASE_URL"),
-], ids=str)
+@pytest.mark.parametrize(
+    "given,names",
+    [
+        ({"CLOUDFLARE_ACCOUNT_ID": ""}, "CLOUDFLARE_ACCOUNT_ID"),
+        ({"CLOUDFLARE_API_TOKEN": ""}, "CLOUDFLARE_API_TOKEN"),
+        ({"CLOUDFLARE_API_TOKEN": "YOUR_API_KEY"}, "CLOUDFLARE_API_TOKEN"),
+        ({"CLOUDFLARE_ACCOUNT_ID": "../x"}, "CLOUDFLARE_ACCOUNT_ID"),
+        ({"CLOUDFLARE_ACCOUNT_ID": "your-account-id"}, "CLOUDFLARE_ACCOUNT_ID"),
+        ({"CLOUDFLARE_API_TOKEN": "", "AIPROXY_KEY": "sk-x"}, "CLOUDFLARE_API_TOKEN"),
+        ({"AIPROXY_CLIENT_KEYS": "", "AIPROXY_HOST": "0.0.0.0"}, "AIPROXY_CLIENT_KEYS"),
+        ({"AIPROXY_CLIENT_KEYS": TOKEN}, "AIPROXY_CLIENT_KEYS"),
+        ({"CLOUDFLARE_API_BASE_URL": "https://u:%s@host" % TOKEN}, "CLOUDFLARE_API_BASE_URL")],
+    ids=str)
 def test_a_start_that_would_not_be_safe_or_cannot_work_is_refused(cloudflare, given, names):
     with pytest.raises(SettingError) as refused:
         Settings(settings(cloudflare, **given))
@@ -747,33 +1063,48 @@ def test_a_start_that_would_not_be_safe_or_cannot_work_is_refused(cloudflare, gi
 
 def test_a_key_of_another_provider_is_not_used(cloudflare, workers):
     post(workers(KEY="sk-other-provider"))
-    assert cloudflare.wait_for().fields("authorization") == ["Bearer " + TOKEN] and b"sk-other-provider" not in cloudflare.all_bytes
+    assert cloudflare.wait_for().fields("authorization") == ["Bearer " + TOKEN]
+    assert b"sk-other-provider" not in cloudflare.all_bytes
 
 
 @pytest.mark.parametrize("key", [None, "wrong", TOKEN])
 def test_without_a_client_key_nothing_is_served(cloudflare, workers, key):
     running = workers()
     fields = [("Authorization", "Bearer " + key)] if key else []
-    for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("GET", "/v1/models/x"), ("POST", "/v1/embeddings")):
+    for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("GET", "/v1/models/x"),
+                         ("POST", "/v1/embeddings")):
         reply = running.ask(method, path, b'{"model":"x"}' if method == "POST" else None, fields)
         assert (reply.status, reply.code) == (401, "invalid_api_key")
     assert not cloudflare.received
 
 
-@pytest.mark.parametrize("method,path,status", [
-    ("GET", "/v1/files", 404), ("POST", "/v1/images/generations", 404), ("POST", "/ai/run/" + LLAMA, 404), ("GET", "/client/v4/accounts", 404), ("GET", CHAT, 405), ("DELETE", "/v1/models/x", 405),
-    ("POST", "/v1/../client/v4/user", 400), ("POST", "/v1/%2e%2e/user", 400), ("POST", "//v1/chat/completions", 400), ("POST", "/v1/chat/completions/../../x", 400)])
+@pytest.mark.parametrize(
+    "method,path,status",
+    [
+        ("GET", "/v1/files", 404), ("POST", "/v1/images/generations", 404),
+        ("POST", "/ai/run/" + LLAMA, 404), ("GET", "/client/v4/accounts", 404), ("GET", CHAT, 405),
+        ("DELETE", "/v1/models/x", 405), ("POST", "/v1/../client/v4/user", 400),
+        ("POST", "/v1/%2e%2e/user", 400), ("POST", "//v1/chat/completions", 400),
+        ("POST", "/v1/chat/completions/../../x", 400)])
 def test_only_the_inference_paths_are_served(cloudflare, workers, method, path, status):
     assert workers().ask(method, path, b"{}" if method == "POST" else None, AUTH).status == status
     assert not cloudflare.received
 
 
-@pytest.mark.parametrize("method,path", [("POST", "/v1/files"), ("POST", "/v1/messages"), ("POST", "/v1/models"), ("GET", "/v1/files"), ("GET", CHAT), ("GET", "/v1/tokens/verify"),
-                                         ("DELETE", "/v1/models/x"), ("POST", "/v1/ai/run/" + LLAMA)])
+@pytest.mark.parametrize(
+    "method,path",
+    [
+        ("POST", "/v1/files"), ("POST", "/v1/messages"), ("POST", "/v1/models"),
+        ("GET", "/v1/files"), ("GET", CHAT), ("GET", "/v1/tokens/verify"),
+        ("DELETE", "/v1/models/x"), ("POST", "/v1/ai/run/" + LLAMA)])
 def test_not_even_an_operator_opens_the_rest_of_the_account(cloudflare, workers, method, path):
     running = workers(PATHS="*")
-    reply = running.ask(method, path, json.dumps({"model": LLAMA, "messages": HELLO}).encode() if method == "POST" else None, AUTH)
-    assert (reply.status, reply.code) in ((404, "not_found"), (405, "method_not_allowed")) and not cloudflare.received
+    reply = running.ask(
+        method, path,
+        json.dumps({"model": LLAMA, "messages": HELLO}).encode() if method == "POST" else None,
+        AUTH)
+    assert (reply.status, reply.code) in ((404, "not_found"), (405, "method_not_allowed"))
+    assert not cloudflare.received
     assert post(running).status == 200
 
 
@@ -787,15 +1118,20 @@ def test_without_client_keys_only_this_machine_is_served(cloudflare, workers):
     running = workers(CLIENT_KEYS="")
     body = json.dumps({"model": LLAMA, "messages": HELLO}).encode()
     assert running.ask("POST", CHAT, body).status == 200
-    for fields, code in (([("Host", "evil.example")], "host_not_allowed"), ([("Origin", "https://evil.example")], "origin_not_allowed")):
+    for fields, code in (([("Host", "evil.example")], "host_not_allowed"),
+                         ([("Origin", "https://evil.example")], "origin_not_allowed")):
         for method, path in (("POST", CHAT), ("GET", "/v1/models")):
-            assert running.ask(method, path, body if method == "POST" else None, fields).code == code
+            assert running.ask(method, path, body if method == "POST" else None,
+                               fields).code == code
     assert len(cloudflare.received) == 1
 
 
 def test_a_compressed_body_and_one_that_is_no_json_do_not_pass(cloudflare, workers):
     running = workers()
-    assert running.ask("POST", CHAT, b"\x1f\x8b", AUTH + [("Content-Encoding", "gzip")]).code == "unsupported_encoding"
-    for body in (b"", b"[]", b"{", b'{"model":"a","model":"b","messages":[1]}', b'{"model":"a","Model":"b","messages":[1]}'):
+    assert (
+        running.ask("POST", CHAT, b"\x1f\x8b", AUTH + [("Content-Encoding", "gzip")]).code
+        == "unsupported_encoding")
+    for body in (b"", b"[]", b"{", b'{"model":"a","model":"b","messages":[1]}',
+                 b'{"model":"a","Model":"b","messages":[1]}'):
         assert running.ask("POST", CHAT, body, AUTH).status == 400
     assert not cloudflare.received

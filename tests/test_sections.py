@@ -1,0 +1,234 @@
+"""Each section of part two can be taken out, and what is left is still a correct relay.
+
+Below the line "# ==== Parts that can be taken out" each section of aiproxy.py begins with a line
+"# ---- NAME ---" and has at most one entry elsewhere: one line that ends in "# part two: NAME".
+The tests remove both, see that nothing else needs the section, and run tests of the core on what
+is left. The tables below say which.
+"""
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import symtable
+import sys
+
+import pytest
+
+from support import HERE, PATIENCE, PROGRAM
+
+PART = "# ==== "
+PART_TWO = "# ==== Parts that can be taken out "
+SECTION = "# ---- "
+HEADING = re.compile(r"# ---- (\S.*?) -+$")
+ENTRY = re.compile(r"\s*[^\s#].*# part two: (.+)$")
+LABEL = re.compile(r"# (Does|Touches|Entered): \S")
+ALL = "all sections"
+
+# The core in about two seconds. Left to the full run: tables of many cases that take one path
+# through the code, 16 MB for a client that does not read, and all that needs a certificate.
+CORE_TESTS = {
+    "test_relay.py": (
+        "test_the_header_field_of_the_provider_key_can_be_configured",
+        "test_several_provider_keys_take_turns",
+        "test_a_slightly_wrong_base_url_is_fixed_if_a_provider_key_is_configured",
+        "test_with_a_provider_key_nothing_about_the_client_goes_up",
+        "test_a_transparent_relay_sends_all_other_headers_up_unchanged",
+        "test_end_to_end_headers_are_relayed_in_order_with_duplicates",
+        "test_header_fields_that_contain_the_provider_key_are_not_relayed",
+        "test_every_response_and_log_line_has_a_request_id",
+        "test_a_response_to_HEAD_has_a_length_and_no_body",
+        "test_interim_responses_are_not_relayed",
+        "test_a_transparent_relay_passes_every_method",
+    ),
+    "test_streaming.py": (
+        "test_an_event_is_relayed_before_the_next_one_is_sent",
+        "test_an_http10_client_gets_the_stream_as_an_until_close_body",
+        "test_event_streams_tell_proxies_in_front_not_to_buffer_them",
+        "test_a_compressed_response_is_relayed_unchanged",
+        "test_an_incomplete_content_length_body_stays_incomplete",
+        "test_an_incomplete_chunked_body_gets_no_last_chunk",
+        "test_a_stream_that_ends_early_between_events_gets_one_error_event",
+        "test_a_stream_that_ends_early_inside_an_event_gets_no_error_event",
+    ),
+    "test_cancel.py": (
+        "test_when_the_client_disconnects_the_upstream_connection_is_closed",
+        "test_a_disconnect_during_an_upload_closes_the_upstream_connection",
+        "test_a_disconnect_under_back_pressure_is_detected",
+        "test_a_disconnect_does_not_affect_other_clients",
+    ),
+    "test_requests.py": (
+        "test_a_truncated_request_is_not_sent_up",
+        "test_a_body_without_a_length_is_read_as_a_malformed_next_request",
+        "test_an_allowed_path_goes_up_byte_for_byte",
+        "test_nothing_is_carried_out_after_a_refused_request",
+    ),
+}
+WITHOUT_TLS = ("-k", "not tls")
+
+DESELECTED = {      # section: tests of the core that cannot pass without it, and why
+    "Several provider keys": {
+        "test_relay.py::test_several_provider_keys_take_turns": "it configures two provider keys",
+    },
+}
+
+
+def read_program():
+    with open(PROGRAM, encoding="utf-8") as file:
+        return file.read().split("\n")
+
+
+def find_sections(lines):
+    """The sections of part two: by name the range of their line numbers, with the heading."""
+    sections = {}
+    name = None
+    in_part_two = False
+    for number, line in enumerate(lines):
+        if line.startswith(PART):
+            in_part_two = line.startswith(PART_TWO)
+            name = None
+        elif in_part_two and line.startswith(SECTION):
+            heading = HEADING.match(line)
+            assert heading, "line %d is not the heading of a section: %s" % (number + 1, line)
+            name = heading.group(1)
+            assert name not in sections, "two sections are called " + name
+            sections[name] = range(number, number)
+        if name:
+            sections[name] = range(sections[name].start, number + 1)
+    return sections
+
+
+def find_entries(lines):
+    """Every line that enters a section: pairs of its number and the section's name."""
+    matches = [(number, ENTRY.match(line)) for number, line in enumerate(lines)]
+    return [(number, match.group(1)) for number, match in matches if match]
+
+
+LINES = read_program()
+SECTIONS = find_sections(LINES)
+ENTRIES = find_entries(LINES)
+
+
+def take_out(names):
+    """Two lists of lines: aiproxy.py without these sections and their entries; the sections."""
+    numbers = set()
+    for name in names:
+        numbers.update(SECTIONS[name])
+    removed = [LINES[number] for number in sorted(numbers)]
+
+    numbers.update(number for number, name in ENTRIES if name in names)
+    rest = [line for number, line in enumerate(LINES) if number not in numbers]
+    return rest, removed
+
+
+def defined_names(lines):
+    """The names that these lines bind at top level."""
+    module = symtable.symtable("\n".join(lines), "aiproxy.py", "exec")
+    symbols = module.get_symbols()
+    return {symbol.get_name() for symbol in symbols
+            if symbol.is_assigned() or symbol.is_imported()}
+
+
+def used_names(lines):
+    """The global names that these lines use, in any scope.
+
+    The compiler's own table of symbols tells them from local names that are spelled alike.
+    """
+    module = symtable.symtable("\n".join(lines), "aiproxy.py", "exec")
+    names = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()}
+    scopes = module.get_children()
+    while scopes:
+        scope = scopes.pop()
+        names.update(symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global())
+        scopes.extend(scope.get_children())
+    return names
+
+
+def run_core_tests(folder, names):
+    """Run the core's tests on aiproxy.py without these sections: exit status and output."""
+    rest, _ = take_out(names)
+    (folder / "aiproxy.py").write_text("\n".join(rest), encoding="utf-8")
+
+    # conftest.py and support.py take the program from the folder above their own.
+    ignored = shutil.ignore_patterns("real", "__pycache__")
+    shutil.copytree(HERE, str(folder / "tests"), ignore=ignored)
+
+    # Plain asserts: to rewrite those of four files would take half of the time.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["--assert=plain", *WITHOUT_TLS]
+    for file, tests in CORE_TESTS.items():
+        command += ["tests/%s::%s" % (file, test) for test in tests]
+    for name in names:
+        for test in DESELECTED.get(name, ()):
+            command += ["--deselect", "tests/" + test]
+
+    finished = subprocess.run(
+        command, cwd=str(folder), timeout=5 * PATIENCE, universal_newlines=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return finished.returncode, finished.stdout
+
+
+@pytest.fixture(scope="module")
+def core_runs(tmp_path_factory):
+    """By section, and for ALL: the future result of run_core_tests.
+
+    They wait more than they compute, so that several at once are done much sooner.
+    """
+    variants = {name: [name] for name in SECTIONS}
+    variants[ALL] = list(SECTIONS)
+    with concurrent.futures.ThreadPoolExecutor(1 + os.cpu_count()) as executor:
+        runs = {}
+        for variant, names in variants.items():
+            folder = tmp_path_factory.mktemp("without")
+            runs[variant] = executor.submit(run_core_tests, folder, names)
+        yield runs
+
+
+def test_part_two_has_sections():
+    assert SECTIONS
+
+
+def test_every_entry_names_a_section():
+    assert {name for _, name in ENTRIES} <= set(SECTIONS)
+
+
+def test_every_deselected_test_is_one_of_the_core_and_its_section_exists():
+    core = {"%s::%s" % (file, test) for file, tests in CORE_TESTS.items() for test in tests}
+    assert set(DESELECTED) <= set(SECTIONS)
+    for tests in DESELECTED.values():
+        assert set(tests) <= core
+
+
+@pytest.mark.parametrize("name", list(SECTIONS))
+def test_a_heading_says_what_the_section_does_touches_and_where_it_is_entered(name):
+    comment = []
+    for number in SECTIONS[name][1:]:
+        if not LINES[number].startswith("# "):
+            break
+        comment.append(LINES[number])
+    matches = [LABEL.match(line) for line in comment]
+    labels = [match.group(1) for match in matches if match]
+    assert labels == ["Does", "Touches", "Entered"]
+    assert matches[0], "the comment does not begin with its label"
+
+
+@pytest.mark.parametrize("name", list(SECTIONS))
+def test_a_section_has_at_most_one_entry_and_it_stands_outside(name):
+    entries = [number for number, entered in ENTRIES if entered == name]
+    assert len(entries) <= 1
+    assert not set(entries) & set(SECTIONS[name])
+
+
+@pytest.mark.parametrize("name", list(SECTIONS) + [ALL])
+def test_nothing_else_uses_a_name_of_a_section(name):
+    names = list(SECTIONS) if name == ALL else [name]
+    rest, removed = take_out(names)
+    missing = defined_names(removed) - defined_names(rest)
+    still_used = missing & used_names(rest)
+    assert not still_used
+
+
+@pytest.mark.parametrize("name", list(SECTIONS) + [ALL])
+def test_the_relay_works_without_a_section(core_runs, name):
+    status, output = core_runs[name].result()
+    assert status == 0, output[-5000:]
