@@ -9,7 +9,6 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import aiproxy  # noqa: E402
 from support import Relay, Upstream  # noqa: E402
 
 PROXY_AND_PLATFORM_VARIABLES = {

@@ -477,3 +477,97 @@ def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, mo
     assert "fail:" in output
     assert "sk-hidden" not in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("where", ["before the head", "in the relay loop"])
+def test_an_internal_error_while_relaying_is_logged_as_one(
+    upstream, relay, monkeypatch, capfd, where
+):
+    in_the_loop = where == "in the relay loop"
+    frame = aiproxy.ResponseJob.frame
+
+    def fail(job, data):
+        if data == b"late" or not in_the_loop:
+            raise ValueError("sk-hidden-key")
+        return frame(job, data)
+
+    monkeypatch.setattr(aiproxy.ResponseJob, "frame", fail)
+    head_received = threading.Event()
+
+    def answer(received):
+        received.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nearly")
+        assert head_received.wait(PATIENCE) or not in_the_loop
+        received.send(b"late")
+
+    upstream.answer = answer
+    running = relay()
+
+    with running.client() as client:
+        client.request("POST", CHAT, b"{}")
+        reply = client.read_head()
+        head_received.set()
+        client.read_body(reply)
+
+    record = running.wait_for_record()
+    assert record["outcome"] == "internal_error"
+    assert record["status"] == reply.status == (200 if in_the_loop else 500)
+    assert not (in_the_loop and reply.complete)
+    output = capfd.readouterr().err
+    assert "ValueError at " in output
+    assert "sk-hidden" not in output
+
+
+# -- an error response that trickles
+
+
+def trickle(first, rest, gate):
+    """An upstream's error of which the rest is sent once `gate` is set."""
+    def answer(received):
+        length = len(first) + len(rest)
+        received.send(b"HTTP/1.1 500 Error\r\nContent-Length: %d\r\n\r\n" % length + first)
+        assert gate.wait(PATIENCE)
+        received.send(rest)
+    return answer
+
+
+def test_an_error_response_that_trickles_is_not_withheld(upstream, hidden):
+    gate = threading.Event()
+    upstream.answer = trickle(b"it is ", b"broken", gate)
+
+    with hidden.client() as client:
+        client.request("POST", CHAT, b"{}", [("Authorization", "Bearer ck-alice")])
+        reply = client.read_head()
+        assert reply.status == 500
+        assert client.read_exactly(6) == b"it is "
+        gate.set()
+        assert client.read_exactly(6) == b"broken"
+
+    assert hidden.wait_for_record()["outcome"] == "ok"
+
+
+KEYS_IN_PIECES = [  # a provider key, how an error has it, and where that is cut in two
+    pytest.param("sk-hidden-key", b"sk-hidden-key", 0, id="whole"),
+    pytest.param("sk-hidden-key", b"sk-hidden-key", 5, id="in two pieces"),
+    pytest.param("sk/hidden/key", b"sk\\/hidden\\/key", 6, id="escaped as JSON may be"),
+    pytest.param('sk"hidden"key', b'sk\\"hidden\\"key', 3, id="escaped as JSON must be"),
+]
+
+
+@pytest.mark.parametrize("key,text,place", KEYS_IN_PIECES)
+def test_a_provider_key_late_in_an_error_is_cut_off(upstream, relay, key, text, place):
+    """The head has gone down: what is left is to end the response where the key begins."""
+    gate = threading.Event()
+    running = relay(KEY=key, CLIENT_KEYS="ck-alice")
+    upstream.answer = trickle(b"Your key " + text[:place], text[place:] + b" is bad", gate)
+
+    with running.client() as client:
+        client.request("POST", CHAT, b"{}", [("Authorization", "Bearer ck-alice")])
+        reply = client.read_head()
+        assert client.read_exactly(9) == b"Your key "
+        gate.set()
+        client.read_body(reply)
+
+    assert reply.status == 500
+    assert reply.body == b""
+    assert not reply.complete
+    assert running.wait_for_record()["outcome"] == "upstream_credentials_rejected"

@@ -1,13 +1,10 @@
 """Models: the allow-list, its aliases, the default model, and ambiguous bodies."""
 
-import collections
 import json
-import random
 import threading
 
 import pytest
 
-import aiproxy
 from support import CHAT
 
 ALL = {

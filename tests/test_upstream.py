@@ -5,7 +5,6 @@ import threading
 
 import pytest
 
-import aiproxy
 from support import (
     CHAT,
     EVENT_HEAD,

@@ -371,6 +371,21 @@ def test_the_log_has_the_usage_of_every_kind(workers):
             "alice", path, body.get("model", LLAMA), 200, 200, "ok")
 
 
+@pytest.mark.parametrize("name", [b"date", b"Date", b"DATE"])
+def test_no_header_field_of_a_translated_response_appears_twice(cloudflare, workers, name):
+    """Browsers refuse a response with two Access-Control-Allow-Origin fields."""
+    body = json.dumps(envelope({"response": "Hello."})).encode()
+    cloudflare.answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        b"%b: Thu, 26 Nov 2026 00:00:00 GMT\r\nContent-Length: %d\r\n\r\n" % (name, len(body))
+        + body)
+    reply = post(workers(ORIGINS="*"), fields=[("Origin", "https://app.example")])
+    assert reply.status == 200
+    for field in ("date", "x-request-id", "access-control-allow-origin", "content-length"):
+        assert len(reply.all(field)) == 1, field
+    assert reply.get("date") == "Thu, 26 Nov 2026 00:00:00 GMT"
+
+
 def test_a_whole_response_that_ends_by_a_reset_is_a_502(cloudflare, workers):
     def answer(received):
         received.send(
