@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """aiproxy: one file between people's programs and an AI provider. It hides the provider key.
 
-    client --- request ----> Handler: read it strictly, check it    --- request ---> upstream
-    client <-- its head ---- Handler: wait, and watch the client    <-- head ------- upstream
-    client <-- its body ---- RelayLoop: move the bytes that arrive  <-- events ----- upstream
+    client --- request ---------> Handler: read it strictly, check it   --- request --> upstream
+    client <-- response head ---- Handler: wait, watching the client    <-- head ------ upstream
+    client <-- response body ---- RelayLoop: move what has arrived      <-- events ---- upstream
 
 Start reading at `Server` and scroll down: part one stands in the order in which a request meets
-it. Part two holds what can be taken out, each section entered at one place.
+it. Only the lowest layer, sockets and heads and bodies on the wire, comes late, for all use it.
+Part two holds what can be taken out, each section entered at one place.
 
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
@@ -15,16 +16,18 @@ it. Part two holds what can be taken out, each section entered at one place.
                WebSocket . Banner . Tuning of the process . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: a key that we gave
-out. Provider key: the key that we hide. Origin: only the one of CORS. Event: one block of a
+out. Provider key: the key that we hide. Origin: always CORS's term. Event: one block of a
 text/event-stream. Chunk: a piece of HTTP's chunked coding.
 
 Threads, and who owns which buffer when:
 
-    main         accepts, and starts a pool thread for each client; after a signal it ends the rest
-    pool thread  one for each client connection: reads the request, checks it, sends it up, reads
+    main         accepts, and gives each client a thread; hangs up on idle clients when room is
+                 needed; after a signal it ends the rest
+    client thread  one for each client connection: reads the request, checks it, sends it up, reads
                  the head of the response; owns both sockets and their buffers meanwhile
     relay loop   one: moves the bodies of all responses and watches their clients; owns both
-                 sockets from `submit` until the job's `ended` is set. The pool thread sleeps
+                 sockets from `submit` until the job's `ended` is set, while the client thread
+                 sleeps. A lingering close is its own to the end
     log          one: writes the lines that the others put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
@@ -44,15 +47,16 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     `{"model": "a", "model": "b"}` otherwise than the upstream does, our check was for nothing;
     with two lengths it is request smuggling. (`parse_object`, `read_head`)
  7. Watch the client while the upstream is silent. A socket that becomes readable and then gives
-    no byte has been closed: only so is a disconnect seen before the first byte, and only then can
-    we stop paying for the answer. (`wait_for_upstream`, `check_disconnected`)
- 8. Send a request again only if (a) the upstream took no byte of it, as on a kept connection that
-    it had just closed; or (b) it refused our key, and there is another key: what was refused has
-    not been acted on. Anything else might be done, and paid, twice. (`UpstreamHandler`,
+    no byte has been closed, at least for sending: we take that for a disconnect. Only so is it
+    seen before the first byte, and we can stop paying for the answer. (`wait_for_upstream`,
+    `check_disconnected`)
+ 8. Send a request again only if (a) its connection took no byte of it, as a kept one does that the
+    upstream had just closed; or (b) it refused our key, and there is another key: what was refused
+    has not been acted on. Anything else might be done, and paid, twice. (`UpstreamHandler`,
     `KeyRotation`)
- 9. Give every wait a limit: 30 s for a head and a minimum data rate for a body (slowloris), 60 s
-    for a client that takes nothing. And hold one piece at most for a slow client: not reading its
-    upstream meanwhile is back-pressure. (`Upload.wait`, `ResponseJob`)
+ 9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
+    client that takes nothing. And hold one piece at most for a slow client: not reading its
+    upstream meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
 10. Search what comes down for the provider key: the head always, an error's body before it is let
     through. An upstream may repeat the key that it rejects. (`Exchange.drop_fields_with`,
     `check_for_key`, `SecretFilter`)
@@ -138,7 +142,7 @@ CLOUDFLARE_API_TOKEN = ""
 CLOUDFLARE_API_BASE_URL = "https://api.cloudflare.com/client/v4"
 
 # Limits that nobody needs to change: seconds, bytes and numbers, each with its reason.
-HEAD_SECONDS = 30       # for a whole head from its first byte: a byte at a time (slowloris) fails
+HEAD_SECONDS = 30       # for a whole head, from its first byte or from connecting (slowloris)
 BODY_GRACE = 30         # seconds in which a request's body may be as slow as it likes
 BODY_RATE = 1024        # bytes a second that it must reach after that: the minimum data rate
 IDLE_SECONDS = 75       # for a kept-alive client to send its next request: nginx's default
@@ -159,9 +163,9 @@ MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when i
 MAX_DIGITS = 400        # of a number in a JSON body
 
 READ_SIZE = 65536       # bytes that are read at a time
-FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes out whole or not
-PREFETCH_BYTES = 65536  # a request's body this small is read before the upstream hears of it,
-PREFETCH_SECONDS = 0.5  # if it comes this soon. So much of an error, too, is searched for the key
+FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
+PREFETCH_BYTES = 65536  # so much of a request's body is read before the upstream hears of it, and
+PREFETCH_SECONDS = 0.5  # of an error's searched before its head goes down, if it comes so soon
 MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a response is running
 
 POOL_SIZE = 100         # idle upstream connections
@@ -182,7 +186,7 @@ Provider = collections.namedtuple("Provider", (
     "key_variable",     # the setting that holds its key
     "max_chars",        # the default of AIPROXY_MAX_CHARS
     "prepare",          # called with the settings, for one that needs more than the usual ones
-    "handler",          # the Handler that speaks its API, for one that is not OpenAI's
+    "handler",          # a Handler of its own, for an API that must be translated
 ), defaults=("Authorization", OPENAI_PATHS, "AIPROXY_KEY", 0, None, None))
 
 PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
@@ -200,7 +204,7 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
 
-# Members of a body that rules are about: none may be misspelt.
+# Members of a body that rules are about: other capitalisations of them are refused.
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 ANSWER_COUNTS = ("n", "best_of")        # how requests ask for several answers at once
 POLICY_MEMBERS = frozenset(("model",) + ANSWER_COUNTS + TOKEN_LIMITS)
@@ -240,7 +244,7 @@ DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | frozenset((
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
 EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
 
-# Two of these could be read in two ways.
+# A repeated one would be ambiguous.
 SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-type",
                     b"authorization", b"origin")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -254,6 +258,8 @@ STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: (" + TEXT + rb"
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 FIELD_LINES = re.compile(rb"\r\n" + FIELD_LINE.pattern + rb"(?=\r\n|\Z)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;" + TEXT + rb")?")
+CHUNK_LINE_START = re.compile(
+    rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;" + TEXT + rb")?)?)?\r?")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 LAST_CHUNK = b"0\r\n\r\n"
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
@@ -292,7 +298,7 @@ class ErrorResponse(Exception):
 
 
 class ProtocolError(Exception):
-    """A peer broke the rules of HTTP. Whoever asked makes a 400, a 502 or a cut of it.
+    """A peer broke the rules of HTTP. The caller makes a 400, a 502 or a cut response of it.
 
     `status` is what a client would get for it.
     """
@@ -305,6 +311,9 @@ class ProtocolError(Exception):
 
 class ClosedEarly(ConnectionError):
     """A peer closed the connection in the middle of a message."""
+
+    def __init__(self):
+        super().__init__("it closed the connection early")
 
 
 class ClientGone(Exception):
@@ -329,9 +338,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.closing = False        # no more clients, and none is kept alive
         self.signalled = False      # a signal asks serve_forever to end
 
-        # Who is connected. `lock` guards the two counts; `all_done` is notified of each end.
+        # Who is connected. `lock` guards the two counts.
         self.lock = threading.Lock()
-        self.all_done = threading.Condition(self.lock)
+        self.client_ended = threading.Condition(self.lock)
         self.connections = 0
         self.connections_by_client = collections.Counter()
         # The handlers whose clients are idle, and since when. No lock: adding, removing and
@@ -342,12 +351,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.capacity = raise_file_limit(settings.max_connections)
         self.threads = concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
         self.log = Log(settings.log, settings.secrets)
-        self.upstream = UpstreamHandler(settings)
+        self.upstream_handler = UpstreamHandler(settings)
         self.proxy = find_proxy(settings.upstream)
-        self.opener = build_opener(self.upstream, settings.upstream.scheme, self.proxy)
-        self.relay_loop = RelayLoop(self.upstream.pool.close_old, self.log.warn)
+        self.opener = build_opener(self.upstream_handler, settings.upstream.scheme, self.proxy)
+        self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
 
-        # Where part two enters. Without a section and its line the relay still works.
+        self.install_features()
+        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM, 0,
+                                   socket.AI_PASSIVE)
+        self.address_family = found[0][0]
+        super().__init__(found[0][4], settings.upstream.provider.handler or Handler)
+        self.log.start()
+        self.relay_loop.start()
+
+    def install_features(self):
+        """Where part two enters. Without a section and its line the relay still works."""
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
@@ -360,13 +378,6 @@ class Server(http.server.ThreadingHTTPServer):
         install_token_counts(self)          # part two: Token counts
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
-
-        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM, 0,
-                                   socket.AI_PASSIVE)
-        self.address_family = found[0][0]
-        super().__init__(found[0][4], settings.upstream.provider.handler or Handler)
-        self.log.start()
-        self.relay_loop.start()
 
     def server_bind(self):
         """Bind without HTTPServer's look-up of our own name in the DNS."""
@@ -387,7 +398,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        """Give the new client a thread; above the limits, after evicting an idle one, a 503."""
+        """Give the new client a thread. 503 over its own limit, or if no idle one can make room."""
         address = network_of(client_address[0])
         with self.lock:
             has_room = self.connections < self.capacity
@@ -398,14 +409,20 @@ class Server(http.server.ThreadingHTTPServer):
         if over_client_limit or not (has_room or self.evict_idle(1)):
             self.refuse_busy(request, address)
             return
+        # Where no thread can be started, submit() raises and yet keeps the call for a later thread.
+        # Whoever takes the socket out of this list has the client.
+        waiting = [request]
         try:
-            self.threads.submit(self.serve_client, request, client_address)
-        except RuntimeError:        # the system has no thread left
-            self.refuse_busy(request, address)
+            self.threads.submit(self.serve_client, waiting, client_address)
+        except RuntimeError:
+            with contextlib.suppress(IndexError):
+                self.refuse_busy(waiting.pop(), address)
 
-    def serve_client(self, request, client_address):
+    def serve_client(self, waiting, client_address):
         """One client connection, from its first request to its end."""
-        if request.fileno() < 0:    # no thread could be had when it came: it has been refused
+        try:
+            request = waiting.pop()
+        except IndexError:          # it has been refused
             return
         try:
             self.finish_request(request, client_address)
@@ -433,12 +450,12 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown_request(self, request, address=None):
         """The end of every connection that process_request let in. One that lingers is detached."""
         request.close()
-        with self.all_done:
+        with self.client_ended:
             self.connections -= 1
             self.connections_by_client[address] -= 1
             if self.connections_by_client[address] <= 0:
                 del self.connections_by_client[address]
-            self.all_done.notify_all()
+            self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
         self.report_fault(sys.exc_info()[1])
@@ -462,7 +479,7 @@ class Server(http.server.ThreadingHTTPServer):
         evicted = 0
         for handler, since in self.idle.copy().items():
             if evicted == most or now - since < min_age:
-                break               # the ones that follow are younger
+                break               # those that follow have been idle for less time
             # It may leave by itself at any moment: ValueError is a socket that has been closed.
             with contextlib.suppress(OSError, ValueError):
                 if not wait_ready(0, handler.client, READ) and self.mark_busy(handler):
@@ -481,13 +498,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
         while self.connections and time.monotonic() < deadline:
             self.evict_idle(self.connections, min_age=0.5)
-            with self.all_done:
-                self.all_done.wait(0.1)
+            with self.client_ended:
+                self.client_ended.wait(0.1)
 
         self.relay_loop.stopping = True
         deadline = time.monotonic() + SHUTDOWN_SECONDS
-        with self.all_done:
-            self.all_done.wait_for(lambda: not self.connections, SHUTDOWN_SECONDS)
+        with self.client_ended:
+            self.client_ended.wait_for(lambda: not self.connections, SHUTDOWN_SECONDS)
         self.log.close(max(0.1, deadline - time.monotonic()))
 
     def url(self):
@@ -548,7 +565,7 @@ class Request:
         self.headers = headers
         self.is_http10 = minor == b"0"
         self.is_read_only = self.method in ("GET", "HEAD")
-        self.client_address = address       # by which rates and limits tell clients apart
+        self.caller = address               # whom rates count: a client key's name, or an address
         self.client_name = ""               # of the client key, once it has been checked
         self.model = ""                     # as the client named it
         self.upgrade = b""                  # the protocol to change to, once that is sure
@@ -637,10 +654,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientGone()
 
     def answer_request(self):
-        """Every step returns, answers or raises; the statuses stand in the order of the checks."""
+        """Every step returns, answers or raises. Beside each: the statuses that it may answer."""
         request = self.request
         settings = self.settings
-        self.check_head()                                   # 400 405 417 501 505
+        self.check_head()                                   # 505 400 405 501 417
         if is_preflight(request):
             return self.send_response(204, preflight_headers(request, settings))
         if request.path == "*":
@@ -678,7 +695,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         forwarded = request.headers.elements(b"x-forwarded-for")
         if forwarded and is_loopback(self.address):         # a proxy of our own in front knows
             self.record.client = forwarded[-1].decode("latin-1")
-            request.client_address = network_of(self.record.client)
+            request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request)                               # 405 501
         check_target(request)                               # 400
@@ -690,7 +707,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_client_key(self.request, self.settings)
         if self.request.client_name:
             self.record.client = self.request.client_name
-            self.request.client_address = self.request.client_name
+            self.request.caller = self.request.client_name
 
     def find_upgrade(self):
         """What serves the protocol that the client wants to change to; None for plain HTTP."""
@@ -705,6 +722,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return upgrade
 
     def check_path(self):
+        """A method, so that the handler of a translated API can serve other paths."""
         check_path(self.request, self.settings)
 
     # -- what we answer ourselves
@@ -795,9 +813,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def ask_upstream(self, body):
         """The exchange with the head of its response. ErrorResponse 502 or 504 if there is none."""
         target = self.settings.upstream.map_path(self.request.path) + self.request.query
-        return self.exchange(self.request.method, target, body)
+        return self.open_exchange(self.request.method, target, body)
 
-    def exchange(self, method, target, body):
+    def open_exchange(self, method, target, body):
         """Send a request up with a provider key, if there is one, and read the response's head."""
         settings = self.settings
         headers = upstream_headers(self.request, settings)
@@ -836,15 +854,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
-        job = None
         try:
             secret_filter = self.check_for_key(exchange)    # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
             headers = self.relayed_headers(exchange, is_chunked)
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
-            if job.outcome:         # all of it is here: the upstream's connection is free again
+            if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
+            # Until all has gone well. To HTTP/1.0, a plain end would look like the end of the body.
+            self.reset_on_close = self.request.is_http10 and exchange.length is None
             self.start_response(exchange.status, exchange.reason, headers, first_bytes)
             self.record.mark_first_byte()
             if not job.outcome:
@@ -854,12 +873,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
         if job.outcome == "ok":
+            self.reset_on_close = False
             self.close_connection = self.must_close()
-        else:                       # to HTTP/1.0, a plain end would look like the end of the body
-            self.reset_on_close = self.request.is_http10 and exchange.length is None
 
     def check_for_key(self, exchange):
-        """502 for an error that says that our key is bad, or repeats it: no affair of the client's.
+        """502 for an error that says that our key is bad, or repeats it: not the client's business.
 
         Returns the filter for the rest of its body, None where there is nothing to look for.
         """
@@ -869,7 +887,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         secret_filter = SecretFilter(settings.provider_keys)
         if exchange.status != 401:
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-            if not secret_filter.find(exchange.prefetched):
+            if secret_filter.find(exchange.prefetched) < 0:
                 return secret_filter
         self.server.log.warn("the upstream answered %d and rejected or repeated the provider key"
                              % exchange.status)
@@ -932,7 +950,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             sent += self.client.send_some(memoryview(data)[sent:])
 
     def send_response(self, status, headers=(), content=b"", outcome="ok"):
-        """A response that is here as a whole. The connection lives on if all is well."""
+        """Send a response that we have as a whole. The connection lives on if all is well."""
         headers = self.add_own_headers(list(headers))
         if status != 204:
             headers.append((b"Content-Length", b"%d" % len(content)))
@@ -944,7 +962,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.mark_first_byte()
         self.start_response(status, reason, headers, b"" if is_head else content)
         self.record.outcome = outcome
-        self.record.bytes = len(content)
+        self.record.bytes = 0 if is_head else len(content)
 
     def send_json(self, value):
         headers = [(b"Content-Type", b"application/json")]
@@ -970,7 +988,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.relay_loop.submit(LingeringClose(self.client.sock))
 
     def may_have_unread_bytes(self):
-        """Unread bytes at a close make a reset, which would eat our response."""
+        """Might bytes be unread? Closing would then send a reset, and that eats our response."""
         if self.client.buffer or self.upload is None or not self.upload.done:
             return True
         return bool(self.client.receive())
@@ -1093,8 +1111,8 @@ def is_origin_allowed(headers, settings):
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
     if settings.provider_keys and has_key_in_query(request.query):
-        raise ErrorResponse(400, "key_in_query", "Keys do not belong in URLs, where logs keep "
-                            "them. Send it as Authorization: Bearer.")
+        raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
+                            "it. Send it as Authorization: Bearer.")
     if not settings.client_keys:
         return
     keys = carried_keys(request.headers)
@@ -1102,14 +1120,12 @@ def check_client_key(request, settings):
         raise ProtocolError("The request carries two different keys.")
     carried = keys.pop() if keys else b""
 
-    # As bytes, with all of them and to the end of each: the time it takes tells nothing about how
-    # much of a guess was right (a timing attack).
     for name, client_key in settings.client_keys:
         if hmac.compare_digest(carried, client_key):
             request.client_name = request.client_name or name
     if not request.client_name:
         message = "A client key is needed: send it as Authorization: Bearer."
-        if b"authorization" in request.headers:
+        if carried:
             message = "Incorrect client key."
         raise ErrorResponse(401, "invalid_api_key", message,
                             headers=[(b"WWW-Authenticate", b"Bearer")])
@@ -1265,7 +1281,7 @@ class Upload:
                                 "allowed by AIPROXY_MAX_BODY." % self.limit)
 
     def read(self):
-        """What is here of the body, decoded; b"" if nothing is, or at its end (see `done`)."""
+        """The bytes of the body that are here, decoded; b"" for none, or at its end (`done`)."""
         try:
             piece = self.reader.read()
         except ProtocolError as error:
@@ -1298,14 +1314,14 @@ class Upload:
                 self.wait(remaining)
         return b"".join(pieces)
 
-    def wait(self, seconds=math.inf, upstream=None):
-        """Wait for more, for so many seconds at most, or until `upstream` speaks.
+    def wait(self, seconds=math.inf, other=None):
+        """Wait for more, for `seconds` at most, or until `other` can be read.
 
-        ErrorResponse 408 for a client below the minimum data rate.
+        Raises ErrorResponse 408 for a client below the minimum data rate.
         """
         patience = BODY_GRACE + self.received / BODY_RATE - self.waited
         began = time.monotonic()
-        ready = wait_ready(min(patience, seconds), self.client, READ, upstream)
+        ready = wait_ready(min(patience, seconds), self.client, READ, other)
         waited = time.monotonic() - began
         self.waited += waited
         if not ready and waited >= patience:
@@ -1462,7 +1478,7 @@ def edit_members(body, changes, renames=None):
 def upstream_headers(request, settings):
     """The header fields of the request to the upstream, Host first, all but the provider key.
 
-    No client key ever is among them.
+    A client key is never among them.
     """
     fields = [(b"Host", settings.upstream.netloc)]
     for field in request.headers.fields:
@@ -1566,7 +1582,7 @@ class UpstreamHandler(urllib.request.BaseHandler):
         connection = self.pool.acquire()
         try:
             if connection:
-                return self.exchange(request, connection)
+                return self.run_exchange(request, connection)
         except NothingSent:
             pass
         try:
@@ -1574,13 +1590,13 @@ class UpstreamHandler(urllib.request.BaseHandler):
         except (OSError, ProtocolError, UnicodeError) as error:
             raise connect_error(error)
         try:
-            return self.exchange(request, connection)
+            return self.run_exchange(request, connection)
         except NothingSent:
             raise response_error(ClosedEarly())
 
     https_open = http_open
 
-    def exchange(self, request, connection):
+    def run_exchange(self, request, connection):
         exchange = Exchange(self.pool, connection, request)
         try:
             exchange.send_request()
@@ -1663,7 +1679,7 @@ class Pool:
                 self.idle.popleft()[0].close()
 
     def connect(self, route, wait):
-        """A new connection. One deadline holds for all of it. OSError, ProtocolError."""
+        """A new connection. One deadline holds for all of it. Raises OSError, ProtocolError."""
         deadline = time.monotonic() + self.connect_timeout
 
         def wait_until_deadline(connection, mask):
@@ -1716,19 +1732,22 @@ def connect_tcp(route, wait, deadline):
     failure = OSError("no address")
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
         share = (deadline - time.monotonic()) / (len(addresses) - index)
-        connection = BufferedSocket(socket.socket(family, kind, protocol))
         try:
-            connection.start_connect(address)
-            wait(connection, WRITE, share)
-            connection.check_connected()
-            return connection
-        except OSError as error:
-            connection.close()
+            return connect_address(socket.socket(family, kind, protocol), address, wait, share)
+        except OSError as error:            # also of a family that this machine lacks
             failure = error
-        except BaseException:               # the client has left meanwhile
-            connection.close()
-            raise
     raise failure
+
+def connect_address(sock, address, wait, seconds):
+    connection = BufferedSocket(sock)
+    try:
+        connection.start_connect(address)
+        wait(connection, WRITE, seconds)
+        connection.check_connected()
+        return connection
+    except BaseException:                   # also when the client has left meanwhile
+        connection.close()
+        raise
 
 def open_tunnel(connection, route, wait):
     """Ask a proxy for a way through (RFC 9110 section 9.3.6). OSError if it has none."""
@@ -1746,6 +1765,8 @@ def open_tunnel(connection, route, wait):
     (_, status, _), _ = read_head(connection, STATUS_LINE, read_more)
     if not status.startswith(b"2"):
         raise OSError("the proxy refused the tunnel with status %s" % status.decode())
+    if connection.buffer:       # it would be taken for something that came through TLS
+        raise ProtocolError("the proxy sent bytes behind its response")
 
 
 class Exchange:
@@ -1788,7 +1809,7 @@ class Exchange:
             if not data and not upload.done:
                 if self.has_responded():
                     return
-                upload.wait(upstream=self.connection)
+                upload.wait(other=self.connection)
 
     def send(self, data):
         """Send all of it. False if the upstream has responded meanwhile, or hung up."""
@@ -1821,6 +1842,7 @@ class Exchange:
         interim = b"HTTP/1.1 1"
         while connection.buffer.startswith(interim) and b"\r\n\r\n" in connection.buffer:
             connection.buffer = connection.buffer.partition(b"\r\n\r\n")[2]
+        # What is left may still become an interim head: `HTT` may, `HTTP/1.1 2` may not.
         return not is_open or not interim.startswith(connection.buffer[:len(interim)])
 
     # -- down
@@ -1860,14 +1882,15 @@ class Exchange:
 
     def drop_fields_with(self, secrets):
         """Take out of the head what holds a secret: an upstream may repeat our key."""
-        for secret in secrets:
-            if secret in self.headers.raw:
-                self.reason = b""
-                self.headers = Headers([field for field in self.headers.fields
-                                        if secret not in b"\n".join(field)])
+        found = [secret for secret in secrets if secret in self.headers.raw]
+        if found:
+            self.reason = b""
+            fields = [field for field in self.headers.fields
+                      if not any(secret in b"\n".join(field) for secret in found)]
+            self.headers = Headers(fields)
 
     def read(self):
-        """The next decoded bytes of the body, b"" at its end. OSError, ProtocolError."""
+        """The next decoded bytes of the body, b"" at its end. Raises OSError, ProtocolError."""
         piece = b""
         while not piece and not self.body.done:
             piece = self.body.read()
@@ -1930,14 +1953,15 @@ class SecretFilter:
         self.found = False
 
     def find(self, data):
-        """Where the first secret begins, as a list of none or one."""
-        return sorted(data.index(word) for word in self.words if word in data)[:1]
+        """Where the first secret begins; -1 if there is none."""
+        return min((data.index(word) for word in self.words if word in data), default=-1)
 
     def feed(self, data, is_end=False):
         """What may pass of `data` and of what was waiting. `found` is set at the first secret."""
         data = self.waiting + data
         self.waiting = b""
-        for start in self.find(data):
+        start = self.find(data)
+        if start >= 0:
             self.found = True
             return data[:start]
         longest = min(len(data), max(map(len, self.words)) - 1)
@@ -2062,7 +2086,7 @@ class Job:
         self.state = "new"
         self.outcome = None
         self.bytes = 0                      # that went down to the client
-        self.ended = None                   # an Event, if a pool thread waits for it
+        self.ended = None                   # an Event, if a client thread waits for it
         self.loop = None                    # set when the loop takes the job over
 
     def stop(self):
@@ -2087,7 +2111,7 @@ class ResponseJob(Job):
 
     RELAYING   the client has taken all there was: the upstream is read
     BLOCKED    the client is behind: the upstream is not read until `unsent` is gone. So the
-               back-pressure reaches it, and a slow client holds one piece of memory
+               back-pressure reaches it, and one piece at most is held for a slow client
     FLUSHING   the body is over: what is left is `unsent`
     """
 
@@ -2111,10 +2135,10 @@ class ResponseJob(Job):
         # An event of our own can tell of a cut if nothing says where the body would have ended,
         # and only between two events: `tail` is the end of what went down.
         self.can_tell_cut = (exchange.is_event_stream and not exchange.is_coded
-                             and exchange.length is None)
+                             and exchange.length is None and secret_filter is None)
         self.tail = EVENT_ENDS[0]
 
-    # -- in the pool thread, before the job is submitted
+    # -- in the client thread, before the job is submitted
 
     def first_bytes(self):
         """What is already here, framed: often the whole body, and the loop is never needed."""
@@ -2145,11 +2169,13 @@ class ResponseJob(Job):
         self.heard = self.loop.now
         while self.state == self.RELAYING:
             self.send(self.next_bytes())
-            if not self.upstream.has_pending():
+            if self.state == self.ENDED or not self.upstream.has_pending():
                 return
 
     def on_client(self, mask):
         """The client can take more, has sent its next request early, or has left."""
+        if self.state == self.ENDED:        # by an event of the same batch: nothing here is ours
+            return None
         try:
             if mask & READ:
                 check_disconnected(self.client)
@@ -2241,8 +2267,9 @@ class LingeringClose(Job):
 
     def __init__(self, sock):
         self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
-        self.deadline = 0.0
         super().__init__(self.client)
+        self.deadline = 0.0
+        self.received = 0                   # bytes
 
     def start(self):
         self.state = "lingering"
@@ -2258,8 +2285,8 @@ class LingeringClose(Job):
             data = self.client.receive()
         except OSError:
             data = b""
-        self.bytes += len(data or b"")
-        if data == b"" or self.bytes > LINGER_BYTES:
+        self.received += len(data or b"")
+        if data == b"" or self.received > LINGER_BYTES:
             self.finish("ok")
 
     def on_tick(self):
@@ -2272,7 +2299,7 @@ class LingeringClose(Job):
 
 
 def is_worth_watching(client):
-    """Not behind a long queue of pipelined requests: a hang-up is seen only once they are read."""
+    """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
     return len(client.buffer) < MAX_PIPELINED_BYTES
 
 def check_disconnected(client):
@@ -2346,7 +2373,7 @@ class BufferedSocket:
         return bool(self.buffer) or self.has_decrypted()
 
     def receive(self):
-        """Up to READ_SIZE new bytes; b"" at the end, None if there are none yet. OSError."""
+        """Up to READ_SIZE new bytes; b"" at the end, None if there are none yet. Raises OSError."""
         try:
             data = self.sock.recv(READ_SIZE)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -2355,13 +2382,13 @@ class BufferedSocket:
         return data
 
     def fill(self):
-        """Add what has arrived to the buffer; False at the end. OSError."""
+        """Add what has arrived to the buffer; False at the end. Raises OSError."""
         data = self.receive()
         self.buffer += data or b""
         return data != b""
 
     def send_some(self, data):
-        """How many bytes were taken: 0 if none can be now. OSError."""
+        """How many bytes were taken: 0 if none can be now. Raises OSError."""
         try:
             return self.sock.send(data)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -2394,7 +2421,7 @@ def wait_ready(seconds, connection, mask, other=None):
     if other and other.has_decrypted():
         return [other]
     seconds = max(0, seconds)
-    if not connection.poll:                 # Windows: a connect that fails is exceptional there
+    if not hasattr(select, "poll"):         # Windows: a connect that fails is exceptional there
         readers = [connection] if mask & READ else []
         readers += [other] if other else []
         writers = [connection] if mask & WRITE else []
@@ -2482,7 +2509,7 @@ def read_head(connection, first_line, read_more):
         read_more()
 
 def check_unfinished(head, searched, first_line):
-    """Only what is new since `searched` is looked at: a slow head must not cost its square."""
+    """Only what is new since `searched` is looked at: a slow head must not cost quadratic time."""
     line_end = head.find(b"\r\n")
     if line_end > MAX_LINE or (line_end < 0 and len(head) > MAX_LINE):
         raise ProtocolError("The first line is longer than %d bytes." % MAX_LINE, status=414)
@@ -2569,7 +2596,7 @@ class BodyReader:
         self.failure = None
 
     def read(self):
-        """What is here of the body, decoded; b"" if nothing is, or at its end (see `done`).
+        """The bytes of the body that are here, decoded; b"" for none, or at its end (see `done`).
 
         It never waits. ProtocolError for broken framing, ClosedEarly for a body that is cut off,
         OSError for a broken connection; once broken it stays so.
@@ -2589,7 +2616,7 @@ class BodyReader:
             raise
 
     def end_of_connection(self):
-        raise ClosedEarly("the connection was closed in the middle of the body")
+        raise ClosedEarly()
 
 
 class ContentLengthBody(BodyReader):
@@ -2695,11 +2722,13 @@ class ChunkedBody(BodyReader):
 
     def keep_partial(self, line):
         """Keep the beginning of a line if it can become a good one, else nobody waits for it."""
-        limit = MAX_CHUNK_LINE
         if self.state == self.TRAILER:
-            limit = MAX_TRAILER - self.trailer_size
-        is_bad_end = self.state == self.DATA_END and line != b"\r"
-        if len(line) > limit or is_bad_end or b"\n" in line:
+            is_good = b"\n" not in line and len(line) + self.trailer_size <= MAX_TRAILER
+        elif self.state == self.SIZE:
+            is_good = len(line) <= MAX_CHUNK_LINE and CHUNK_LINE_START.fullmatch(line)
+        else:
+            is_good = line == b"\r"
+        if not is_good:
             raise ProtocolError("a line is malformed or too long")
         self.partial = line
 
@@ -2775,19 +2804,19 @@ class Log(threading.Thread):
     A thread of its own writes them: a reader that stalls must not stall requests.
     """
 
-    def __init__(self, form, secrets):
+    def __init__(self, format, secrets):
         super().__init__(daemon=True, name="log")
-        self.form = form                    # text, json or off
+        self.format = format                   # text, json or off
         self.secrets = [secret.decode() for secret in secrets]
         self.lines = queue.SimpleQueue()    # of (stream, line); None is the end
         self.lost = 0                       # lines that nobody read in time
 
     def write(self, record):
-        if self.form == "off":
+        if self.format == "off":
             return
         values = record.as_dict(self.redact)
         line = json.dumps(values)
-        if self.form == "text":
+        if self.format == "text":
             line = LOG_LINE % tuple(map(printable, values.values()))
         self.put(sys.stdout, line)
 
@@ -2817,8 +2846,8 @@ class Log(threading.Thread):
             while not self.lines.empty():
                 batch.append(self.lines.get())
             if self.lost:
-                lost = "(%d lines lost: nobody read them in time)\n" % self.lost
-                batch.append((sys.stdout, lost))
+                lost = "aiproxy: %d lines of the log were lost: nobody read them in time\n"
+                batch.append((sys.stderr, lost % self.lost))
                 self.lost = 0
             for stream in (sys.stderr, sys.stdout):
                 lines = [item[1] for item in batch if item and item[0] is stream]
@@ -2827,7 +2856,7 @@ class Log(threading.Thread):
                     stream.flush()
 
     def close(self, seconds):
-        """Wait until all lines are written, or for so long."""
+        """Wait until all lines are written, or for `seconds`."""
         self.lines.put(None)
         self.join(seconds)
 
@@ -2904,7 +2933,7 @@ class Upstream:
 
 
 def find_provider(netloc):
-    """A base URL on the host of a provider that we know wants its key as that row says."""
+    """The Provider for a base URL: on a known host, with that row's key header and paths."""
     for provider in PROVIDERS.values():
         if urllib.parse.urlsplit(provider.base_url).netloc == netloc:
             return Provider(netloc, provider.key_header, provider.paths)
@@ -3102,7 +3131,7 @@ PORT_VARIABLES = ("PORT", "FC_SERVER_PORT")     # where platforms name the port
 
 
 class Settings:
-    """The settings in force, read from `environ` here and nowhere else. SettingError."""
+    """The settings in force, read from `environ` here and nowhere else. Raises SettingError."""
 
     def __init__(self, environ):
         self.environ = environ
@@ -3132,7 +3161,7 @@ class Settings:
         return option.name, option.default
 
     def read(self, option):
-        """The value of a setting. SettingError."""
+        """The value of a setting. Raises SettingError."""
         name, text = self.text(option)
         try:
             return option.parse(text)
@@ -3147,7 +3176,7 @@ class Settings:
         return self.read(next(option for option in OPTIONS if option.name == name))
 
     def set_defaults(self):
-        """What hangs on the provider, and defaults that hang on other settings."""
+        """What depends on the provider, and defaults that depend on other settings."""
         provider = self.upstream.provider
         self.provider_keys = self.read_named(provider.key_variable)
         if provider.prepare:
@@ -3221,8 +3250,8 @@ class Settings:
         listens_here = is_loopback(self.host) or self.host in ("0.0.0.0", "::")
         if self.port and self.port == self.upstream.port:
             if self.upstream.is_loopback and listens_here:
-                raise SettingError("AIPROXY_UPSTREAM: got %r; it takes another server than this "
-                                   "proxy itself" % self.upstream.url)
+                raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than "
+                                   "this proxy" % self.upstream.url)
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3253,7 +3282,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def read_arguments(arguments):
-    """The command line as a namespace. SettingError."""
+    """The command line as a namespace. Raises SettingError."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--demo", "--check", "--version"):
         parser.add_argument(name, action="store_true")
@@ -3264,10 +3293,11 @@ def read_arguments(arguments):
     return parser.parse_args(arguments)
 
 def read_environment(options, environ):
-    """Put what the command line and the env files say into the environment. SettingError."""
+    """Put what the command line and the env files say into the environment. Raises SettingError."""
     for path in options.env_file:
         for name, value in read_env_file(path).items():
-            environ.setdefault(name, value)     # the real environment wins
+            if not environ.get(name, "").strip():       # the real environment wins
+                environ[name] = value
     for name in ("host", "port", "upstream"):
         if getattr(options, name) is not None:
             environ["AIPROXY_" + name.upper()] = getattr(options, name)
@@ -3335,7 +3365,7 @@ def serve(settings, on_start):
     with contextlib.suppress(ServerStopped):
         server.serve_forever(0.1)
     server.stop()
-    # The log is written. An ordinary exit would wait for the pool's threads, and some of them may
+    # The log is written. An ordinary exit would wait for the client threads, and some of them may
     # still be busy with streams that have just been cut.
     os._exit(0)
 
@@ -3346,7 +3376,7 @@ def serve(settings, on_start):
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
-# Entered: `install_rates` in Server.__init__ adds a check.
+# Entered: `install_rates` in Server.install_features adds a check.
 
 MAX_BUCKETS = 10000     # clients whose rate is remembered: about 3 MB
 
@@ -3372,7 +3402,7 @@ class RateLimiter:
 
     def check(self, handler):
         """429 once the client has used up its rate; the fields are OpenAI's."""
-        refused = self.take(handler.request.client_address, time.monotonic())
+        refused = self.take(handler.request.caller, time.monotonic())
         if not refused:
             return
         until_next, until_full, count = refused
@@ -3415,7 +3445,7 @@ def format_duration(seconds):
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: the members of an inspected body; it adds a token limit where there is none.
-# Entered: `install_limits` in Server.__init__ adds a rule.
+# Entered: `install_limits` in Server.install_features adds a rule.
 
 # The names of the token limit that count on a path, the one that all providers take first.
 TOKEN_LIMITS_BY_PATH = {
@@ -3502,7 +3532,7 @@ def check_prompt_length(members, most):
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Server.__init__ takes the place of `use_first_key`.
+# Entered: `install_key_rotation` in Server.install_features takes the place of `use_first_key`.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
 KEY_COOLDOWN = 60                           # seconds, after a status that names no time
@@ -3578,7 +3608,7 @@ def retry_after(value):
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Server.__init__ takes the place of `observe_nothing`.
+# Entered: `install_token_counts` in Server.install_features takes the place of `observe_nothing`.
 
 USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
@@ -3642,7 +3672,7 @@ class TokenCounter:
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Server.__init__ adds an upgrade.
+# Entered: `install_websocket` in Server.install_features adds an upgrade.
 
 TUNNEL_SECONDS = 2      # for the rest of a tunnel, once one side has closed
 KEY_PROTOCOL = b"openai-insecure-api-key."      # how a browser's WebSocket carries a key
@@ -4564,7 +4594,7 @@ CATALOGUE_PAGES = 50        # at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 
 def prepare_workers(settings):
-    """The account and the base URL. SettingError."""
+    """The account and the base URL. Raises SettingError."""
     settings.account = settings.read_named("CLOUDFLARE_ACCOUNT_ID")
     if not settings.account or not settings.provider_keys:
         raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and "
@@ -4644,7 +4674,7 @@ class WorkersHandler(Handler):
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
             target = "/ai/models/search?per_page=50&page=%d" % number
-            exchange = self.exchange("GET", self.settings.upstream.base + target, b"")
+            exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"")
             try:
                 body = self.read_whole(exchange)
                 page = read_catalogue_page(exchange.status, body, self.secrets())
@@ -4667,7 +4697,7 @@ class WorkersHandler(Handler):
         return self.call.body
 
     def ask_upstream(self, body):
-        return self.exchange("POST", self.settings.upstream.base + self.call.path, body)
+        return self.open_exchange("POST", self.settings.upstream.base + self.call.path, body)
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
@@ -4727,7 +4757,7 @@ class WorkersHandler(Handler):
         self.send_response(200, self.translated_headers(exchange, media_type), content)
 
     def relay_events(self, exchange):
-        """A stream. The pool thread moves it: it has more to do than to move bytes."""
+        """A stream. The client thread moves it: it has more to do than to move bytes."""
         translator = make_translator(self.call)
         is_chunked = not self.request.is_http10
         headers = self.translated_headers(exchange, b"text/event-stream; charset=utf-8")
@@ -4786,7 +4816,7 @@ PROVIDERS["workers-ai"] = Provider(
 # ---- Start page ----------------------------------------------------------------------------------
 # Does: gives a browser a page at /: what this address is, a prompt to try, snippets to copy.
 # Touches: nothing. It is a constant, and asks /, /health and /v1 like any client.
-# Entered: `install_start_page` in Server.__init__, for GET / with Accept: text/html.
+# Entered: `install_start_page` in Server.install_features, for GET / with Accept: text/html.
 
 PAGE = r"""<!doctype html><html lang="en"><title>aiproxy</title>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

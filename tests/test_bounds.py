@@ -74,8 +74,8 @@ def coming_from(relay, monkeypatch):
 def wait_until_no_client(running):
     """Wait until the relay counts no connection any more."""
     server = running.server
-    with server.all_done:
-        assert server.all_done.wait_for(lambda: not server.connections, PATIENCE)
+    with server.client_ended:
+        assert server.client_ended.wait_for(lambda: not server.connections, PATIENCE)
 
 
 def status_of(client):

@@ -529,8 +529,8 @@ def test_a_client_whose_request_has_just_arrived_is_not_idle(relay, monkeypatch)
 def wait_until_no_client(running):
     """Wait until the relay counts no connection any more."""
     server = running.server
-    with server.all_done:
-        ended = server.all_done.wait_for(lambda: not server.connections, PATIENCE)
+    with server.client_ended:
+        ended = server.client_ended.wait_for(lambda: not server.connections, PATIENCE)
         assert ended, server.connections
 
 

@@ -126,7 +126,7 @@ def test_an_idle_connection_that_closed_or_sent_bytes_is_not_reused(either, rela
 
     answered.set()
     assert acted.wait(PATIENCE)
-    wait_until_readable(running.server.upstream.pool.idle)
+    wait_until_readable(running.server.upstream_handler.pool.idle)
 
     assert running.chat().body == b'{"ok":true}'
     assert either.connections == 2
