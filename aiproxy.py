@@ -671,7 +671,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if settings.provider_keys:
             request.path = normalize_path(request.path)
         if self.has_model_list():
-            return self.answer_models()                     # 404 502
+            return self.send_json(find_model(request.path, self.list_models()))     # 404 502
         self.check_path()                                   # 404 405
         if request.method == "OPTIONS" and settings.provider_keys:
             return self.send_response(204, [allow_header(request.path, settings)])
@@ -729,23 +729,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_about_us(self):
         """/health and /: no key, no upstream call. Models are shown to those who may list them."""
-        request = self.request
-        settings = self.settings
-        wants_page = b"text/html" in request.headers.get(b"accept", b"")
-        if request.path == "/" and wants_page and self.server.start_page:
+        wants_page = b"text/html" in self.request.headers.get(b"accept", b"")
+        if self.request.path == "/" and wants_page and self.server.start_page:
             return self.send_response(200, *self.server.start_page())
-        if request.path == "/":
-            return self.send_json({
-                "name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
-                "default_path": settings.default_path,
-                "client_key_needed": settings.callers_need_key})
-        about = {"status": "healthy", "timestamp": int(time.time())}
+        if self.request.path == "/":
+            return self.send_json(describe_api(self.settings))
+        health = {"status": "healthy", "timestamp": int(time.time())}
         with contextlib.suppress(ErrorResponse, ProtocolError):
-            check_host_allowed(request, settings)
-            check_origin(request, settings)
+            check_host_allowed(self.request, self.settings)
+            check_origin(self.request, self.settings)
             self.check_client()
-            about["models"] = settings.models_shown
-        return self.send_json(about)
+            health["models"] = self.settings.models_shown
+        return self.send_json(health)
 
     def has_model_list(self):
         """Is this a request for a model list that is ours to give?"""
@@ -755,18 +750,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The items of the model list, in OpenAI's form."""
         return [{"id": name, "object": "model", "created": self.server.started,
                  "owned_by": "aiproxy"} for name in self.settings.models_shown]
-
-    def answer_models(self):
-        """The model list, or one entry of it. SDKs send the slashes of an id as %2F."""
-        wanted = urllib.parse.unquote(self.request.path[len("/v1/models/"):])
-        items = self.list_models()
-        if not wanted:
-            return self.send_json({"object": "list", "data": items})
-        for item in items:
-            if item["id"] == wanted:
-                return self.send_json(item)
-        raise ErrorResponse(404, "model_not_found", "The model %s does not exist or you may not "
-                            "use it." % json.dumps(wanted[:200]), param="model")
 
     # -- the request's body
 
@@ -1158,6 +1141,22 @@ def normalize_path(path):
 
 def is_model_list(request):
     return request.is_read_only and (request.path + "/").startswith("/v1/models/")
+
+def find_model(path, items):
+    """The whole list, or one entry of it. SDKs send the slashes of an id as %2F."""
+    wanted = urllib.parse.unquote(path[len("/v1/models/"):])
+    if not wanted:
+        return {"object": "list", "data": items}
+    for item in items:
+        if item["id"] == wanted:
+            return item
+    raise ErrorResponse(404, "model_not_found", "The model %s does not exist or you may not use it."
+                        % json.dumps(wanted[:200]), param="model")
+
+def describe_api(settings):
+    """What / answers to a program."""
+    return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
+            "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
 
 def check_path(request, settings):
     """404 and 405 unless AIPROXY_PATHS allows the path, exactly as it is sent up."""

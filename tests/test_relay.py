@@ -348,6 +348,16 @@ def test_header_fields_that_contain_the_provider_key_are_not_relayed(upstream, h
     assert "sk-hidden" not in str(hidden.wait_for_record())
 
 
+def test_none_of_several_provider_keys_is_relayed(upstream, relay):
+    running = relay(KEY="sk-hidden-one,sk-hidden-two", CLIENT_KEYS="ck-alice")
+    upstream.answer = with_fields(OK, "X-One: sk-hidden-one", "X-Two: sk-hidden-two", "X-Kept: yes")
+
+    reply = running.chat()
+
+    assert reply.get("x-kept") == "yes"
+    assert b"sk-hidden" not in reply.raw_head
+
+
 def with_fields(response, *fields):
     """The response with more header fields."""
     head, _, body = response.partition(b"\r\n\r\n")

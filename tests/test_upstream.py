@@ -307,6 +307,7 @@ FAILED_CONNECTS = {
     "407": b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n",
     "502": b"HTTP/1.1 502 No\r\n\r\n",
     "rubbish": b"rubbish\r\n\r\n",
+    "bytes before TLS": b"HTTP/1.1 299 Go on\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
 }
 
 
@@ -380,13 +381,16 @@ def test_an_unverified_upstream_receives_nothing(relay, monkeypatch, certificate
         assert not fake.all_bytes
 
 
-def test_all_addresses_of_a_host_name_are_tried(upstream, relay, monkeypatch):
+@pytest.mark.parametrize("family", [socket.AF_INET, 9999], ids=["nobody listens", "no such family"])
+def test_all_addresses_of_a_host_name_are_tried(upstream, relay, monkeypatch, family):
     original = socket.getaddrinfo
 
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        addresses = [nobody.getsockname(), ("127.0.0.1", upstream.port)]
-        results = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+        results = [
+            (family, socket.SOCK_STREAM, 6, "", nobody.getsockname()),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", upstream.port)),
+        ]
 
         def getaddrinfo(host, *rest):
             if host == "provider.test":
