@@ -6,7 +6,7 @@
     client <-- response body ---- RelayLoop: move what has arrived      <-- events ---- upstream
 
 Start reading at `Server` and scroll down: part one stands in the order in which a request meets
-it. Only the lowest layer, sockets and heads and bodies on the wire, comes late, for all use it.
+it. Only the lowest layer, HTTP on the wire, comes late, because everything uses it.
 Part two holds what can be taken out, each section entered at one place.
 
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
@@ -46,9 +46,9 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
  6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If we read
     `{"model": "a", "model": "b"}` otherwise than the upstream does, our check was for nothing;
     with two lengths it is request smuggling. (`parse_object`, `read_head`)
- 7. Watch the client while the upstream is silent. A socket that becomes readable and then gives
-    no byte has been closed, at least for sending: we take that for a disconnect. Only so is it
-    seen before the first byte, and we can stop paying for the answer. (`wait_for_upstream`,
+ 7. Watch the client while the upstream is silent. A socket that becomes readable and then yields
+    no byte has been closed, at least for sending: we take that for a disconnect. Only in this
+    way is it seen before the first byte, and we can stop paying for the answer. (`wait_for_upstream`,
     `check_disconnected`)
  8. Send a request again only if (a) its connection took no byte of it, as a kept one does that the
     upstream had just closed; or (b) it refused our key, and there is another key: what was refused
@@ -164,8 +164,8 @@ MAX_DIGITS = 400        # of a number in a JSON body
 
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
-PREFETCH_BYTES = 65536  # so much of a request's body is read before the upstream hears of it, and
-PREFETCH_SECONDS = 0.5  # of an error's searched before its head goes down, if it comes so soon
+PREFETCH_BYTES = 65536  # of a request's body, read before connecting; of an error's, searched
+PREFETCH_SECONDS = 0.5  # before its head goes down; and for at most so long
 MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a response is running
 
 POOL_SIZE = 100         # idle upstream connections
@@ -219,7 +219,7 @@ HOP_BY_HOP = frozenset((
     b"connection", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding",
     b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
 
-# Host, framing and Expect are ours to write; the rest tells who and where the caller is.
+# Host, framing and Expect are ours to write or to answer; the rest tells who the caller is.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset((
     b"host", b"content-length", b"expect", b"forwarded", b"x-real-ip", b"x-client-ip",
     b"true-client-ip", b"via", b"cdn-loop", b"cf-connecting-ip", b"cf-ipcountry", b"cf-ray",
@@ -347,12 +347,11 @@ class Server(http.server.ThreadingHTTPServer):
         # copying are single steps of a dict, and it is the removal that decides (mark_busy).
         self.idle = {}
 
-        # An executor keeps idle threads: starting one for each connection costs twice the CPU.
         self.capacity = raise_file_limit(settings.max_connections)
-        self.threads = concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
+        self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
-        self.upstream_handler = UpstreamHandler(settings)
         self.proxy = find_proxy(settings.upstream)
+        self.upstream_handler = UpstreamHandler(settings, self.proxy)
         self.opener = build_opener(self.upstream_handler, settings.upstream.scheme, self.proxy)
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
 
@@ -369,7 +368,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
-        self.observe_response = observe_nothing     # sees the bytes of each response
+        self.observe_response = no_observer     # (record): what to call with each piece of a body
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         install_rates(self)                 # part two: Rates
@@ -415,8 +414,14 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.threads.submit(self.serve_client, waiting, client_address)
         except RuntimeError:
+            self.threads.shutdown(wait=False)       # its count of idle threads is wrong from now on
+            self.threads = self.make_executor()
             with contextlib.suppress(IndexError):
                 self.refuse_busy(waiting.pop(), address)
+
+    def make_executor(self):
+        """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
+        return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
     def serve_client(self, waiting, client_address):
         """One client connection, from its first request to its end."""
@@ -538,7 +543,7 @@ def network_of(address):
     try:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
     except (OSError, ValueError):
-        return address[:64]
+        return address[:64]                         # IPv4, or what X-Forwarded-For held
     if packed[:12] == b"\0" * 10 + b"\xff\xff":     # an IPv4 address as an IPv6 socket has it
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     if is_loopback(address):
@@ -640,7 +645,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.mark_idle(self)
         arrived = self.client.wait_readable(seconds)
         is_evicted = not self.server.mark_busy(self)
-        if is_evicted or not (arrived or is_first):
+        if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
             raise ClientGone("idle")
         if arrived and not self.client.fill():
             raise ClientGone()
@@ -840,7 +845,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             secret_filter = self.check_for_key(exchange)    # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
-            headers = self.relayed_headers(exchange, is_chunked)
+            must_close = self.must_close()
+            headers = self.relayed_headers(exchange, is_chunked, must_close)
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
             if job.outcome:         # the body is over: the upstream's connection is free for others
@@ -857,7 +863,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.outcome = job.outcome
         if job.outcome == "ok":
             self.reset_on_close = False
-            self.close_connection = self.must_close()
+            self.close_connection = must_close or self.server.closing
 
     def check_for_key(self, exchange):
         """502 for an error that says that our key is bad, or repeats it: not the client's business.
@@ -867,7 +873,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         settings = self.settings
         if not settings.provider_keys or exchange.status < 300:
             return None
-        secret_filter = SecretFilter(settings.provider_keys)
+        secret_filter = SecretFilter(settings.upstream_secrets)
         if exchange.status != 401:
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
             if secret_filter.find(exchange.prefetched) < 0:
@@ -878,7 +884,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                             "proxy's own credentials. Its operator must fix AIPROXY_KEY.",
                             headers=[NO_RETRY])
 
-    def relayed_headers(self, exchange, is_chunked):
+    def relayed_headers(self, exchange, is_chunked, must_close):
         """The header fields of a relayed response, framing included."""
         headers = self.add_own_headers(self.end_to_end_headers(exchange), exchange.is_event_stream)
         if is_chunked:
@@ -886,7 +892,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return headers + [(b"Transfer-Encoding", b"chunked")]
         if exchange.length is not None and exchange.status != 204:
             headers.append((b"Content-Length", b"%d" % exchange.length))
-        if self.must_close():
+        if must_close:
             headers.append((b"Connection", b"close"))
         return headers
 
@@ -937,13 +943,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = self.add_own_headers(list(headers))
         if status != 204:
             headers.append((b"Content-Length", b"%d" % len(content)))
-        self.close_connection = outcome != "ok" or self.must_close()
-        if self.close_connection:
+        must_close = outcome != "ok" or self.must_close()
+        if must_close:
             headers.append((b"Connection", b"close"))
         reason = http.client.responses.get(status, "").encode()
         is_head = self.request is not None and self.request.method == "HEAD"
         self.record.mark_first_byte()
         self.start_response(status, reason, headers, b"" if is_head else content)
+        self.close_connection = must_close
         self.record.outcome = outcome
         self.record.bytes = 0 if is_head else len(content)
 
@@ -981,7 +988,7 @@ def use_first_key(send, may_repeat):
     """Send a request with the one provider key. See "Several provider keys" for more."""
     return send(0)
 
-def observe_nothing(record):
+def no_observer(record):
     """No one looks at the bytes of a response. See "Token counts"."""
     return None
 
@@ -1035,7 +1042,7 @@ def check_target(request):
         request.path = path or "/"
     if not is_plain_path(request.path) or "#" in request.query:
         raise ProtocolError("The request target is not a plain path: "
-                            "no //, no dot segments, no fragment.")
+                            "no // in front, no dot segments, no fragment.")
 
 def is_plain_path(path):
     """Do all servers read this path in the same way? No empty start, dot segments, odd escapes."""
@@ -1299,9 +1306,12 @@ class Upload:
 
     def read_up_to(self, most, seconds=math.inf):
         """All of the body if it is small and comes soon enough, else its beginning."""
+        piece = b"" if self.done else self.read()
+        if self.done:                       # most are here with their head
+            return piece
         deadline = time.monotonic() + seconds
-        pieces = []
-        size = 0
+        pieces = [piece]
+        size = len(piece)
         while not self.done and size < most:
             piece = self.read()
             pieces.append(piece)
@@ -1336,7 +1346,8 @@ def needs_body_inspection(request, settings):
 
 def check_content_coding(request):
     """415 for a body that we cannot read without decompressing it."""
-    if request.headers.get(b"content-encoding", b"identity").lower() != b"identity":
+    codings = request.headers.elements(b"content-encoding")
+    if any(coding.lower() != b"identity" for coding in codings):
         raise ErrorResponse(415, "unsupported_encoding",
                             "The body must not be compressed here: its model has to be read.",
                             headers=[(b"Accept-Encoding", b"identity")])
@@ -1370,21 +1381,32 @@ def check_nesting(body):
     than its brackets and commas: they can be counted, in time proportional to its length.
     """
     may_be_deep = has_many(body, b"[") or has_many(body, b"{")
-    if not may_be_deep and len(body) <= 4 * MAX_VALUES:
+    if not may_be_deep and len(body) <= 2 * MAX_VALUES:     # a value and its comma are 2 bytes
         return
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside_strings = b"".join(unescaped.split(b'"')[::2])
-    structure = outside_strings.translate(None, NOT_STRUCTURE)
-    if sum(map(structure.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ValueError("it holds more than %d values" % MAX_VALUES)
+    values = 0
     depth = 0
-    for mark in structure.replace(b",", b""):
-        depth += 1 if mark in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
+    for structure in json_structure(body):
+        values += sum(map(structure.count, (b",", b"[", b"{")))
+        if values > MAX_VALUES:
+            raise ValueError("it holds more than %d values" % MAX_VALUES)
+        for mark in structure.replace(b",", b""):
+            depth += 1 if mark in b"[{" else -1
+            if depth > MAX_DEPTH:
+                raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
+
+def json_structure(body):
+    """The brackets and commas outside of strings, a block at a time: memory is for few blocks."""
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    in_string = False
+    for start in range(0, len(unescaped), READ_SIZE):
+        parts = unescaped[start:start + READ_SIZE].split(b'"')
+        outside = parts[1::2] if in_string else parts[::2]
+        yield b"".join(outside).translate(None, NOT_STRUCTURE)
+        if len(parts) % 2 == 0:
+            in_string = not in_string
 
 def has_many(body, mark):
-    """Does `mark` appear often enough to matter? find() has 30 times the speed of count()."""
+    """Does `mark` appear often enough to matter? find() is 30 times as fast as count()."""
     position = -1
     for _ in range(MAX_DEPTH // 2 + 1):
         position = body.find(mark, position + 1)
@@ -1481,8 +1503,10 @@ def upstream_headers(request, settings):
     """
     fields = [(b"Host", settings.upstream.netloc)]
     for field in request.headers.fields:
-        low = field[0].lower().replace(b"_", b"-")      # CGI-like servers read it so
-        if low not in request.headers.connection and goes_up(low, request, settings):
+        low = field[0].lower()
+        is_for_one_hop = low in request.headers.connection
+        # CGI-like servers take `_` for `-`.
+        if not is_for_one_hop and goes_up(low.replace(b"_", b"-"), request, settings):
             fields.append(field)
     if request.is_inspected:
         fields.append((b"Content-Type", b"application/json"))
@@ -1569,8 +1593,9 @@ class UpstreamHandler(urllib.request.BaseHandler):
     What goes wrong is an ErrorResponse, 502 or 504, or what the request's `wait` raises.
     """
 
-    def __init__(self, settings):
+    def __init__(self, settings, proxy):
         self.pool = Pool(settings)
+        self.has_proxy = proxy is not None
 
     def http_open(self, request):
         """Called by the opener: send the request and wait for the head of its response.
@@ -1585,7 +1610,7 @@ class UpstreamHandler(urllib.request.BaseHandler):
         except NothingSent:
             pass
         try:
-            connection = self.pool.connect(Route(request), request.wait)
+            connection = self.pool.connect(Route(request, self.has_proxy), request.wait)
         except (OSError, ProtocolError, UnicodeError) as error:
             raise connect_error(error)
         try:
@@ -1698,19 +1723,20 @@ class Pool:
 
 
 class Route:
-    """Where the connection for a request goes: to the upstream, or to the proxy before it."""
+    """Where the connection for a request goes: to the upstream, or to the proxy in front of it."""
 
-    def __init__(self, request):
+    def __init__(self, request, has_proxy):
         url = urllib.parse.urlsplit(request.full_url)
-        address = urllib.parse.urlsplit("//" + request.host)    # ProxyHandler's, if it is one
+        address = urllib.parse.urlsplit("//" + request.host)    # the proxy's, once ProxyHandler has put it in
         self.is_secure = request.type == "https"
         self.host = address.hostname
         self.port = address.port or (443 if self.is_secure else 80)
-        self.server_name = url.hostname if url.scheme == "https" else self.host
+        self.server_name = self.host
         # Through a CONNECT tunnel, if a proxy is to carry TLS. `fields` are for the proxy alone.
         self.tunnel_to = b""
         self.fields = encode_fields(request.headers)
-        if url.scheme == "https" and request.host != url.netloc:
+        if has_proxy and url.scheme == "https":
+            self.server_name = url.hostname
             self.tunnel_to = (url.netloc if url.port else url.netloc + ":443").encode()
 
 
@@ -1725,7 +1751,7 @@ def make_tls_context():
 def connect_tcp(route, wait, deadline):
     """A connection to the first of the name's addresses that accepts, each given its share of time.
 
-    The look-up of the name itself has no deadline.
+    The look-up of the name cannot be interrupted, but its time counts.
     """
     addresses = socket.getaddrinfo(route.host, route.port, 0, socket.SOCK_STREAM)
     failure = OSError("no address")
@@ -1900,7 +1926,7 @@ class Exchange:
     def read_all(self, most):
         """The rest of the body. ValueError if it is larger than `most` bytes."""
         pieces = [self.prefetched]
-        size = 0
+        size = len(self.prefetched)
         while not self.body.done:
             pieces.append(self.read())
             size += len(pieces[-1])
@@ -1925,7 +1951,7 @@ class Exchange:
     def close(self):
         """Give the connection back after a clean end, else close it: the upstream stops working.
 
-        Trailing data, bytes behind the response, would be taken for the start of the next one.
+        Trailing data, bytes after the response, would be taken for the start of the next one.
         """
         connection = self.connection
         self.connection = None
@@ -1973,7 +1999,7 @@ class SecretFilter:
 
 
 def find_proxy(upstream):
-    """The environment's proxy for this upstream, None for none. Never for this machine's own."""
+    """The environment's proxy for this upstream, None for none. Never for a loopback one."""
     proxy = urllib.request.getproxies().get(upstream.scheme)
     if upstream.is_loopback or urllib.request.proxy_bypass(upstream.netloc.decode()):
         return None
@@ -2165,9 +2191,11 @@ class ResponseJob(Job):
 
     def on_upstream(self, mask):
         """Some of the body is here, or its end: relay it before more is read."""
-        self.heard = self.loop.now
         while self.state == self.RELAYING:
+            count = self.bytes
             self.send(self.next_bytes())
+            if self.bytes > count:
+                self.heard = self.loop.now
             if self.state == self.ENDED or not self.upstream.has_pending():
                 return
 
@@ -2201,7 +2229,7 @@ class ResponseJob(Job):
         return framed
 
     def frame(self, data):
-        """The bytes that carry a piece of the body. Where the provider key begins, it is cut."""
+        """The bytes that carry a piece of the body. It is cut where a provider key begins."""
         if self.secret_filter:
             data = self.secret_filter.feed(data, is_end=self.body.done)
             if self.secret_filter.found:
@@ -2831,10 +2859,10 @@ class Log(threading.Thread):
     def redact(self, text):
         """Without our keys: a client may put one into a path or a model's name, encoded or not."""
         for secret in self.secrets:
-            decoded = urllib.parse.unquote(text)
-            if secret in decoded and secret not in text:
-                text = decoded
             text = text.replace(secret, "***")
+            decoded = urllib.parse.unquote(text)
+            if secret in decoded:
+                text = decoded.replace(secret, "***")
         return text
 
     def run(self):
@@ -2902,15 +2930,14 @@ class Upstream:
         try:
             parts = urllib.parse.urlsplit(url)
             explicit_port = parts.port
+            host = parts.hostname or ""
+            self.host = host if host.isascii() else host.encode("idna").decode()
         except ValueError:          # its message would hold the URL
             raise ValueError(takes)
         if not parts.hostname or "//" in parts.path or DOT_SEGMENT.search(parts.path):
             raise ValueError(takes)
         self.shown = url.rstrip("/")
         self.scheme = parts.scheme
-        self.host = parts.hostname
-        if not self.host.isascii():
-            self.host = self.host.encode("idna").decode()
         self.port = explicit_port or {"https": 443, "http": 80}[parts.scheme]
         self.is_loopback = is_loopback(self.host)
         self.base = parts.path.rstrip("/")      # takes the place of /v1
@@ -3082,7 +3109,7 @@ OPTIONS = (
     Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
            "models allowed, comma-separated; alias=model adds a short name; empty: all"),
     Option("AIPROXY_DEFAULT_MODEL", AIPROXY_DEFAULT_MODEL, matching(VISIBLE, "one model's name"),
-           "the model of a request that names none; empty: such a request is refused"),
+           "the model of a request that names none; empty: it is refused if AIPROXY_MODELS is set"),
     Option("AIPROXY_PATHS", AIPROXY_PATHS, parse_paths,
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
@@ -3148,6 +3175,7 @@ class Settings:
         self.derive_keys()
         self.derive_rules()
         self.check_safe()
+        self.check_consistent()
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
@@ -3236,9 +3264,8 @@ class Settings:
                 "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
                 "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
                 "AIPROXY_CLIENT_KEYS empty")
-        self.check_sense()
 
-    def check_sense(self):
+    def check_consistent(self):
         """SettingError for settings that contradict each other."""
         if any(client_key in self.provider_keys for _, client_key in self.client_keys):
             raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
@@ -3306,7 +3333,7 @@ ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*((['\"]?)(.*)\3)", re
 def read_env_file(path):
     """The KEY=value lines of a file, as a dict. Quotes around a value are dropped."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:      # Windows' editors begin with a mark
             lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
@@ -3607,7 +3634,7 @@ def retry_after(value):
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Server.install_features takes the place of `observe_nothing`.
+# Entered: `install_token_counts` in Server.install_features takes the place of `no_observer`.
 
 USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
@@ -3692,7 +3719,7 @@ class WebSocketUpgrade:
             return
         fields = []
         for name, value in request.headers.fields:
-            if name.lower() == b"sec-websocket-protocol":
+            if name.lower().replace(b"_", b"-") == b"sec-websocket-protocol":
                 protocols = [one.strip() for one in value.split(b",")]
                 fields += [(b"x-api-key", one[len(KEY_PROTOCOL):]) for one in protocols
                            if one.startswith(KEY_PROTOCOL)]
@@ -4102,16 +4129,20 @@ def read_json(data, secrets, needed=""):
         raise unreadable()
     if not isinstance(value, dict):
         raise unreadable()
+    if isinstance(value.get("result"), dict) and value.get("success") is not False:
+        value = value["result"]
     # A Responses object has its error inside, and is relayed with it.
     has_error = value.get("error") and value.get("object") != "response"
     is_error = "error" in (value.get("type"), value.get("object"))
     if has_error or is_error or value.get("errors") or value.get("success") is False:
         raise translate_error(200, value, secrets)
-    if isinstance(value.get("result"), dict):
-        value = value["result"]
     if needed and value.get(needed) is None:
         raise unreadable()
     return value
+
+# What Python raises for JSON of a shape that nobody expects. Caught where a whole response or an
+# event is translated, so that no member needs a guard of its own.
+WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError)
 
 def unreadable():
     return ErrorResponse(502, "upstream_bad_response", "Cloudflare's answer could not be read.")
@@ -4347,6 +4378,8 @@ class StreamTranslator:
                     out += self.translate(name, data)
         except ErrorResponse as error_response:
             out.append(self.fail(error_response))
+        except WRONG_SHAPE:
+            out.append(self.fail(unreadable()))
         return b"".join(out)
 
     def end(self, reason=None):
@@ -4634,8 +4667,8 @@ class Catalogue:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
             self.failure = None
             self.valid_until = time.monotonic() + CATALOGUE_SECONDS
-        except ErrorResponse as error:
-            self.failure = error
+        except (ErrorResponse, *WRONG_SHAPE) as error:
+            self.failure = error if isinstance(error, ErrorResponse) else unreadable()
             self.valid_until = time.monotonic() + CATALOGUE_RETRY
 
 def make_translator(call):
@@ -4744,12 +4777,15 @@ class WorkersHandler(Handler):
     def relay_whole(self, exchange):
         call = self.call
         body = self.read_whole(exchange)
-        if call.stream:
-            content = make_translator(call).whole(body)
-            media_type = b"text/event-stream"
-        else:
-            content = json.dumps(translate_response(call, body)).encode()
-            media_type = b"application/json"
+        try:
+            if call.stream:
+                content = make_translator(call).whole(body)
+                media_type = b"text/event-stream"
+            else:
+                content = json.dumps(translate_response(call, body)).encode()
+                media_type = b"application/json"
+        except WRONG_SHAPE:
+            raise unreadable()
         observe = self.server.observe_response(self.record)
         if observe:
             observe(body)
@@ -4765,6 +4801,7 @@ class WorkersHandler(Handler):
             headers.append((b"Transfer-Encoding", b"chunked"))
         else:
             headers.append((b"Connection", b"close"))
+        self.reset_on_close = not is_chunked        # until all has gone well
         self.start_response(200, b"OK", headers, b"")
 
         def count_tokens():
@@ -4784,8 +4821,9 @@ class WorkersHandler(Handler):
 
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
-            self.reset_on_close = not is_chunked
-        elif is_chunked:
+            return
+        self.reset_on_close = False
+        if is_chunked:
             self.send_to_client(LAST_CHUNK)
             self.close_connection = self.must_close()
         with contextlib.suppress(ClientGone):

@@ -753,3 +753,52 @@ def test_a_half_close_by_the_client_counts_as_a_disconnect(by_hand, relay):
         assert peer.ended()
 
     assert running.wait_for_record()["outcome"] == "client_gone"
+
+
+def test_a_response_of_our_own_that_is_not_taken_is_never_followed_by_another(
+    relay, limit
+):
+    limit(STALL_SECONDS=SHORT)
+    models = ",".join("m%d" % number + "x" * 1000 for number in range(8000))
+
+    with relay(MODELS=models).client() as client:
+        client.request()
+        client.request("GET", "/health")
+        head = client.read_head()
+        client.read_exactly(1)
+        # it stalls while nobody reads; then all that was sent is read
+        relay_has_stalled = threading.Event()
+        relay_has_stalled.wait(4 * SHORT)
+        client.read_body(head)
+
+    assert not head.complete
+    assert b"healthy" not in head.body
+
+
+def test_a_thread_that_cannot_start_once_holds_up_no_later_client(relay, monkeypatch):
+    running = relay()
+    start = threading.Thread.start
+    failed = threading.Event()
+
+    def fail_once(thread):
+        if failed.is_set() or not thread.name.startswith("client"):
+            return start(thread)
+        failed.set()
+        raise RuntimeError("can't start new thread")
+
+    with running.client() as first:
+        first.request("GET", "/health")
+        assert first.read_reply().status == 200
+        monkeypatch.setattr(threading.Thread, "start", fail_once)
+        with running.client() as refused:
+            assert refused.read_reply().status == 503
+        assert failed.is_set()
+
+    others = [running.client() for _ in range(4)]
+    try:
+        for client in others:
+            client.request("GET", "/health")
+            assert client.read_reply().status == 200
+    finally:
+        for client in others:
+            client.sock.close()

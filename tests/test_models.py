@@ -314,3 +314,19 @@ def test_the_model_is_logged(relay):
     running.chat(b'{"model":"big"}')
 
     assert running.wait_for_record()["model"] == "big"
+
+
+START = b'{"model":"small","m":['
+MANY = [  # bodies that hold many strings, and their status
+    pytest.param(START + b'"",' * 300000 + b'""]}', 200, id="empty strings"),
+    pytest.param(START + b'"[",' * 300000 + b'"{"]}', 200, id="brackets in strings"),
+    pytest.param(START + b'"\\\\","\\"[",' * 99999 + b"[" * 100, 400, id="too deep"),
+    pytest.param(START + b'"",' * 1500000 + b'""]}', 400, id="too many"),
+]
+
+
+@pytest.mark.parametrize("body,status", MANY)
+def test_strings_do_not_count_as_nesting_whatever_their_number(upstream, relay, body, status):
+    reply = relay(**ALL).chat(body)
+    assert reply.status == status
+    assert len(upstream.received) == (status == 200)
