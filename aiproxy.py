@@ -47,8 +47,8 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     `{"model": "a", "model": "b"}` otherwise than the upstream does, our check was for nothing;
     with two lengths it is request smuggling. (`parse_object`, `read_head`)
  7. Watch the client while the upstream is silent. A socket that becomes readable and then yields
-    no byte has been closed, at least for sending: we take that for a disconnect. Only in this
-    way is it seen before the first byte, and we can stop paying for the answer. (`wait_for_upstream`,
+    no byte has been closed, at least for sending: we take that for a disconnect. Only in this way
+    is it seen before the first byte, and we can stop paying for the answer. (`wait_for_upstream`,
     `check_disconnected`)
  8. Send a request again only if (a) its connection took no byte of it, as a kept one does that the
     upstream had just closed; or (b) it refused our key, and there is another key: what was refused
@@ -1727,7 +1727,7 @@ class Route:
 
     def __init__(self, request, has_proxy):
         url = urllib.parse.urlsplit(request.full_url)
-        address = urllib.parse.urlsplit("//" + request.host)    # the proxy's, once ProxyHandler has put it in
+        address = urllib.parse.urlsplit("//" + request.host)    # ProxyHandler has put in its own
         self.is_secure = request.type == "https"
         self.host = address.hostname
         self.port = address.port or (443 if self.is_secure else 80)

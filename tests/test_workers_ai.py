@@ -1041,6 +1041,7 @@ def test_the_account_and_the_token_appear_nowhere(cloudflare):
                 reply = client.read_reply()
                 seen += (reply.raw_head + reply.body) if ACCOUNT not in path else b""
         program.wait_for_line(program.lines, '"path": "/v1/files"')
+        program.wait_for_line(program.errors, "CLOUDFLARE_ACCOUNT_ID")
         printed = program.banner + "".join(program.errors + program.lines)
     for word in SECRETS + ("ck-alice",):
         assert word.encode() not in seen and word not in printed
