@@ -3076,12 +3076,6 @@ def parse_size(text):
     match = match_all(r"([0-9]{1,12})\s*(?:([KMG])B|B?)", text.upper(), "a size such as 32MB")
     return int(match.group(1)) << {None: 0, "K": 10, "M": 20, "G": 30}[match.group(2)]
 
-def parse_account(text):
-    takes = "the id of an account: letters and digits"
-    if PLACEHOLDER.fullmatch(text):
-        raise ValueError(takes)
-    return match_all("[A-Za-z0-9_-]{0,64}", text, takes).group()
-
 # -- the table of settings. Each becomes an attribute of Settings: AIPROXY_MAX_BODY is `max_body`
 
 Option = collections.namedtuple("Option", (
@@ -3146,12 +3140,6 @@ OPTIONS = (
            "seconds that running requests get at SIGTERM"),
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
            "one line per request on stdout: text, json or off"),
-    Option("CLOUDFLARE_ACCOUNT_ID", CLOUDFLARE_ACCOUNT_ID, parse_account,
-           "for workers-ai: the account"),
-    Option("CLOUDFLARE_API_TOKEN", CLOUDFLARE_API_TOKEN, parse_keys,
-           "for workers-ai: the provider key, a token with Workers AI Read and Edit"),
-    Option("CLOUDFLARE_API_BASE_URL", CLOUDFLARE_API_BASE_URL, Upstream,
-           "for workers-ai: where Cloudflare's API is"),
 )
 PORT_VARIABLES = ("PORT", "FC_SERVER_PORT")     # where platforms name the port
 
@@ -3164,8 +3152,8 @@ class Settings:
         self.shown = {}                 # by variable: what --check prints
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
-            is_provider_setting = option.name.startswith("CLOUDFLARE_")
-            if not is_provider_setting and option.name != "AIPROXY_KEY":    # see set_defaults
+            # The provider key, and what only one provider needs, are read in set_defaults.
+            if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option))
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = self.models      # name to model
@@ -3225,8 +3213,9 @@ class Settings:
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
-        self.shown["AIPROXY_KEY"] = "none"
-        self.shown["CLOUDFLARE_API_TOKEN"] = "none"
+        for option in OPTIONS:
+            if option.parse is parse_keys:
+                self.shown[option.name] = "none"
         lengths = ["%d characters" % len(key) for key in self.provider_keys]
         self.shown[provider.key_variable] = ", ".join(lengths) or "none"
         names = ["%s=***" % name for name, _ in self.client_keys]
@@ -4846,6 +4835,20 @@ class WorkersHandler(Handler):
             self.server.log.warn("%s: %s" % (error.code, error.message))
         super().send_error_response(error)
 
+def parse_account(text):
+    takes = "the id of an account: letters and digits"
+    if PLACEHOLDER.fullmatch(text):
+        raise ValueError(takes)
+    return match_all("[A-Za-z0-9_-]{0,64}", text, takes).group()
+
+OPTIONS += (
+    Option("CLOUDFLARE_ACCOUNT_ID", CLOUDFLARE_ACCOUNT_ID, parse_account,
+           "for workers-ai: the account"),
+    Option("CLOUDFLARE_API_TOKEN", CLOUDFLARE_API_TOKEN, parse_keys,
+           "for workers-ai: the provider key, a token with Workers AI Read and Edit"),
+    Option("CLOUDFLARE_API_BASE_URL", CLOUDFLARE_API_BASE_URL, Upstream,
+           "for workers-ai: where Cloudflare's API is"),
+)
 PROVIDERS["workers-ai"] = Provider(
     CLOUDFLARE_API_BASE_URL, key_variable="CLOUDFLARE_API_TOKEN", max_chars=131072,
     prepare=prepare_workers, handler=WorkersHandler)
