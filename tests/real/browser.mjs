@@ -253,7 +253,8 @@ await check("start page: an answer that breaks off keeps what came, and says so"
       await page.click("#send")
       await idle(page)
       assert.equal(await page.textContent("#answer"), "half an")
-      assert.match(await page.textContent("#error"), /^upstream_died\nThe upstream broke off/)
+      const error = await page.textContent("#error")
+      assert.match(error, /^upstream_died\nThe upstream closed the connection/)
     }
   )
 })
