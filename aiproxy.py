@@ -543,7 +543,7 @@ def network_of(address):
     try:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
     except (OSError, ValueError):
-        return address[:64]                         # IPv4, or what X-Forwarded-For held
+        return address                              # IPv4, or what X-Forwarded-For held
     if packed[:12] == b"\0" * 10 + b"\xff\xff":     # an IPv4 address as an IPv6 socket has it
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     if is_loopback(address):
@@ -700,7 +700,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         forwarded = request.headers.elements(b"x-forwarded-for")
         if forwarded and is_loopback(self.address):         # a proxy of our own in front knows
             self.record.client = forwarded[-1].decode("latin-1")
-            request.caller = network_of(self.record.client)
+            request.caller = network_of(self.record.client[:64])
         check_host_field(request)                           # 400
         check_method(request)                               # 405 501
         check_target(request)                               # 400
