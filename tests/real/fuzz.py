@@ -422,8 +422,13 @@ if __name__ == "__main__":
         ("hidden", {"KEY": "sk-hidden-key", "CLIENT_KEYS": "ck-alice", "MODELS": "m"}),
     ):
         with checks("fuzz_everything, %s" % name), Upstream() as fake:
-            running, faults = Relay(UPSTREAM=fake.url, **given_settings), []
-            running.server.report_fault = lambda error: faults.append(aiproxy.format_traceback(error))
+            running = Relay(UPSTREAM=fake.url, **given_settings)
+            faults = []
+
+            def note_fault(error):
+                faults.append(aiproxy.format_traceback(error))
+
+            running.server.report_fault = note_fault
             fuzz_everything(running, fake, faults)
             running.close()
     checks.end()
