@@ -1629,7 +1629,7 @@ class UpstreamHandler(urllib.request.BaseHandler):
         except (OSError, ProtocolError) as error:
             exchange.close()
             raise response_error(error)
-        except BaseException:
+        except BaseException:               # whatever `wait` raises: the client has left, say
             exchange.close()
             raise
 
@@ -1717,7 +1717,7 @@ class Pool:
                 self.tls = self.tls or make_tls_context()
                 connection.start_tls(self.tls, route.server_name, wait_until_deadline)
             return connection
-        except BaseException:
+        except BaseException:               # also when the client has left meanwhile
             connection.close()
             raise
 

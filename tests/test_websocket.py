@@ -196,12 +196,14 @@ PROTOCOL = "Sec-WebSocket-Protocol"
         ["Sec-WebSocket-Protocol: realtime"],
     ),
     ([(PROTOCOL, "openai-insecure-api-key.ck-alice")], []),
+    ([("Sec_WebSocket_Protocol", "openai-insecure-api-key.ck-alice")], []),
 ], ids=[
     "Authorization",
     "x-api-key",
     "subprotocol",
     "subprotocol in a field of its own",
     "subprotocol alone",
+    "subprotocol spelt with underscores",
 ])
 def test_the_provider_key_is_sent_upstream_and_the_client_key_never(by_hand, relay, fields, sent):
     running = relay(UPSTREAM=by_hand.url, **PROVIDER_KEY)
