@@ -12,8 +12,9 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Rates . Token and prompt limits . Several provider keys . Token counts .
-               WebSocket . Banner . Tuning of the process . Workers AI . Start page . Demo
+    Part two   Rates . Token and prompt limits . Several provider keys . Proxies on the way up .
+               Token counts . WebSocket . Banner . Tuning of the process . Workers AI . Start page .
+               Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: a key that we gave
 out. Provider key: the key that we hide. Origin: always CORS's term. Event: one block of a
@@ -35,7 +36,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
  1. Read what is there, not `read(n)`. `read(4096)` waits for 4096 bytes or the end, and so holds
     back every event of a stream until it is over. (`BodyReader.read`)
  2. Never follow a redirect. We would carry the provider key to whatever host the upstream names.
-    (`build_opener` adds no handler for them)
+    (`Server.opener` has no handler for them)
  3. Compare keys with `compare_digest`, as bytes, and with all of them. A comparison that stops at
     the first difference tells by its time how much of a guess was right (timing attack); as text,
     a key that is not ASCII would raise. (`check_client_key`)
@@ -350,9 +351,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.capacity = raise_file_limit(settings.max_connections)
         self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
-        self.proxy = find_proxy(settings.upstream)
-        self.upstream_handler = UpstreamHandler(settings, self.proxy)
-        self.opener = build_opener(self.upstream_handler, settings.upstream.scheme, self.proxy)
+        self.upstream_handler = UpstreamHandler(settings)
+        self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
+        self.opener.add_handler(self.upstream_handler)
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
 
         self.install_features()
@@ -371,9 +372,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.observe_response = no_observer     # (record): what to call with each piece of a body
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
+        self.proxy = ""                     # in front of the upstream, as the banner shows it
         install_rates(self)                 # part two: Rates
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
+        install_upstream_proxy(self)        # part two: Proxies on the way up
         install_token_counts(self)          # part two: Token counts
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
@@ -1550,8 +1553,8 @@ def wanted_upgrade(headers):
     return protocols[0].lower()
 
 # ---- The upstream --------------------------------------------------------------------------------
-# urllib.request is the way up: a Request, and an opener with the environment's proxy and a handler
-# of our own, whose connections are kept for the next request.
+# urllib.request is the way up: a Request, and an opener with one handler, ours, whose connections
+# are kept for the next request.
 
 class UpstreamRequest(urllib.request.Request):
     """urllib's request, with what it has no place for: repeated fields, a body still coming.
@@ -1579,12 +1582,8 @@ class UpstreamRequest(urllib.request.Request):
             self.fields.append((b"Content-Length", b"%d" % len(prefix)))
 
     def render_head(self):
-        """The bytes of its head; to a proxy the target is the whole URL."""
-        fields = self.fields
-        if self.has_proxy():
-            fields = fields + encode_fields(self.headers)       # those are ProxyHandler's alone
         first_line = "%s %s HTTP/1.1" % (self.method, self.selector)
-        return render_head(first_line.encode(), fields)
+        return render_head(first_line.encode(), self.fields)
 
 
 class UpstreamHandler(urllib.request.BaseHandler):
@@ -1593,24 +1592,20 @@ class UpstreamHandler(urllib.request.BaseHandler):
     What goes wrong is an ErrorResponse, 502 or 504, or what the request's `wait` raises.
     """
 
-    def __init__(self, settings, proxy):
+    def __init__(self, settings):
         self.pool = Pool(settings)
-        self.has_proxy = proxy is not None
 
     def http_open(self, request):
         """Called by the opener: send the request and wait for the head of its response.
 
-        A request is sent again only when a kept connection took no byte of it: it had just been
-        closed. Otherwise the upstream may have acted on it, and would do so twice.
+        It is sent again only if a kept connection, just closed by the upstream, took no byte of it.
         """
         connection = self.pool.acquire()
-        try:
-            if connection:
+        if connection:
+            with contextlib.suppress(NothingSent):
                 return self.run_exchange(request, connection)
-        except NothingSent:
-            pass
         try:
-            connection = self.pool.connect(Route(request, self.has_proxy), request.wait)
+            connection = self.pool.connect(request.wait)
         except (OSError, ProtocolError, UnicodeError) as error:
             raise connect_error(error)
         try:
@@ -1666,19 +1661,18 @@ def connect_error(error):
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return upstream_error("upstream_unreachable", "The upstream cannot be reached: %s." % reason)
 
-def encode_fields(headers):
-    return [(name.encode(), value.encode()) for name, value in headers.items()]
-
 
 class Pool:
     """Connections to the upstream: the idle ones, and how a new one is made."""
 
     def __init__(self, settings):
+        upstream = settings.upstream
+        self.address = (upstream.host, upstream.port)       # where to connect
+        self.open_tunnel = None     # (connection, wait): see "Proxies on the way up"
+        self.tls = make_tls_context() if upstream.scheme == "https" else None
+        self.server_name = upstream.host                    # whose certificate it must be
         self.connect_timeout = settings.connect_timeout
         self.idle = collections.deque()     # of (connection, since); the newest at the right
-        self.tls = None                     # made at the start where it is sure to be needed
-        if settings.upstream.scheme == "https":
-            self.tls = make_tls_context()
 
     def acquire(self):
         """An idle connection that is still good; None if there is none."""
@@ -1702,42 +1696,23 @@ class Pool:
             while now - self.idle[0][1] >= POOL_SECONDS:
                 self.idle.popleft()[0].close()
 
-    def connect(self, route, wait):
+    def connect(self, wait):
         """A new connection. One deadline holds for all of it. Raises OSError, ProtocolError."""
         deadline = time.monotonic() + self.connect_timeout
 
         def wait_until_deadline(connection, mask):
             wait(connection, mask, deadline - time.monotonic())
 
-        connection = connect_tcp(route, wait, deadline)
+        connection = connect_tcp(*self.address, wait, deadline)
         try:
-            if route.tunnel_to:
-                open_tunnel(connection, route, wait_until_deadline)
-            if route.is_secure:
-                self.tls = self.tls or make_tls_context()
-                connection.start_tls(self.tls, route.server_name, wait_until_deadline)
+            if self.open_tunnel:
+                self.open_tunnel(connection, wait_until_deadline)
+            if self.tls:
+                connection.start_tls(self.tls, self.server_name, wait_until_deadline)
             return connection
         except BaseException:               # also when the client has left meanwhile
             connection.close()
             raise
-
-
-class Route:
-    """Where the connection for a request goes: to the upstream, or to the proxy in front of it."""
-
-    def __init__(self, request, has_proxy):
-        url = urllib.parse.urlsplit(request.full_url)
-        address = urllib.parse.urlsplit("//" + request.host)    # ProxyHandler has put in its own
-        self.is_secure = request.type == "https"
-        self.host = address.hostname
-        self.port = address.port or (443 if self.is_secure else 80)
-        self.server_name = self.host
-        # Through a CONNECT tunnel, if a proxy is to carry TLS. `fields` are for the proxy alone.
-        self.tunnel_to = b""
-        self.fields = encode_fields(request.headers)
-        if has_proxy and url.scheme == "https":
-            self.server_name = url.hostname
-            self.tunnel_to = (url.netloc if url.port else url.netloc + ":443").encode()
 
 
 def make_tls_context():
@@ -1748,50 +1723,35 @@ def make_tls_context():
     context.set_alpn_protocols(["http/1.1"])
     return context
 
-def connect_tcp(route, wait, deadline):
+def connect_tcp(host, port, wait, deadline):
     """A connection to the first of the name's addresses that accepts, each given its share of time.
 
     The look-up of the name cannot be interrupted, but its time counts.
     """
-    addresses = socket.getaddrinfo(route.host, route.port, 0, socket.SOCK_STREAM)
-    failure = OSError("no address")
+    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    failure = None
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
         share = (deadline - time.monotonic()) / (len(addresses) - index)
         try:
-            return connect_address(socket.socket(family, kind, protocol), address, wait, share)
+            return connect_socket(socket.socket(family, kind, protocol), address, wait, share)
         except OSError as error:            # also of a family that this machine lacks
             failure = error
     raise failure
 
-def connect_address(sock, address, wait, seconds):
+def connect_socket(sock, address, wait, seconds):
     connection = BufferedSocket(sock)
     try:
-        connection.start_connect(address)
+        with contextlib.suppress(BlockingIOError):      # it is under way
+            sock.connect(address)
         wait(connection, WRITE, seconds)
-        connection.check_connected()
+        status = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if status:
+            raise OSError(status, os.strerror(status))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
     except BaseException:                   # also when the client has left meanwhile
         connection.close()
         raise
-
-def open_tunnel(connection, route, wait):
-    """Ask a proxy for a way through (RFC 9110 section 9.3.6). OSError if it has none."""
-    fields = [(b"Host", route.tunnel_to)] + route.fields
-    data = render_head(b"CONNECT %b HTTP/1.1" % route.tunnel_to, fields)
-    while data:
-        wait(connection, WRITE)
-        data = data[connection.send_some(data):]
-
-    def read_more():
-        wait(connection, READ)
-        if not connection.fill():
-            raise ClosedEarly()
-
-    (_, status, _), _ = read_head(connection, STATUS_LINE, read_more)
-    if not status.startswith(b"2"):
-        raise OSError("the proxy refused the tunnel with status %s" % status.decode())
-    if connection.buffer:       # it would be taken for something that came through TLS
-        raise ProtocolError("the proxy sent bytes behind its response")
 
 
 class Exchange:
@@ -1996,22 +1956,6 @@ class SecretFilter:
                 self.waiting = end
                 return data[:len(data) - length]
         return data
-
-
-def find_proxy(upstream):
-    """The environment's proxy for this upstream, None for none. Never for a loopback one."""
-    proxy = urllib.request.getproxies().get(upstream.scheme)
-    if upstream.is_loopback or urllib.request.proxy_bypass(upstream.netloc.decode()):
-        return None
-    return proxy
-
-def build_opener(handler, scheme, proxy):
-    """urllib's opener with our handler. None for file: or ftp:, and none that follows redirects."""
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(handler)
-    if proxy:
-        opener.add_handler(urllib.request.ProxyHandler({scheme: proxy}))
-    return opener
 
 # ---- The relay loop ------------------------------------------------------------------------------
 
@@ -2363,21 +2307,11 @@ class BufferedSocket:
     def close(self):
         self.sock.close()
 
-    # -- connecting; wait(self, mask) sleeps until the socket is ready
-
-    def start_connect(self, address):
-        self.check_status(self.sock.connect_ex(address), errno.EINPROGRESS, errno.EWOULDBLOCK)
-
-    def check_connected(self):
-        self.check_status(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def check_status(self, status, *good):
-        if status and status not in good:
-            raise OSError(status, os.strerror(status))
-
     def start_tls(self, context, server_name, wait):
-        """Change to TLS as a client. An end without close_notify then is an error: a cut."""
+        """Change to TLS as a client. An end without close_notify then is an error: a cut.
+
+        `wait(self, mask)` sleeps until the socket is ready.
+        """
         self.sock = context.wrap_socket(self.sock, server_hostname=server_name,
                                         do_handshake_on_connect=False, suppress_ragged_eofs=False)
         self.is_tls = True
@@ -3620,6 +3554,80 @@ def retry_after(value):
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
     return min(max(seconds, 0), MAX_COOLDOWN)
 
+# ---- Proxies on the way up -----------------------------------------------------------------------
+# Does: reaches the upstream through the environment's HTTPS_PROXY or HTTP_PROXY, if there is one.
+# Touches: the address that the pool connects to; a connection before its TLS; plain requests.
+# Entered: `install_upstream_proxy` in Server.install_features changes the pool or the opener.
+
+def install_upstream_proxy(server):
+    upstream = server.settings.upstream
+    url = find_proxy(upstream)
+    if not url:
+        return
+    try:
+        proxy = UpstreamProxy(url, upstream)
+    except ValueError:          # its message would hold a part of the URL, perhaps of the password
+        sys.exit("aiproxy: the proxy for %s in the environment must be a URL such as "
+                 "http://host:8080" % upstream.scheme)
+    server.proxy = proxy.netloc
+    server.upstream_handler.pool.address = proxy.address
+    if upstream.scheme == "https":
+        server.upstream_handler.pool.open_tunnel = proxy.open_tunnel
+    else:
+        server.opener.add_handler(proxy)
+
+def find_proxy(upstream):
+    """The URL of the environment's proxy for this upstream. Never one for a loopback upstream."""
+    if upstream.is_loopback or urllib.request.proxy_bypass(upstream.netloc.decode()):
+        return None
+    return urllib.request.getproxies().get(upstream.scheme)
+
+
+class UpstreamProxy(urllib.request.BaseHandler):
+    """An HTTP proxy in front of the upstream. ValueError for what is not the URL of one."""
+
+    def __init__(self, url, upstream):
+        parts = urllib.parse.urlsplit(url if "//" in url else "//" + url)
+        if not parts.hostname:
+            raise ValueError()
+        self.address = (parts.hostname, parts.port or 80)
+        self.netloc = parts.netloc.rpartition("@")[2]       # without the user info: it is secret
+        self.target = upstream.netloc                       # of CONNECT, always with its port
+        if not self.target.endswith(b":%d" % upstream.port):
+            self.target += b":%d" % upstream.port
+        self.fields = []                                    # for the proxy alone
+        if parts.username:
+            user = urllib.parse.unquote("%s:%s" % (parts.username, parts.password or ""))
+            self.fields = [(b"Proxy-Authorization", b"Basic " + base64.b64encode(user.encode()))]
+
+    def http_request(self, request):
+        """Called by the opener for a plain upstream: the proxy is asked for the whole URL.
+
+        RFC 9112 section 3.2.2.
+        """
+        request.selector = request.full_url
+        request.fields += self.fields
+        return request
+
+    def open_tunnel(self, connection, wait):
+        """Ask for a way through, for TLS (RFC 9110 section 9.3.6). OSError if there is none."""
+        fields = [(b"Host", self.target)] + self.fields
+        data = render_head(b"CONNECT %b HTTP/1.1" % self.target, fields)
+        while data:
+            wait(connection, WRITE)
+            data = data[connection.send_some(data):]
+
+        def read_more():
+            wait(connection, READ)
+            if not connection.fill():
+                raise ClosedEarly()
+
+        (_, status, _), _ = read_head(connection, STATUS_LINE, read_more)
+        if not status.startswith(b"2"):
+            raise OSError("the proxy refused the tunnel with status %s" % status.decode())
+        if connection.buffer:       # it would be taken for something that came through TLS
+            raise ProtocolError("the proxy sent bytes behind its response")
+
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
@@ -3876,9 +3884,7 @@ def describe_upstream(server):
         mode = "no key needed"
     text = "%s, %s" % (settings.upstream.shown, mode)
     if server.proxy:
-        url = server.proxy if "//" in server.proxy else "//" + server.proxy
-        host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]    # user info is secret
-        text += ", through the proxy %s" % host
+        text += ", through the proxy %s" % server.proxy
     return text
 
 def describe_paths(settings):

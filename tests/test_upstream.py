@@ -352,6 +352,15 @@ def test_a_loopback_upstream_is_never_reached_through_a_proxy(relay, monkeypatch
         assert not proxy.connections
 
 
+@pytest.mark.parametrize("url", ["http://me:pa/ss@proxy.test:8080", "http://:80", "proxy:x"])
+def test_a_proxy_that_is_no_url_stops_the_start_and_is_not_shown(relay, monkeypatch, url):
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    with pytest.raises(SystemExit) as stopped:
+        relay(UPSTREAM="https://provider.test")
+    assert "the proxy for https" in str(stopped.value)
+    assert url not in str(stopped.value)
+
+
 # -- certificates
 
 
