@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+import aiproxy
 from support import (
     CHAT,
     EVENT_HEAD,
@@ -136,7 +137,7 @@ def test_an_idle_connection_that_closed_or_sent_bytes_is_not_reused(either, rela
 def wait_until_readable(idle):
     """Wait until the upstream's action has reached the relay's end of the one idle connection."""
     ((connection, _),) = idle
-    assert connection.wait_readable(PATIENCE)
+    assert aiproxy.wait_ready(PATIENCE, connection, aiproxy.READ)
 
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
