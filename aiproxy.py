@@ -699,7 +699,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         check_version(request)                              # 505
         check_duplicates(request.headers)                   # 400
-        self.upload = Upload(self.client, request_body(self.client, request))   # 400
+        body = make_body(self.client, request.headers, request.is_http10)       # 400
+        self.upload = Upload(self.client, body)
         forwarded = request.headers.elements(b"x-forwarded-for")
         if forwarded and is_loopback(self.address):         # a proxy of our own in front knows
             self.record.client = forwarded[-1].decode("latin-1")
@@ -813,8 +814,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         def send(key_index):
             key_fields = settings.key_fields[key_index:key_index + 1]
-            request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields)
-            request.set_body(body, self.upload)
+            request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
+                                      body, self.upload)
             request.upgrade = self.request.upgrade
             request.wait = self.wait_for_upstream
             exchange = self.server.opener.open(request, timeout=settings.timeout)
@@ -1548,27 +1549,20 @@ class UpstreamRequest(urllib.request.Request):
     sleeps until the connection is ready, and may raise what ends the exchange.
     """
 
-    def __init__(self, url, method, fields):
+    def __init__(self, url, method, fields, prefix, upload):
         # The host of the page that asks is for cookies only; to work it out would cost a parse.
         super().__init__(url, method=method, origin_req_host="")
         self.fields = fields
-        self.upgrade = b""
-        self.wait = None
-
-    def set_body(self, prefix, upload):
         self.prefix = prefix
         self.upload = upload
-        self.is_chunked = not upload.done and upload.length is None
+        self.upgrade = b""
+        self.wait = None
+        length = len(prefix) if upload.done else upload.length
+        self.is_chunked = length is None
         if self.is_chunked:
-            self.fields.append((b"Transfer-Encoding", b"chunked"))
-        elif not upload.done:
-            self.fields.append((b"Content-Length", b"%d" % upload.length))
-        elif prefix or self.method in ("POST", "PUT", "PATCH"):
-            self.fields.append((b"Content-Length", b"%d" % len(prefix)))
-
-    def render_head(self):
-        first_line = "%s %s HTTP/1.1" % (self.method, self.selector)
-        return render_head(first_line.encode(), self.fields)
+            fields.append((b"Transfer-Encoding", b"chunked"))
+        elif length or method in ("POST", "PUT", "PATCH"):
+            fields.append((b"Content-Length", b"%d" % length))
 
 
 class UpstreamHandler(urllib.request.BaseHandler):
@@ -1624,8 +1618,8 @@ def upstream_error(code, message, headers=()):
 def response_error(error):
     """What a client gets to read when the upstream gave no response."""
     if isinstance(error, socket.timeout):
-        return upstream_error("upstream_timeout", "The upstream did not answer within the time set "
-                                                  "by AIPROXY_TIMEOUT.")
+        return upstream_error("upstream_timeout",
+                              "The upstream did not answer within the time set by AIPROXY_TIMEOUT.")
     message = "The upstream hung up without a response."
     if isinstance(error, ProtocolError):
         message = "The upstream's response cannot be read: %s" % error.message
@@ -1635,14 +1629,13 @@ def connect_error(error):
     """What a client gets to read when there is no way to the upstream."""
     if isinstance(error, socket.timeout):
         return upstream_error("upstream_timeout", "The upstream could not be reached within the "
-                                                  "time set by AIPROXY_CONNECT_TIMEOUT.")
+                              "time set by AIPROXY_CONNECT_TIMEOUT.")
     if isinstance(error, ssl.SSLCertVerificationError):
         return upstream_error("upstream_tls_error", "The upstream's certificate cannot be trusted "
                               "(CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message, [NO_RETRY])
     if isinstance(error, ssl.SSLError):
-        reason = error.reason or "handshake failed"
         return upstream_error("upstream_tls_error", "The upstream does not speak TLS as it should "
-                                                    "(%s)." % reason, [NO_RETRY])
+                              "(%s)." % (error.reason or "handshake failed"), [NO_RETRY])
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return upstream_error("upstream_unreachable", "The upstream cannot be reached: %s." % reason)
 
@@ -1768,7 +1761,9 @@ class Exchange:
         """
         request = self.request
         upload = request.upload
-        data = request.render_head() + encode_chunk(request.prefix, request.is_chunked)
+        first_line = "%s %s HTTP/1.1" % (request.method, request.selector)
+        data = render_head(first_line.encode(), request.fields)
+        data += encode_chunk(request.prefix, request.is_chunked)
         while self.send(data):
             if upload.done:
                 self.request_sent = True
@@ -1841,7 +1836,7 @@ class Exchange:
         if self.request.method == "HEAD" or self.status < 200 or self.status in (204, 304):
             self.body = ContentLengthBody(self.connection, 0)       # whatever the fields say
         else:
-            self.body = response_body(self.connection, self.headers, self.length, is_http10)
+            self.body = make_body(self.connection, self.headers, is_http10, is_response=True)
         closes = is_http10 or b"close" in self.headers.connection
         self.keep_alive = self.status != 101 and not closes
         media_type = self.headers.get(b"content-type", b"").partition(b";")[0]
@@ -1903,7 +1898,7 @@ class Exchange:
         if connection is None:
             return
         is_clean = self.request_sent and self.keep_alive and self.body.done
-        if is_clean and not self.body.ends_with_connection and not connection.buffer:
+        if is_clean and not connection.ended and not connection.buffer:
             self.pool.release(connection)
         else:
             connection.close()
@@ -2430,11 +2425,10 @@ def read_head(connection, first_line, read_more):
         read_more()
     while True:
         end = connection.buffer.find(b"\r\n\r\n", searched)
+        head = connection.buffer[:end] if end >= 0 else connection.buffer
         if end < 0 or end > MAX_LINE:
-            head = connection.buffer[:end] if end >= 0 else connection.buffer
             check_unfinished(head, searched, first_line)
         if end >= 0:
-            head = connection.buffer[:end]
             connection.buffer = connection.buffer[end + 4:]
             return parse_head(head, first_line)
         searched = max(0, len(connection.buffer) - 3)       # the end may have begun
@@ -2496,19 +2490,17 @@ def is_chunked(headers, is_http10):
         raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
     return True
 
-def request_body(connection, request):
-    """The reader of a request's body: without a length there is none (section 6.3)."""
-    if is_chunked(request.headers, request.is_http10):
-        return ChunkedBody(connection)
-    return ContentLengthBody(connection, content_length(request.headers) or 0)
+def make_body(connection, headers, is_http10, is_response=False):
+    """The reader of the body behind a head.
 
-def response_body(connection, headers, length, is_http10):
-    """The reader of a response's body: without a length it ends with the connection."""
+    Without a length a request has none, and a response's ends with the connection (section 6.3).
+    """
     if is_chunked(headers, is_http10):
         return ChunkedBody(connection)
-    if length is None:
+    length = content_length(headers)
+    if length is None and is_response:
         return UntilCloseBody(connection)
-    return ContentLengthBody(connection, length)
+    return ContentLengthBody(connection, length or 0)
 
 # -- bodies
 
@@ -2520,7 +2512,6 @@ class BodyReader:
     """
 
     length = None                   # bytes, where the head declares them
-    ends_with_connection = False
 
     def __init__(self, connection):
         self.connection = connection
@@ -2586,8 +2577,6 @@ class ContentLengthBody(BodyReader):
 
 class UntilCloseBody(BodyReader):
     """A response's body that ends with its connection. A reset is never that end."""
-
-    ends_with_connection = True
 
     def decode(self, data):
         return data
