@@ -1749,8 +1749,8 @@ class Exchange:
         self.body = None
         self.prefetched = b""
 
-    def wait(self, mask):
-        self.request.wait(self.connection, mask, self.request.timeout)
+    def wait(self, seconds=math.inf, mask=READ):
+        self.request.wait(self.connection, mask, min(seconds, self.request.timeout))
 
     # -- up
 
@@ -1792,7 +1792,7 @@ class Exchange:
             self.bytes_sent += sent
             data = data[sent:]
             if sent < len(part):
-                self.wait(READ | WRITE)
+                self.wait(mask=READ | WRITE)
                 if self.has_responded():
                     return False
         return True
@@ -1813,7 +1813,7 @@ class Exchange:
     # -- down
 
     def read_more(self):
-        self.wait(READ)
+        self.wait()
         if not self.connection.fill():
             raise ClosedEarly()
 
@@ -1856,35 +1856,23 @@ class Exchange:
 
     def read(self):
         """The next decoded bytes of the body, b"" at its end. Raises OSError, ProtocolError."""
-        piece = b""
-        while not piece and not self.body.done:
-            piece = self.body.read()
-            if not piece and not self.body.done:
-                self.wait(READ)
-        return piece
+        return b"".join(read_pieces(self.body, self.wait, 1))
 
     def read_all(self, most):
-        """The rest of the body. ValueError if it is larger than `most` bytes."""
-        pieces = [self.prefetched]
-        size = len(self.prefetched)
-        while not self.body.done:
-            pieces.append(self.read())
-            size += len(pieces[-1])
-            if size > most:
-                raise ValueError("the response is too large")
-        return b"".join(pieces)
+        """All of the body. ValueError if it is larger than `most` bytes."""
+        body = b"".join(read_pieces(self.body, self.wait, most + 1))
+        if len(body) > most:
+            raise ValueError("the response is too large")
+        return body
 
     def prefetch(self, most, seconds):
         """Read up to `most` bytes of the body, for `seconds` at most, into `prefetched`.
 
         A body that breaks off is left as it is: the next to read it will see that.
         """
-        def wait(seconds):
-            self.request.wait(self.connection, READ, seconds)
-
         pieces = []
         with contextlib.suppress(OSError, ProtocolError):       # socket.timeout is one, too
-            for piece in read_pieces(self.body, wait, most, seconds):
+            for piece in read_pieces(self.body, self.wait, most, seconds):
                 pieces.append(piece)
         self.prefetched = b"".join(pieces)
 
@@ -2542,7 +2530,7 @@ class BodyReader:
         raise ClosedEarly()
 
 
-def read_pieces(body, wait, most, seconds):
+def read_pieces(body, wait, most, seconds=math.inf):
     """Yield what comes of a body within `seconds`, until it is `most` bytes or more.
 
     `wait(seconds)` sleeps until there may be more.
