@@ -2098,19 +2098,17 @@ class ResponseJob(Job):
     def set_state(self, state):
         """Watch what the state waits for. The client is watched in all of them."""
         self.state = state
-        is_relaying = state == self.RELAYING
         client_mask = READ if is_worth_watching(self.client) else 0
-        self.loop.watch(self.upstream, READ if is_relaying else 0, self.on_upstream)
-        self.loop.watch(self.client, client_mask if is_relaying else client_mask | WRITE,
-                        self.on_client)
+        if self.unsent:
+            client_mask |= WRITE
+        self.loop.watch(self.client, client_mask, self.on_client)
+        self.loop.watch(self.upstream, READ if state == self.RELAYING else 0, self.on_upstream)
 
     def on_upstream(self, mask):
         """Some of the body is here, or its end: relay it before more is read."""
         while self.state == self.RELAYING:
-            count = self.bytes
+            self.heard = self.loop.now
             self.send(self.next_bytes())
-            if self.bytes > count:
-                self.heard = self.loop.now
             if self.state == self.ENDED or not self.upstream.has_pending():
                 return
 
@@ -2207,12 +2205,11 @@ class LingeringClose(Job):
     def __init__(self, sock):
         self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
         super().__init__(self.client)
-        self.deadline = 0.0
+        self.deadline = time.monotonic() + LINGER_SECONDS
         self.received = 0                   # bytes
 
     def start(self):
         self.state = "lingering"
-        self.deadline = self.loop.now + LINGER_SECONDS
         self.loop.watch(self.client, READ, self.on_client)
         try:
             self.client.sock.shutdown(socket.SHUT_WR)
