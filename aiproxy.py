@@ -2318,10 +2318,7 @@ class BufferedSocket:
             return 0
 
     def is_silent(self):
-        """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?
-
-        A TLS session ticket is no byte of the stream.
-        """
+        """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
         try:
             return self.receive() is None
         except OSError:
@@ -2354,7 +2351,6 @@ def wait_ready(seconds, connection, mask, other=None):
 
 # -- heads
 
-
 class Headers:
     """The fields of a head, as bytes: in the order and the spelling in which they came."""
 
@@ -2384,8 +2380,6 @@ class Headers:
 
     def elements(self, name):
         """The comma-separated elements of all fields of this name."""
-        if name not in self.first:
-            return []
         elements = [one.strip(b" \t") for one in b",".join(self.get_all(name)).split(b",")]
         return [one for one in elements if one]
 
@@ -2456,7 +2450,7 @@ def content_length(headers):
     value = headers.get(b"content-length")
     if value is None:
         return None
-    is_repeated = headers.has_duplicates and len(headers.get_all(b"content-length")) > 1
+    is_repeated = len(headers.get_all(b"content-length")) > 1
     if is_repeated or len(value) > 18 or not value.isdigit():
         raise ProtocolError("Content-Length must be one number.")
     return int(value)
@@ -2488,7 +2482,6 @@ def make_body(connection, headers, is_http10, is_response=False):
     return ContentLengthBody(connection, length or 0)
 
 # -- bodies
-
 
 class BodyReader:
     """One body on its way in: a request's, or a response's before the loop or in it.
@@ -2624,6 +2617,7 @@ class ChunkedBody(BodyReader):
         if end < 0:
             self.keep_partial(data[start:])
             return len(data)
+
         line = data[start:end]
         if self.state == self.SIZE:
             self.take_size(line)
