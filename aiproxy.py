@@ -3967,18 +3967,6 @@ WORKERS_PATHS = {
     "/v1/responses": ("responses", "/ai/v1/responses"),
 }
 
-# The widest ranges that any current model takes (cloudflare-docs, workers-ai-models/*.json).
-NUMBERS = {     # name: (least, most, what it takes)
-    "max_tokens": (1, math.inf, "an integer of at least 1"),
-    "max_completion_tokens": (1, math.inf, "an integer of at least 1"),
-    "temperature": (0, 5, "a number from 0 to 5"),
-    "top_p": (0, 2, "a number from 0 to 2"),
-    "repetition_penalty": (0, 2, "a number from 0 to 2"),
-    "frequency_penalty": (-2, 2, "a number from -2 to 2"),
-    "presence_penalty": (-2, 2, "a number from -2 to 2"),
-    "top_k": (1, 50, "an integer from 1 to 50"),
-    "seed": (1, 9999999999, "an integer from 1 to 9999999999"),
-}
 CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and statuses without one
     "model_not_found": (404, 5007, 3042, 410),
     "invalid_request": (400, 3003, 3039, 5004, 5005, 5006, 5019, 8001, 8007),
@@ -4022,14 +4010,17 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
     """The Call for the body of a client's request. Raises ErrorResponse 400.
 
     `values` is the body, parsed, `model` the model's real name, `shown` the client's, `changes`
-    what settings want. No byte differs but for these, a missing max_tokens, and a prompt.
+    what settings want. No byte differs but for these, a missing max_tokens, and a prompt. What a
+    model takes is Cloudflare's to say: only what we act on ourselves is checked here.
     """
     kind, upstream_path = WORKERS_PATHS[path]
     if not MODEL_NAME.fullmatch(model):
-        raise invalid_parameter("model", model, "the name of a model", "invalid_model")
+        raise ErrorResponse(400, "invalid_model", "`model` is not the name of a model.", "model")
     # null counts as absent
     given = {name: value for name, value in values.items() if value is not None}
-    check_parameters(given, kind)
+    stream = given.get("stream", False)
+    if not isinstance(stream, bool):
+        raise invalid_parameter("stream", "must be true or false")
     changes = dict(changes or {})
     if given.get("model") != model:
         changes["model"] = model
@@ -4040,54 +4031,38 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
     return Call(
         kind=kind, path=upstream_path, body=edit_members(body, changes, {"prompt": "messages"}),
         model=shown, id=os.urandom(12).hex(), created=int(time.time()),
-        stream=given.get("stream", False) and kind != "embeddings",
-        include_usage=given.get("stream_options", {}).get("include_usage", False),
+        stream=stream and kind != "embeddings",
+        include_usage=as_dict(given.get("stream_options")).get("include_usage") is True,
         base64=given.get("encoding_format") == "base64", secrets=secrets)
-
-def check_parameters(given, kind):
-    """400 for a parameter that no model takes. Unknown ones pass."""
-    for name, (least, most, takes) in NUMBERS.items():
-        value = given.get(name, least)
-        # type: Python's booleans are integers, JSON's are not. 1.0 is the integer 1.
-        fits = type(value) in (int, float) and least <= value <= most
-        if not fits or "integer" in takes and value % 1:
-            raise invalid_parameter(name, value, takes)
-    if not isinstance(given.get("stream", False), bool):
-        raise invalid_parameter("stream", given["stream"], "true or false")
-    if not isinstance(given.get("stream_options", {}), dict):
-        raise invalid_parameter("stream_options", given["stream_options"], "an object")
-    messages = given.get("messages")
-    if kind == "chat" and not (isinstance(messages, list) and messages):
-        raise invalid_parameter("messages", messages, "an array that is not empty")
 
 def single_prompt(given):
     """The text that a completion goes on from. Else 400."""
     if "messages" in given:
-        raise invalid_parameter("messages", given["messages"],
-                                "nothing here: it belongs to /v1/chat/completions")
+        raise invalid_parameter("messages", "belongs to /v1/chat/completions")
     prompt = given.get("prompt")
     texts = prompt if isinstance(prompt, list) else [prompt]
     if len(texts) != 1 or not isinstance(texts[0], str):
-        raise invalid_parameter("prompt", prompt, "one text, a string or an array of one")
+        raise invalid_parameter("prompt", "must be one text, a string or an array of one")
     return texts[0]
 
-def invalid_parameter(name, value, takes, code="invalid_parameter"):
-    """The 400 that names the parameter, what it got, shortened, and what it takes."""
-    got = "is missing" if value is None else "got " + json.dumps(value)
-    if len(got) > 64:
-        got = got[:61] + "..."
-    return ErrorResponse(400, code, "`%s` %s; it takes %s." % (name, got, takes), param=name)
+def invalid_parameter(name, rule):
+    return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
 # -- responses: every shape into one form, and that into OpenAI's objects
+
+def parse_cloudflare(data):
+    """The object in Cloudflare's JSON. ValueError if it is none."""
+    check_nesting(data)
+    value = json.loads(data.decode(), parse_constant=refuse_constant)
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return value
 
 def read_json(data, secrets, needed=""):
     """Cloudflare's response or event, out of its envelope. ErrorResponse if it is none."""
     try:
-        check_nesting(data)
-        value = json.loads(data.decode(), parse_constant=refuse_constant)
+        value = parse_cloudflare(data)
     except ValueError:
-        raise unreadable()
-    if not isinstance(value, dict):
         raise unreadable()
     if isinstance(value.get("result"), dict) and value.get("success") is not False:
         value = value["result"]
@@ -4392,6 +4367,10 @@ class StreamTranslator:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return render_event(completion_object(self.call, [choice], None, ".chunk"))
 
+    def count_tokens(self):
+        usage = self.usage or {}
+        return usage.get("prompt_tokens"), usage.get("completion_tokens")
+
     def is_complete(self):
         """Has every choice that began its finish_reason?"""
         return 0 < len(self.finish_reasons) == len(self.tool_calls)
@@ -4459,7 +4438,7 @@ class ResponsesTranslator(StreamTranslator):
 
 # -- errors
 
-def translate_error(status, body, secrets=(), headers=()):
+def translate_error(status, body, secrets=(), retry_after=None):
     """The ErrorResponse for Cloudflare's error, in bytes or parsed: by its code, else its status.
 
     Forms: {"success": false, "errors": [{"code", "message"}]}, {"error": {...}}, an object, HTML.
@@ -4474,10 +4453,11 @@ def translate_error(status, body, secrets=(), headers=()):
     message = OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
     if not message:
         message = "Cloudflare answered with status %d and no reason that could be read." % status
-    param = "model" if code == "model_not_found" else None
+    headers = [(b"Retry-After", retry_after)] if retry_after else []
     # the SDKs retry 429 and 5xx unless a header forbids it
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
-        headers = [*headers, (b"x-should-retry", b"false")]
+        headers.append(NO_RETRY)
+    param = "model" if code == "model_not_found" else None
     return ErrorResponse(our_status, code, message, param, headers)
 
 def classify_error(number, status, word):
@@ -4498,11 +4478,9 @@ def extract_error(error):
     """The object in an error, parsed or not, that has the code and the message; {} if none has."""
     try:
         if isinstance(error, bytes):
-            check_nesting(error)
-            error = json.loads(error.decode())
+            error = parse_cloudflare(error)
     except ValueError:
         return {}
-    error = as_dict(error)
     for first in dicts(error.get("errors")):
         return first
     detail = error.get("error") or error
@@ -4625,16 +4603,10 @@ class Catalogue:
         today = time.strftime("%Y-%m-%d", time.gmtime())
         try:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
-            self.failure = None
             self.valid_until = time.monotonic() + CATALOGUE_SECONDS
         except (ErrorResponse, *WRONG_SHAPE) as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
             self.valid_until = time.monotonic() + CATALOGUE_RETRY
-
-def make_translator(call):
-    if call.kind == "responses":
-        return ResponsesTranslator(call)
-    return StreamTranslator(call)
 
 
 class WorkersHandler(Handler):
@@ -4693,37 +4665,30 @@ class WorkersHandler(Handler):
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
+        call = self.call
+        kind = ResponsesTranslator if call.kind == "responses" else StreamTranslator
+        translator = kind(call)
         try:
-            self.check_status(exchange)
+            if exchange.status != 200:
+                raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
+                                      exchange.headers.get(b"retry-after"))
             # gpt-oss may answer a streaming request as a whole, and an edge with a page.
             is_whole = exchange.media_type in (b"application/json", b"text/html")
-            if self.call.stream and not is_whole:
-                self.relay_events(exchange)
+            if call.stream and not is_whole:
+                self.relay_events(exchange, translator)
             else:
-                self.relay_whole(exchange)
+                self.relay_whole(exchange, translator)
         finally:
             exchange.close()
-
-    def check_status(self, exchange):
-        if exchange.status == 200:
-            return
-        headers = []
-        retry_after = exchange.headers.get(b"retry-after")
-        if retry_after:
-            headers.append((b"Retry-After", retry_after))
-        raise translate_error(exchange.status, self.read_whole(exchange), self.call.secrets,
-                              headers)
 
     def read_whole(self, exchange):
         """The body of a response. ErrorResponse 502 or 504 if it cannot be read as a whole."""
         try:
             return exchange.read_all(MAX_RESPONSE)
-        except socket.timeout:
-            raise upstream_error("upstream_timeout",
-                                 "The upstream timed out in the middle of its response.")
-        except (OSError, ProtocolError, ValueError):
-            raise upstream_error("upstream_bad_response", "The upstream closed the connection in "
-                                                          "the middle of its response.")
+        except (OSError, ProtocolError) as error:
+            raise response_error(error)
+        except ValueError:
+            raise unreadable()
 
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""
@@ -4734,15 +4699,14 @@ class WorkersHandler(Handler):
                 headers.append((name, value))
         return headers
 
-    def relay_whole(self, exchange):
-        call = self.call
+    def relay_whole(self, exchange, translator):
         body = self.read_whole(exchange)
         try:
-            if call.stream:
-                content = make_translator(call).whole(body)
+            if self.call.stream:
+                content = translator.whole(body)
                 media_type = b"text/event-stream"
             else:
-                content = json.dumps(translate_response(call, body)).encode()
+                content = json.dumps(translate_response(self.call, body)).encode()
                 media_type = b"application/json"
         except WRONG_SHAPE:
             raise unreadable()
@@ -4751,9 +4715,8 @@ class WorkersHandler(Handler):
             observe(body)
         self.send_response(200, self.translated_headers(exchange, media_type), content)
 
-    def relay_events(self, exchange):
+    def relay_events(self, exchange, translator):
         """A stream. The client thread moves it: it has more to do than to move bytes."""
-        translator = make_translator(self.call)
         is_chunked = not self.request.is_http10
         headers = self.translated_headers(exchange, b"text/event-stream; charset=utf-8")
         headers = self.add_own_headers(headers, is_event_stream=True)
@@ -4763,13 +4726,7 @@ class WorkersHandler(Handler):
             headers.append((b"Connection", b"close"))
         self.reset_on_close = not is_chunked        # until all has gone well
         self.start_response(200, b"OK", headers, b"")
-
-        def count_tokens():
-            usage = translator.usage or {}
-            return usage.get("prompt_tokens"), usage.get("completion_tokens")
-
-        self.record.count_tokens = count_tokens
-
+        self.record.count_tokens = translator.count_tokens
         while not translator.done:
             events = self.next_events(exchange, translator)
             if exchange.body.done:
@@ -4792,13 +4749,10 @@ class WorkersHandler(Handler):
     def next_events(self, exchange, translator):
         try:
             piece = exchange.read()
-        except socket.timeout:
+        except (OSError, ProtocolError) as error:
+            code = "upstream_timeout" if isinstance(error, socket.timeout) else "upstream_died"
             return translator.end(upstream_error(
-                "upstream_timeout", "The upstream timed out in the middle of this response."))
-        except (OSError, ProtocolError):
-            return translator.end(upstream_error(
-                "upstream_died", "The upstream closed the connection in the middle of this "
-                                 "response."))
+                code, "The upstream broke off in the middle of this response."))
         return translator.feed(piece) if piece else translator.end()
 
     def send_error_response(self, error):

@@ -110,41 +110,20 @@ def test_a_member_can_be_added_to_an_empty_object():
     assert edit_members(b" {}", {"a": 1}) == b' {"a": 1}'
 
 
-GOOD = [
-    ("temperature", 5), ("temperature", 0), ("top_p", 2), ("top_k", 1), ("top_k", 50.0),
-    ("presence_penalty", -2), ("frequency_penalty", 2.0), ("seed", 9999999999),
-    ("repetition_penalty", 0), ("max_tokens", 1), ("max_tokens", 1.0), ("stream", False),
-    ("max_tokens", None), ("seed", None), ("made_up", {"x": 1})]
+@pytest.mark.parametrize("name,value", [
+    ("temperature", 5.1), ("top_k", -1), ("seed", 0), ("max_tokens", 0), ("max_tokens", "9"),
+    ("messages", []), ("stream_options", [1]), ("stream", False), ("stream", None),
+    ("made_up", {"x": 1})], ids=str)
+def test_what_a_model_takes_is_left_to_cloudflare(name, value):
+    made = request({"max_tokens": 9, "messages": [{}], name: value})
+    assert json.loads(made.body) == {
+        "model": "@cf/real/model", "max_tokens": 9, "messages": [{}], name: value}
 
 
-@pytest.mark.parametrize("name,value", GOOD, ids=str)
-def test_what_some_model_takes_goes_up(name, value):
-    request({"messages": [{}], name: value})
-
-
-@pytest.mark.parametrize("name,value,takes", [
-    ("temperature", 5.1, "got 5.1; it takes a number from 0 to 5"),
-    ("temperature", "1", 'got "1"; it takes a number from 0 to 5'),
-    ("temperature", True, "got true; it takes a number from 0 to 5"),
-    ("top_p", -0.1, "got -0.1; it takes a number from 0 to 2"),
-    ("top_k", 51, "got 51; it takes an integer from 1 to 50"),
-    ("top_k", 1.5, "got 1.5; it takes an integer from 1 to 50"),
-    ("seed", 0, "got 0; it takes an integer from 1 to 9999999999"),
-    ("max_tokens", 0, "got 0; it takes an integer of at least 1"),
-    ("max_completion_tokens", "9", 'got "9"; it takes an integer of at least 1'),
-    ("frequency_penalty", -2.1, "got -2.1; it takes a number from -2 to 2"),
-    ("presence_penalty", [], "got []; it takes a number from -2 to 2"),
-    ("repetition_penalty", 3, "got 3; it takes a number from 0 to 2"),
-    ("stream", 1, "got 1; it takes true or false"),
-    ("stream_options", [1], "got [1]; it takes an object"),
-    ("messages", [], "got []; it takes an array that is not empty"),
-    ("messages", "x" * 99, 'got "' + "x" * 56 + "...; it takes an array that is not empty"),
-    ("messages", None, "is missing; it takes an array that is not empty"),
-], ids=lambda value: str(value)[:24])
-def test_what_no_model_takes_is_a_400_that_names_it(name, value, takes):
-    bad = raised(request, dict({"messages": [{}]}, **{name: value}))
-    assert (bad.status, bad.code, bad.param, bad.message) == (
-        400, "invalid_parameter", name, "`%s` %s." % (name, takes))
+@pytest.mark.parametrize("value", [1, "true", []], ids=str)
+def test_a_stream_that_is_neither_true_nor_false_is_a_400(value):
+    bad = raised(request, {"messages": [{}], "stream": value})
+    assert (bad.status, bad.code, bad.param) == (400, "invalid_parameter", "stream")
 
 
 @pytest.mark.parametrize(
@@ -907,8 +886,7 @@ def test_the_operators_errors_name_the_setting_and_show_no_value():
 
 
 def test_retry_after_is_passed_on():
-    assert translate_error(429, b"", (), [(b"retry-after", b"5")]).headers == [
-        (b"retry-after", b"5")]
+    assert translate_error(429, b"", (), b"5").headers == [(b"Retry-After", b"5")]
 
 
 def test_of_a_long_message_only_the_beginning_is_looked_at(monkeypatch):

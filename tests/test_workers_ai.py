@@ -577,7 +577,7 @@ def test_an_idle_connection_that_cloudflare_closed_is_not_the_clients_trouble(cl
 def test_browsers_get_cors_fields_with_every_response(workers):
     running = workers(ORIGINS="https://app.example")
     origin = [("Origin", "https://app.example")]
-    for requested in ({}, {"stream": True}, {"model": "@cf/error/429/3040"}, {"temperature": 9}):
+    for requested in ({}, {"stream": True}, {"model": "@cf/error/429/3040"}, {"stream": 1}):
         reply = post(running, fields=origin, **requested)
         assert reply.all("access-control-allow-origin") == ["https://app.example"]
         assert "retry-after" in reply.get("access-control-expose-headers")
@@ -865,21 +865,12 @@ def test_an_unknown_model_is_refused_by_cloudflare(workers):
 @pytest.mark.parametrize(
     "path,body,param",
     [
-        (CHAT, {"temperature": 5.01}, "temperature"), (CHAT, {"temperature": "1"}, "temperature"),
-        (CHAT, {"top_p": -1}, "top_p"), (CHAT, {"top_k": 0}, "top_k"),
-        (CHAT, {"max_tokens": 0}, "max_tokens"), (CHAT, {"max_tokens": 1.5}, "max_tokens"),
-        (CHAT, {"seed": 0}, "seed"), (CHAT, {"stream": "true"}, "stream"),
-        (CHAT, {"frequency_penalty": 2.1}, "frequency_penalty"),
-        (CHAT, {"presence_penalty": -3}, "presence_penalty"),
-        (CHAT, {"repetition_penalty": -1}, "repetition_penalty"),
-        (CHAT, {"messages": []}, "messages"), (CHAT, {"messages": "hi"}, "messages"),
-        (CHAT, {"messages": None}, "messages"), ("/v1/completions", {}, "prompt"),
+        (CHAT, {"stream": "true"}, "stream"), ("/v1/completions", {}, "prompt"),
         ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
         ("/v1/completions", {"prompt": 1}, "prompt"),
-        ("/v1/embeddings", {"input": "x", "max_tokens": -1}, "max_tokens"),
-        ("/v1/responses", {"input": "x", "temperature": -1}, "temperature")],
+        ("/v1/completions", {"prompt": "a", "messages": HELLO}, "messages")],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value))
-def test_a_wrong_parameter_is_refused_before_the_call(cloudflare, workers, path, body, param):
+def test_what_would_be_misread_is_refused_before_the_call(cloudflare, workers, path, body, param):
     reply = post(workers(), path, **body)
     assert (reply.status, reply.code, reply.json["error"]["param"],
             reply.json["error"]["type"]) == (400, "invalid_parameter", param,
