@@ -5020,7 +5020,7 @@ DEMO_DELTAS[0]["role"] = "assistant"
 
 
 class DemoProvider(http.server.BaseHTTPRequestHandler):
-    """Chat, completions, embeddings and models. It refuses any key but the provider key."""
+    """Chat and models. It refuses any key but the provider key."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -5034,63 +5034,46 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             request = json.loads(body)
-            model = request["model"]
+            completion = {"id": "demo-1", "created": int(time.time()), "model": request["model"]}
         except (ValueError, KeyError, TypeError):
-            return self.send_failure(400, "A JSON object with a model is needed.", param="model")
+            return self.send_failure(400, "invalid_model", "A JSON object with a model is needed.")
         if not self.check_provider_key():
             return None
-        if self.path == "/v1/embeddings":
-            return self.send_embeddings(model, request.get("input"))
-        head = {"id": "demo-1", "created": int(time.time()), "model": model}
+        if self.path != "/v1/chat/completions":
+            return self.send_failure(404, "not_found", "The demo has chat and models only.")
         usage = {"prompt_tokens": len(body) // 4, "completion_tokens": len(DEMO_DELTAS) - 1}
         usage["total_tokens"] = sum(usage.values())
         if request.get("stream"):
-            return self.stream_completion(head, usage, request.get("stream_options") or {})
+            options = request.get("stream_options") or {}
+            return self.stream(completion, usage if options.get("include_usage") else None)
         message = {"role": "assistant", "content": DEMO_TEXT}
-        completion = self.completion(head, "", "message", message, "stop")
-        return self.send_json(200, dict(completion, usage=usage))
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        completion.update(object="chat.completion", choices=[choice], usage=usage)
+        return self.send_json(200, completion)
+
+    def stream(self, completion, usage):
+        """The words as events, each with time to be seen; then the usage, if it is wanted."""
+        self.send_head(200, "text/event-stream", "Transfer-Encoding", "chunked")
+        completion["object"] = "chat.completion.chunk"
+        for delta in DEMO_DELTAS:
+            choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
+            self.send_event(dict(completion, choices=[choice]))
+            time.sleep(0.06)
+        if usage:
+            self.send_event(dict(completion, choices=[], usage=usage))
+        self.wfile.write(encode_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
 
     def check_provider_key(self):
         received = self.headers.get("Authorization", "").encode("latin-1")
         if hmac.compare_digest(received, b"Bearer " + self.server.provider_key.encode()):
             return True
-        return self.send_failure(401, "Incorrect API key.", code="invalid_api_key")
-
-    def send_embeddings(self, model, texts):
-        count = len(texts) if isinstance(texts, list) else 1
-        vector = {"object": "embedding", "embedding": [0.6, 0.8]}
-        vectors = [dict(vector, index=index) for index in range(count)]
-        usage = {"prompt_tokens": 1, "total_tokens": 1}
-        self.send_json(200, {"object": "list", "model": model, "data": vectors, "usage": usage})
-
-    def stream_completion(self, head, usage, options):
-        self.send_head(200, "text/event-stream", "Transfer-Encoding", "chunked")
-        for delta in DEMO_DELTAS:
-            reason = None if delta else "stop"
-            completion = self.completion(head, ".chunk", "delta", delta, reason)
-            self.send_event(completion)
-            time.sleep(0.06)        # a visible pace
-        if options.get("include_usage"):
-            self.send_event(dict(completion, choices=[], usage=usage))
-        self.wfile.write(encode_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
-
-    def completion(self, head, suffix, name, message, reason):
-        """A chat completion whose choice has `message` under `name`, or one of plain text."""
-        choice = {"index": 0, "finish_reason": reason}
-        if self.path == "/v1/chat/completions":
-            kind = "chat.completion" + suffix
-            choice[name] = message
-        else:
-            kind = "text_completion"
-            choice["text"] = message.get("content", "")
-        return dict(head, object=kind, choices=[choice])
+        return self.send_failure(401, "invalid_api_key", "Incorrect API key.")
 
     def send_event(self, data):
         self.wfile.write(encode_chunk(render_event(data)))
 
-    def send_failure(self, status, message, param=None, code=None):
-        error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
-        self.send_json(status, {"error": error})
+    def send_failure(self, status, code, message):
+        self.send_json(status, {"error": error_object(ErrorResponse(status, code, message))})
 
     def send_json(self, status, data):
         body = json.dumps(data).encode()
@@ -5111,10 +5094,7 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
         pass
 
 def start_demo(options, environ):
-    """Start the provider on a free loopback port and make it the upstream in `environ`.
-
-    Returns what is to be called once the relay serves.
-    """
+    """Start the provider as the upstream in `environ`. Returns what to call once we serve."""
     if not options.demo:
         return []
     provider = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoProvider)
