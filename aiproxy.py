@@ -3736,87 +3736,96 @@ class WebSocketUpgrade:
 
 
 class Tunnel(Job):
-    """Bytes both ways, whatever they are, until one side closes or both are silent.
+    """Bytes both ways, whatever they are, until both sides have ended or both are silent.
 
-    OPEN       both sides are read, each only while the other has taken all: back-pressure
-    CLOSING    one side has closed: what is left goes to the other
+    OPEN           both directions move
+    HALF_CLOSED    one side has ended its sending; the other may go on, but not silently
     """
 
     OPEN = "open"
-    CLOSING = "closing"
+    HALF_CLOSED = "half closed"
 
     def __init__(self, client, upstream, timeout):
         super().__init__(client, upstream)
-        self.client = client
-        self.upstream = upstream
+        self.up = Direction(client, upstream)
+        self.down = Direction(upstream, client)
         self.timeout = timeout
-        self.heard = 0.0                    # when bytes last came from either side
-        self.unsent = {client: b"", upstream: b""}      # what each side still has to take
-        self.other = {client: upstream, upstream: client}
+        self.last_move = 0.0                # when a side last had bytes, or took some
 
     def start(self):
-        self.heard = self.loop.now
         self.state = self.OPEN
-        for side, other in self.other.items():
-            self.unsent[other] = side.buffer
-            side.buffer = b""
-        self.move(self.client, WRITE)
-        self.move(self.upstream, READ | WRITE)
+        self.on_ready()
 
-    def on_client(self, mask):
-        self.move(self.client, mask)
-
-    def on_upstream(self, mask):
-        self.move(self.upstream, mask)
-
-    def move(self, side, mask):
-        """Read from one side while it has something and the other takes it; send what waits."""
-        other = self.other[side]
-        try:
-            while self.state != self.ENDED:
-                if mask & READ and self.state == self.OPEN and not self.unsent[other]:
-                    self.read(side, other)
-                self.send(self.client)
-                self.send(self.upstream)
-                if self.state == self.CLOSING or self.unsent[other] or not side.has_decrypted():
-                    break
-        except OSError:
-            self.finish("ok")
-        if self.state == self.CLOSING and not any(self.unsent.values()):
-            self.finish("ok")
-        if self.state != self.ENDED:
-            self.watch_both()
-
-    def read(self, side, other):
-        data = side.receive()
-        if data is None:
+    def on_ready(self, mask=READ):
+        """One of the sides is ready. Both directions move: nothing is lost by trying."""
+        if self.state == self.ENDED:        # by an event of the same batch
             return
-        self.heard = self.loop.now
-        self.unsent[other] = data
-        if not data:
-            self.state = self.CLOSING
-        elif other is self.client:
-            self.bytes += len(data)
+        self.last_move = self.loop.now
+        self.up.move()
+        self.down.move()
+        self.bytes = self.down.bytes
+        if self.up.is_over and self.down.is_over:
+            self.finish("ok")
+            return
+        if self.up.is_over or self.down.is_over:
+            self.state = self.HALF_CLOSED
+        self.watch(self.up, self.down)
+        self.watch(self.down, self.up)
 
-    def send(self, side):
-        waiting = self.unsent[side]
-        if waiting:
-            self.unsent[side] = waiting[side.send_some(waiting):]
-
-    def watch_both(self):
-        callbacks = {self.client: self.on_client, self.upstream: self.on_upstream}
-        for side, other in self.other.items():
-            mask = 0
-            if self.state == self.OPEN and not self.unsent[other]:
-                mask |= READ
-            if self.unsent[side]:
-                mask |= WRITE
-            self.loop.watch(side, mask, callbacks[side])
+    def watch(self, leaving, coming):
+        """Watch the side from which one direction comes and to which the other goes."""
+        mask = 0
+        if not leaving.unsent and not leaving.is_over:
+            mask |= READ
+        if coming.unsent:
+            mask |= WRITE
+        self.loop.watch(leaving.source, mask, self.on_ready)
 
     def on_tick(self):
-        limit = TUNNEL_SECONDS if self.state == self.CLOSING else self.timeout
-        if self.loop.now - self.heard > limit:
+        silence = self.loop.now - self.last_move
+        if self.state == self.HALF_CLOSED and silence > TUNNEL_SECONDS:
+            self.finish("ok")
+        elif silence > self.timeout:
             self.finish("idle")
+
+
+class Direction:
+    """One way through a tunnel, from the side `source` to the side `sink`."""
+
+    def __init__(self, source, sink):
+        self.source = source
+        self.sink = sink
+        self.unsent = source.buffer         # what has been read, and the sink still has to take
+        self.bytes = 0                      # that the sink has taken
+        self.is_over = False                # the source has ended, and the sink has all of it
+        source.buffer = b""
+
+    def move(self):
+        """Pass on what is here; where the source has ended, pass that on as well."""
+        if self.is_over:
+            return
+        try:
+            self.pass_on()
+            self.is_over = self.source.ended and not self.unsent
+        except OSError:                     # a reset, or TLS that ends without saying so
+            self.is_over = True
+        if self.is_over:
+            self.unsent = b""
+            # SSLSocket can only end both: a TLS side learns of it when the tunnel closes.
+            if not self.sink.is_tls:
+                with contextlib.suppress(OSError):
+                    self.sink.sock.shutdown(socket.SHUT_WR)
+
+    def pass_on(self):
+        """Read a piece if the sink has taken all before it (back-pressure), and send it."""
+        while True:
+            self.unsent = self.unsent or self.source.receive() or b""
+            if self.unsent:
+                sent = self.sink.send_some(self.unsent)
+                self.unsent = self.unsent[sent:]
+                self.bytes += sent
+            if self.unsent or not self.source.has_decrypted():
+                return
 
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.

@@ -1,9 +1,11 @@
 """A WebSocket is a tunnel after its handshake; no other upgrade gets through."""
 
+import socket
 import threading
 
 import pytest
 
+import aiproxy
 from byhand import ByHand
 from support import OK
 
@@ -116,6 +118,42 @@ def test_when_either_side_closes_the_other_gets_the_rest_and_is_closed(by_hand, 
     assert record["status"] == 101
     assert record["outcome"] == "ok"
     assert record["bytes"] == (0 if leaves == "client" else 100000)
+
+
+@pytest.mark.parametrize("ends", ["client", "upstream"])
+def test_when_one_side_ends_its_sending_the_other_may_go_on(by_hand, relay, ends):
+    running = relay(UPSTREAM=by_hand.url)
+    client, _, peer, _ = open_tunnel(by_hand, running)
+    first, second = (client, peer) if ends == "client" else (peer, client)
+
+    with client:
+        first.send(b"last words")
+        first.sock.shutdown(socket.SHUT_WR)
+        assert second.read_exactly(10) == b"last words"
+        assert second.ended()
+        for number in range(3):
+            second.send(b"more %d" % number)
+            assert first.read_exactly(6) == b"more %d" % number
+        second.sock.shutdown(socket.SHUT_WR)
+        assert first.ended()
+
+    record = running.wait_for_record()
+
+    assert record["outcome"] == "ok"
+    assert record["bytes"] == (18 if ends == "client" else 10)
+
+
+def test_a_side_that_goes_on_silently_after_the_others_end_is_cut(by_hand, relay, monkeypatch):
+    monkeypatch.setattr(aiproxy, "TUNNEL_SECONDS", 0.2)
+    running = relay(UPSTREAM=by_hand.url)
+    client, _, peer, _ = open_tunnel(by_hand, running)
+
+    with client:
+        client.sock.shutdown(socket.SHUT_WR)
+        assert peer.ended()
+        assert client.ended()
+
+    assert running.wait_for_record()["outcome"] == "ok"
 
 
 def test_both_sides_may_send_more_than_the_buffers_hold_at_once(by_hand, relay):
