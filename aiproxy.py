@@ -3834,17 +3834,19 @@ class Direction:
 
 def print_banner(server):
     settings = server.settings
-    model = (settings.models_shown or ["MODEL"])[0]
+    client_names = [name for name, _ in settings.client_keys]
+    paths = ["%s %s" % rule for rule in settings.paths or ()]
+    origins = ["any"] if settings.any_origin else settings.origins
     lines = [
-        "upstream     %s" % describe_upstream(server),
-        "client keys  %s" % (", ".join(name for name, _ in settings.client_keys) or "none"),
-        "models       %s" % (", ".join(settings.models_shown) or "all"),
-        "paths        %s" % describe_paths(settings),
-        "origins      %s" % describe_origins(settings),
+        "upstream     " + describe_upstream(server),
+        "client keys  " + (", ".join(client_names) or "none"),
+        "models       " + (", ".join(settings.models_shown) or "all"),
+        "paths        " + (", ".join(paths) or "all"),
+        "origins      " + (", ".join(origins) or "none: browsers are refused"),
         "limits       %d clients, %d bytes a body, %gs to connect, %gs of silence" % (
             server.capacity, settings.max_body, settings.connect_timeout, settings.timeout),
         *("warning: " + warning for warning in warnings(server)),
-        "try          " + curl_command(server, model),
+        "try          " + curl_command(server),
     ]
     print("\n".join("  " + line for line in lines), file=sys.stderr, flush=True)
 
@@ -3861,16 +3863,6 @@ def describe_upstream(server):
         text += ", through the proxy %s" % server.proxy
     return text
 
-def describe_paths(settings):
-    if settings.paths is None:
-        return "all"
-    return ", ".join("%s %s" % rule for rule in settings.paths)
-
-def describe_origins(settings):
-    if settings.any_origin:
-        return "any"
-    return ", ".join(settings.origins) or "none: browsers are refused"
-
 def warnings(server):
     settings = server.settings
     if server.capacity < settings.max_connections:
@@ -3884,17 +3876,19 @@ def warnings(server):
     if is_loopback(settings.host) and is_on_platform:
         yield "on this platform AIPROXY_HOST=0.0.0.0 is needed to be reached"
 
-def curl_command(server, model):
+def curl_command(server):
     """A command to paste that asks this server for something."""
     settings = server.settings
-    is_anthropic = settings.default_path in ANTHROPIC_PATHS
-    fields = ["Content-Type: application/json"]
+    model = (settings.models_shown or ["MODEL"])[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
-    if is_anthropic:
-        fields.append("anthropic-version: 2023-06-01")
+    fields = ["Content-Type: application/json"]
+    key_field = "Authorization: Bearer YOUR_KEY"
+    if settings.default_path in ANTHROPIC_PATHS:
         body["max_tokens"] = 256
+        fields.append("anthropic-version: 2023-06-01")
+        key_field = "x-api-key: YOUR_KEY"
     if settings.callers_need_key:
-        fields.append("x-api-key: YOUR_KEY" if is_anthropic else "Authorization: Bearer YOUR_KEY")
+        fields.append(key_field)
     options = " ".join("-H '%s'" % field for field in fields)
     return "curl -N %s%s %s \\\n  -d '%s'" % (
         server.url(), settings.default_path, options, json.dumps(body))
@@ -3911,14 +3905,12 @@ def tune_process():
 def stay_on_one_cpu():
     """CPython runs one thread at a time; on several CPUs the threads fight over whose turn it is.
 
-    Measured on two CPUs with 16 busy clients: 235 microseconds of CPU a request, 105 on one. For
-    more CPUs, run more copies.
+    Measured on two CPUs with 16 busy clients: 235 microseconds of CPU a request, 105 on one.
     """
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
     if hasattr(os, "sched_setaffinity") and has_lock:
-        cpus = sorted(os.sched_getaffinity(0))
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {random.choice(cpus)})
+            os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
 
 MALLOPT = (     # malloc.h
     (-8, 1),            # M_ARENA_MAX: one heap for all threads
@@ -4003,8 +3995,9 @@ FINISH_REASONS = {      # Cloudflare's: OpenAI's; any other is `stop`
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
-UUID = re.compile(r"\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
-ERROR_CLASSES = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+")
+# What no client needs of an error's message: the names of Cloudflare's classes, and uuids.
+NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
+                   r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 Call = collections.namedtuple("Call", (    # one request
@@ -4075,8 +4068,8 @@ def read_json(data, secrets, needed=""):
         raise unreadable()
     if isinstance(value.get("result"), dict) and value.get("success") is not False:
         value = value["result"]
-    # A Responses object has its error inside, and is relayed with it.
-    has_error = value.get("error") and value.get("object") != "response"
+    # A Responses object that is wanted has its error inside, and is relayed with it.
+    has_error = value.get("error") and needed != "output"
     is_error = "error" in (value.get("type"), value.get("object"))
     if has_error or is_error or value.get("errors") or value.get("success") is False:
         raise translate_error(200, value, secrets)
@@ -4102,8 +4095,6 @@ def read_response(body, secrets):
     data = read_json(body, secrets)
     choices = dicts(data.get("choices"))
     if "output" in data:
-        if data.get("status") == "failed":
-            raise translate_error(200, data, secrets)
         choices = [read_output(data)]
     elif not choices and {"response", "tool_calls", "finish_reason"} & set(data):
         choices = [{}]
@@ -4508,11 +4499,7 @@ def clean_message(message, secrets):
     return redact_message(message, secrets)[:MAX_MESSAGE_SHOWN]
 
 def strip_message(text):
-    """A message without uuids, the blanks before them, and the names of Cloudflare's classes."""
-    # Not by `\s*` in the pattern: at every blank of a long run it would try the rest of the run.
-    *before, rest = UUID.split(text)
-    text = "".join(piece.rstrip() for piece in before) + rest
-    return ERROR_CLASSES.sub("", text, count=1).strip()
+    return NOISE.sub("", text).strip()
 
 def redact_message(text, secrets):
     for secret in secrets:
@@ -4574,15 +4561,15 @@ MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 
 def prepare_workers(settings):
     """The account and the base URL. Raises SettingError."""
-    settings.account = settings.read_named("CLOUDFLARE_ACCOUNT_ID")
-    if not settings.account or not settings.provider_keys:
+    account = settings.read_named("CLOUDFLARE_ACCOUNT_ID")
+    if not account or not settings.provider_keys:
         raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and "
                            "CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit")
     upstream = settings.read_named("CLOUDFLARE_API_BASE_URL")
     upstream.provider = settings.upstream.provider
-    upstream.base += "/accounts/" + settings.account
+    upstream.base += "/accounts/" + account
     settings.upstream = upstream
-    settings.hidden_words = [settings.account.encode()]
+    settings.hidden_words = [account.encode()]
     settings.needs_model = True
     settings.has_body_rules = True
     if not settings.models:
@@ -4623,10 +4610,8 @@ class WorkersHandler(Handler):
 
     def check_path(self):
         super().check_path()
-        request = self.request
-        if request.method == "OPTIONS":
-            return
-        if request.method != "POST" or request.path not in WORKERS_PATHS:
+        is_call = self.request.method == "POST" and self.request.path in WORKERS_PATHS
+        if not is_call and self.request.method != "OPTIONS":
             raise ErrorResponse(404, "not_found", "Workers AI serves POST %s and GET /v1/models "
                                                   "here." % ", ".join(WORKERS_PATHS))
 
