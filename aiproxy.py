@@ -3956,6 +3956,7 @@ WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 en
 MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
+BROKEN_OFF = "The upstream broke off in the middle of this response."
 
 # What the client calls: the kind of its response, and the path under /accounts/{id}. Cloudflare's
 # OpenAI routes take messages, tools, images and unknown fields as OpenAI has them, and stream every
@@ -4320,16 +4321,13 @@ class StreamTranslator:
     def end(self, reason=None):
         """The last bytes, at the end of the upstream's body; `reason` is what broke it, if any."""
         out = b""
-        # A last event may lack its blank line.
-        if not reason and not self.is_complete():
-            out = self.feed(b"\n\n")
-        if self.done:
-            return out
-        if self.is_complete():
-            return out + b"".join(self.finish())
-        return out + self.fail(reason or ErrorResponse(
-            502, "upstream_bad_response",
-            "The upstream closed the connection early, in the middle of this response."))
+        if not (reason or self.is_complete()):
+            out = self.feed(b"\n\n")        # a last event may lack its blank line
+        if not self.done and self.is_complete():
+            out += b"".join(self.finish())
+        if not self.done:
+            out += self.fail(reason or upstream_error("upstream_bad_response", BROKEN_OFF))
+        return out
 
     def whole(self, body):
         """A whole JSON response as a stream: gpt-oss may respond so. Raises ErrorResponse."""
@@ -4570,6 +4568,7 @@ def prepare_workers(settings):
     upstream.base += "/accounts/" + account
     settings.upstream = upstream
     settings.hidden_words = [account.encode()]
+    settings.workers_secrets = [account] + [key.decode() for key in settings.provider_keys]
     settings.needs_model = True
     settings.has_body_rules = True
     if not settings.models:
@@ -4635,7 +4634,7 @@ class WorkersHandler(Handler):
             exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"")
             try:
                 body = self.read_whole(exchange)
-                page = read_catalogue_page(exchange.status, body, self.secrets())
+                page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
             finally:
                 exchange.close()
             if not page:
@@ -4643,15 +4642,12 @@ class WorkersHandler(Handler):
             items += page
         return items
 
-    def secrets(self):
-        return tuple(word.decode() for word in self.settings.upstream_secrets)
-
     def apply_body_rules(self, body):
         members, changes = self.check_body(body)
         request = self.request
         model = self.settings.aliases.get(request.model, request.model)
         self.call = translate_request(request.path, body, members, model, request.model,
-                                      self.secrets(), changes)
+                                      self.settings.workers_secrets, changes)
         return self.call.body
 
     def ask_upstream(self, body):
@@ -4745,8 +4741,7 @@ class WorkersHandler(Handler):
             piece = exchange.read()
         except (OSError, ProtocolError) as error:
             code = "upstream_timeout" if isinstance(error, socket.timeout) else "upstream_died"
-            return translator.end(upstream_error(
-                code, "The upstream broke off in the middle of this response."))
+            return translator.end(upstream_error(code, BROKEN_OFF))
         return translator.feed(piece) if piece else translator.end()
 
     def send_error_response(self, error):
