@@ -278,6 +278,7 @@ BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
 SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'*/ -]+")    # what `*` in a path may be, decoded
 
 NO_RETRY = (b"x-should-retry", b"false")        # the SDKs retry 5xx unless a header forbids it
+JSON_TYPE = (b"Content-Type", b"application/json")
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -590,13 +591,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.address = network_of(self.client_address[0])
         self.settings = self.server.settings
         self.is_first_request = True
-        self.reset_on_close = False         # a cut HTTP/1.0 response has no other sign of it
-        self.start_request()
 
     def start_request(self):
         self.request = None                 # a Request, once its head has been read
         self.upload = None                  # its body, an Upload
         self.head_sent = False
+        self.ends_by_close = False          # does only the connection's end end the response?
         self.record = Record(self.client_address[0])
         self.close_connection = True        # until a response has gone out whole
 
@@ -621,34 +621,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
-        if self.server.closing:
-            self.close_connection = True
 
     def read_request(self):
-        """Wait for the next request and read its head."""
+        """Wait for the next request and read its head. A silent kept-alive client is let go."""
         is_first = self.is_first_request
         self.is_first_request = False
-        self.head_deadline = self.record.began + HEAD_SECONDS
+        connected = self.record.began
         if not self.client.buffer:
-            self.wait_while_idle(HEAD_SECONDS if is_first else IDLE_SECONDS, is_first)
+            self.server.mark_idle(self)
+            arrived = self.client.wait_readable(HEAD_SECONDS if is_first else IDLE_SECONDS)
+            is_evicted = not self.server.mark_busy(self)
+            if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
+                raise ClientGone("idle")
         self.record.began = time.monotonic()
-        if not is_first:
-            self.head_deadline = self.record.began + HEAD_SECONDS
+        self.head_deadline = HEAD_SECONDS + (connected if is_first else self.record.began)
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
         self.request = Request(first_line, headers, self.address)
         self.record.method = self.request.method
         self.record.path = self.request.path
-
-    def wait_while_idle(self, seconds, is_first):
-        """Wait for the first bytes of a request. A silent kept-alive client is let go."""
-        self.server.mark_idle(self)
-        arrived = self.client.wait_readable(seconds)
-        is_evicted = not self.server.mark_busy(self)
-        if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
-            raise ClientGone("idle")
-        if arrived and not self.client.fill():
-            raise ClientGone()
 
     def read_more_head(self):
         """Wait for more bytes of a head. A deadline for all of it stops a slowloris."""
@@ -669,14 +660,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
-        check_host_allowed(request, settings)               # 403
-        check_origin(request, settings)                     # 403
         upgrade = self.find_upgrade()
-        self.check_client()                                 # 400 401
+        self.check_caller()                                 # 403 400 401
         if settings.provider_keys:
             request.path = normalize_path(request.path)
-        if self.has_model_list():
-            return self.send_json(find_model(request.path, self.list_models()))     # 404 502
+        models = self.list_models() if is_model_list(request) else None     # 502
+        if models is not None:
+            return self.send_json(find_model(request.path, models))     # 404
         self.check_path()                                   # 404 405
         if request.method == "OPTIONS" and settings.provider_keys:
             return self.send_response(204, [allow_header(request.path, settings)])
@@ -684,9 +674,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             upgrade.check(request, settings)                # 400 403
         for check in self.server.checks:
             check(self)                                     # 429
-        body = self.read_body()                             # 408 413 415
-        if request.is_inspected:
-            body = self.apply_body_rules(body)              # 400 403
+        body = self.read_body()                             # 408 413 415 400 403
         if upgrade:
             return upgrade.relay(self)                      # 502 504
         return self.relay(self.ask_upstream(body))          # 502 504
@@ -707,9 +695,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.path = request.path
         check_expectation(request)                          # 417
 
-    def check_client(self):
-        """The client key; its name is for the log and the rates."""
-        check_client_key(self.request, self.settings)
+    def check_caller(self):
+        """By what name it reached us, from which page, with which client key.
+
+        The key's name is for the log and the rates.
+        """
+        check_host_allowed(self.request, self.settings)     # 403
+        check_origin(self.request, self.settings)           # 403
+        check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
             self.request.caller = self.request.client_name
@@ -741,39 +734,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_json(describe_api(self.settings))
         health = {"status": "healthy", "timestamp": int(time.time())}
         with contextlib.suppress(ErrorResponse, ProtocolError):
-            check_host_allowed(self.request, self.settings)
-            check_origin(self.request, self.settings)
-            self.check_client()
+            self.check_caller()
             health["models"] = self.settings.models_shown
         return self.send_json(health)
 
-    def has_model_list(self):
-        """Is this a request for a model list that is ours to give?"""
-        return bool(self.settings.models) and is_model_list(self.request)
-
     def list_models(self):
-        """The items of the model list, in OpenAI's form."""
+        """The items of the model list, in OpenAI's form; None if it is the upstream's to give."""
+        if not self.settings.models:
+            return None
         return [{"id": name, "object": "model", "created": self.server.started,
                  "owned_by": "aiproxy"} for name in self.settings.models_shown]
 
     # -- the request's body
 
     def read_body(self):
-        """What is needed of the body now: all of it if it is small or rules apply, else a part."""
+        """What may go up of the body now: all of it if it is small or rules apply, else a part."""
         request = self.request
-        settings = self.settings
         upload = self.upload
-        request.is_inspected = needs_body_inspection(request, settings)
+        request.is_inspected = needs_body_inspection(request, self.settings)
         if request.is_inspected:
             check_content_coding(request)                   # 415
-        if request.is_inspected or settings.provider_keys:
-            upload.limit = settings.max_body
+        if request.is_inspected or self.settings.provider_keys:
+            upload.limit = self.settings.max_body
         upload.check_limit()                                # 413
         expects = b"expect" in request.headers and not request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.is_inspected:
-            return upload.read_up_to(math.inf)
+            return self.apply_body_rules(upload.read_up_to(math.inf))       # 400 403
         return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
 
     def apply_body_rules(self, body):
@@ -788,9 +776,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Its members, and the changes that the limits of part two want."""
         members = parse_object(body)
         check_spelling(members)
-        self.request.model = named_model(members, self.settings)
-        self.record.model = self.request.model
-        check_model(self.request.model, self.settings)
+        model = named_model(members, self.settings)
+        self.request.model = model
+        self.record.model = model
+        check_model(model, self.settings)
         changes = {}
         for rule in self.server.body_rules:
             changes.update(rule(members, self.request.path, self.settings))
@@ -815,8 +804,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request.upgrade = self.request.upgrade
             request.wait = self.wait_for_upstream
             exchange = self.server.opener.open(request, timeout=settings.timeout)
-            self.record.upstream_status = exchange.status
             exchange.drop_fields_with(settings.upstream_secrets)
+            self.record.upstream_status = exchange.status
+            upstream_id = (exchange.headers.get(b"x-request-id")
+                           or exchange.headers.get(b"request-id"))
+            if upstream_id:
+                self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
         return self.server.use_key(send, may_repeat=self.upload.done)
@@ -845,90 +838,61 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             secret_filter = self.check_for_key(exchange)    # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
-            must_close = self.must_close()
-            headers = self.relayed_headers(exchange, is_chunked, must_close)
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
             if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
-            # Until all has gone well. To HTTP/1.0, a plain end would look like the end of the body.
-            self.reset_on_close = self.request.is_http10 and exchange.length is None
-            self.start_response(exchange.status, exchange.reason, headers, first_bytes)
-            self.record.mark_first_byte()
+            headers = downstream_headers(exchange.headers, self.settings)
+            self.start_response(exchange.status, exchange.reason, headers, first_bytes,
+                                exchange.length, is_chunked)
             if not job.outcome:
                 self.server.relay_loop.run_and_wait(job)
         finally:
             exchange.close()
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
-        if job.outcome == "ok":
-            self.reset_on_close = False
-            self.close_connection = must_close or self.server.closing
+        self.close_connection = self.must_close()
 
     def check_for_key(self, exchange):
         """502 for an error that says that our key is bad, or repeats it: not the client's business.
 
         Returns the filter for the rest of its body, None where there is nothing to look for.
         """
-        settings = self.settings
-        if not settings.provider_keys or exchange.status < 300:
+        if not self.settings.provider_keys or exchange.status < 300:
             return None
-        secret_filter = SecretFilter(settings.upstream_secrets)
+        secret_filter = SecretFilter(self.settings.upstream_secrets)
         if exchange.status != 401:
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
             if secret_filter.find(exchange.prefetched) < 0:
                 return secret_filter
         self.server.log.warn("the upstream answered %d and rejected or repeated the provider key"
                              % exchange.status)
-        raise ErrorResponse(502, "upstream_credentials_rejected", "The upstream rejected the "
-                            "proxy's own credentials. Its operator must fix AIPROXY_KEY.",
-                            headers=[NO_RETRY])
-
-    def relayed_headers(self, exchange, is_chunked, must_close):
-        """The header fields of a relayed response, framing included."""
-        headers = self.add_own_headers(self.end_to_end_headers(exchange), exchange.is_event_stream)
-        if is_chunked:
-            # Never with `Connection: close`: Node's fetch would take a cut for the end (Node 20).
-            return headers + [(b"Transfer-Encoding", b"chunked")]
-        if exchange.length is not None and exchange.status != 204:
-            headers.append((b"Content-Length", b"%d" % exchange.length))
-        if must_close:
-            headers.append((b"Connection", b"close"))
-        return headers
-
-    def end_to_end_headers(self, exchange):
-        """The upstream's header fields as they came; its request id becomes ours."""
-        upstream_id = exchange.headers.get(b"x-request-id") or exchange.headers.get(b"request-id")
-        if upstream_id:
-            self.record.id = upstream_id.decode("latin-1")[:200]
-        return downstream_headers(exchange.headers, self.settings)
-
-    def add_own_headers(self, headers, is_event_stream=False):
-        """What every response gets where the upstream sent none, and CORS."""
-        names = {name.lower() for name, _ in headers}
-        if b"date" not in names:                            # RFC 9110 section 6.6.1
-            headers.append((b"Date", http_date(int(time.time()))))
-        if b"x-request-id" not in names:
-            headers.append((b"x-request-id", self.record.id.encode("latin-1")))
-        if is_event_stream and b"x-accel-buffering" not in names:
-            headers.append((b"X-Accel-Buffering", b"no"))   # nginx in front would hold events back
-        if is_event_stream and b"cache-control" not in names:
-            headers.append((b"Cache-Control", b"no-cache"))
-        return headers + cors_headers(self.request, self.settings, names)
+        raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's "
+                             "own credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
 
     def must_close(self):
-        """Must the client connection end with this response?"""
-        return (self.request.is_http10 or b"close" in self.request.headers.connection
+        """Must the client connection end with this response? After an error of ours, always."""
+        request = self.request
+        return (self.record.outcome not in ("", "ok") or request.is_http10
+                or b"close" in request.headers.connection
                 or not self.upload.done or self.server.closing)
 
     # -- the writer of all heads
 
-    def start_response(self, status, reason, headers, first_bytes):
-        """Head and first bytes in one write: two would wait for each other's acknowledgement."""
+    def start_response(self, status, reason, headers, first_bytes=b"", length=None,
+                       is_chunked=False):
+        """Head and first bytes in one write: two would wait for each other's acknowledgement.
+
+        `length` is for Content-Length. Without one only HTTP/1.1 can see where a body is cut.
+        """
         self.record.status = status
+        self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
-        self.send_to_client(render_head(b"HTTP/1.1 %d %b" % (status, reason), headers)
-                            + first_bytes)
+        self.ends_by_close = length is None and self.request.is_http10
+        headers = headers + own_headers(headers, self.request, self.settings, self.record.id)
+        headers += framing_headers(status, length, is_chunked, self.must_close())
+        first_line = b"HTTP/1.1 %d %b" % (status, reason)
+        self.send_to_client(render_head(first_line, headers) + first_bytes)
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client takes nothing for STALL_SECONDS."""
@@ -938,50 +902,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone("client_stalled")
             sent += self.client.send_some(memoryview(data)[sent:])
 
-    def send_response(self, status, headers=(), content=b"", outcome="ok"):
+    def send_response(self, status, headers=(), content=b""):
         """Send a response that we have as a whole. The connection lives on if all is well."""
-        headers = self.add_own_headers(list(headers))
-        if status != 204:
-            headers.append((b"Content-Length", b"%d" % len(content)))
-        must_close = outcome != "ok" or self.must_close()
-        if must_close:
-            headers.append((b"Connection", b"close"))
-        reason = http.client.responses.get(status, "").encode()
         is_head = self.request is not None and self.request.method == "HEAD"
-        self.record.mark_first_byte()
-        self.start_response(status, reason, headers, b"" if is_head else content)
-        self.close_connection = must_close
-        self.record.outcome = outcome
-        self.record.bytes = 0 if is_head else len(content)
+        body = b"" if is_head else content
+        reason = http.client.responses.get(status, "").encode()
+        self.record.bytes = len(body)
+        self.start_response(status, reason, list(headers), body, len(content))
+        self.record.outcome = self.record.outcome or "ok"
+        self.close_connection = self.must_close()
 
     def send_json(self, value):
-        headers = [(b"Content-Type", b"application/json")]
-        self.send_response(200, headers, json.dumps(value).encode())
+        self.send_response(200, [JSON_TYPE], json.dumps(value).encode())
 
     def send_error_response(self, error):
         """Our own error. The connection closes: what follows is never read as a request."""
         self.record.outcome = error.code
         if self.head_sent:
             return
-        headers = error.headers + [(b"Content-Type", b"application/json")]
         try:
-            self.send_response(error.status, headers, render_error(error), error.code)
+            self.send_response(error.status, error.headers + [JSON_TYPE], render_error(error))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
-        if self.reset_on_close:
+        if self.ends_by_close and self.record.outcome != "ok":      # a cut has no other sign here
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        elif self.head_sent and not self.client.ended and self.may_have_unread_bytes():
-            self.server.relay_loop.submit(LingeringClose(self.client.sock))
-
-    def may_have_unread_bytes(self):
-        """Might bytes be unread? Closing would then send a reset, and that eats our response."""
-        if self.client.buffer or self.upload is None or not self.upload.done:
-            return True
-        return bool(self.client.receive())
+        elif self.head_sent and not self.client.ended:
+            # Closed with bytes unread it would send a reset, too, and that eats our response.
+            has_unread = self.client.buffer or self.client.receive()
+            if has_unread or self.upload is None or not self.upload.done:
+                self.server.relay_loop.submit(LingeringClose(self.client.sock))
 
 
 def use_first_key(send, may_repeat):
@@ -991,11 +944,6 @@ def use_first_key(send, may_repeat):
 def no_observer(record):
     """No one looks at the bytes of a response. See "Token counts"."""
     return None
-
-@functools.lru_cache(1)             # made once a second
-def http_date(now):
-    """A time as a Date field has it."""
-    return email.utils.formatdate(now, usegmt=True).encode()
 
 # ---- The checks ----------------------------------------------------------------------------------
 # Functions of a request and the settings, in the order in which they are made. Each returns, or
@@ -1514,8 +1462,7 @@ def upstream_headers(request, settings):
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
     if request.upgrade:
-        fields.append((b"Connection", b"Upgrade"))
-        fields.append((b"Upgrade", request.upgrade))
+        fields += [(b"Connection", b"Upgrade"), (b"Upgrade", request.upgrade)]
     return fields
 
 def goes_up(name, request, settings):
@@ -1541,6 +1488,37 @@ def downstream_headers(headers, settings):
         if not is_dropped and not low.startswith(b"access-control-"):
             fields.append(field)
     return fields
+
+def own_headers(headers, request, settings, request_id):
+    """What every response gets where `headers` has none, and CORS.
+
+    `request` is None if it could not be read.
+    """
+    present = {name.lower(): value for name, value in headers}
+    fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
+              (b"x-request-id", request_id.encode("latin-1"))]
+    if present.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
+        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
+        fields.append((b"Cache-Control", b"no-cache"))
+    missing = [field for field in fields if field[0].lower() not in present]
+    return missing + cors_headers(request, settings, present)
+
+def framing_headers(status, length, is_chunked, must_close):
+    """How the client sees where a response ends, and whether its connection does."""
+    if is_chunked:
+        # Never with `Connection: close`: Node's fetch would take a cut for the end (Node 20).
+        return [(b"Transfer-Encoding", b"chunked")]
+    fields = []
+    if length is not None and status != 204:
+        fields.append((b"Content-Length", b"%d" % length))
+    if must_close and status != 101:
+        fields.append((b"Connection", b"close"))
+    return fields
+
+@functools.lru_cache(1)             # made once a second
+def http_date(now):
+    """A time as a Date field has it."""
+    return email.utils.formatdate(now, usegmt=True).encode()
 
 def wanted_upgrade(headers):
     """The one protocol that a peer wants to change to, in lower case; b"" for none."""
@@ -2797,10 +2775,6 @@ class Record:
         """Made up only where nobody sets it: most upstreams name their responses."""
         return make_request_id()
 
-    def mark_first_byte(self):
-        if self.first_byte is None:
-            self.first_byte = time.monotonic() - self.began
-
     def as_dict(self, redact=str):
         """The fields of the log's line, in its order: seconds, bytes, None for what is unknown."""
         prompt_tokens, completion_tokens = None, None
@@ -3749,11 +3723,9 @@ class WebSocketUpgrade:
         settings = handler.settings
         headers = downstream_headers(exchange.headers, settings)
         headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-        headers += cors_headers(handler.request, settings)
         tunnel = Tunnel(handler.client, exchange.connection, settings.timeout)
         try:
-            handler.start_response(101, exchange.reason, headers, b"")
-            handler.record.mark_first_byte()
+            handler.start_response(101, exchange.reason, headers)
             handler.server.relay_loop.run_and_wait(tunnel)
         finally:
             exchange.close()
@@ -4678,9 +4650,6 @@ class WorkersHandler(Handler):
             raise ErrorResponse(404, "not_found", "Workers AI serves POST %s and GET /v1/models "
                                                   "here." % ", ".join(WORKERS_PATHS))
 
-    def has_model_list(self):
-        return is_model_list(self.request)
-
     def list_models(self):
         catalogue = self.settings.catalogue
         items = catalogue.items(self.read_catalogue)
@@ -4757,7 +4726,7 @@ class WorkersHandler(Handler):
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""
         headers = [(b"Content-Type", media_type)]
-        for name, value in self.end_to_end_headers(exchange):
+        for name, value in downstream_headers(exchange.headers, self.settings):
             low = name.lower()
             if not low.startswith(b"content-") and low not in (b"etag", b"last-modified"):
                 headers.append((name, value))
@@ -4785,13 +4754,7 @@ class WorkersHandler(Handler):
         translator = make_translator(self.call)
         is_chunked = not self.request.is_http10
         headers = self.translated_headers(exchange, b"text/event-stream; charset=utf-8")
-        headers = self.add_own_headers(headers, is_event_stream=True)
-        if is_chunked:
-            headers.append((b"Transfer-Encoding", b"chunked"))
-        else:
-            headers.append((b"Connection", b"close"))
-        self.reset_on_close = not is_chunked        # until all has gone well
-        self.start_response(200, b"OK", headers, b"")
+        self.start_response(200, b"OK", headers, is_chunked=is_chunked)
 
         def count_tokens():
             usage = translator.usage or {}
@@ -4804,14 +4767,12 @@ class WorkersHandler(Handler):
             if exchange.body.done:
                 exchange.close()            # the connection is free for others
             if events:
-                self.record.mark_first_byte()
                 self.record.bytes += len(events)
                 self.send_to_client(encode_chunk(events, is_chunked))
 
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
             return
-        self.reset_on_close = False
         if is_chunked:
             self.send_to_client(LAST_CHUNK)
             self.close_connection = self.must_close()
