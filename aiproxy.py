@@ -75,6 +75,7 @@ import functools
 import hmac
 import http.client
 import http.server
+import ipaddress
 import itertools
 import json
 import math
@@ -332,18 +333,15 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
     allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
     allow_reuse_port = False
+    timeout = 0.1                   # seconds until handle_request returns without a client
 
     def __init__(self, settings):
         self.settings = settings
         self.started = int(time.time())
-        self.closing = False        # no more clients, and none is kept alive
-        self.signalled = False      # a signal asks serve_forever to end
-
-        # Who is connected. `lock` guards the two counts.
-        self.lock = threading.Lock()
-        self.client_ended = threading.Condition(self.lock)
-        self.connections = 0
-        self.connections_by_client = collections.Counter()
+        self.closing = False        # after a signal: no more clients, and none is kept alive
+        # The client connections, each with the address it counts for. The condition guards them.
+        self.clients = {}
+        self.client_ended = threading.Condition()
         # The handlers whose clients are idle, and since when. No lock: adding, removing and
         # copying are single steps of a dict, and it is the removal that decides (mark_busy).
         self.idle = {}
@@ -382,12 +380,6 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self):
         """Bind without HTTPServer's look-up of our own name in the DNS."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def service_actions(self):
-        """Called by serve_forever between two clients: the safe place to end it after a signal."""
-        if self.signalled:
-            raise ServerStopped()
 
     def get_request(self):
         try:
@@ -400,71 +392,54 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Give the new client a thread. 503 over its own limit, or if no idle one can make room."""
         address = network_of(client_address[0])
-        with self.lock:
-            has_room = self.connections < self.capacity
-            self.connections += 1
-            self.connections_by_client[address] += 1
-            count = self.connections_by_client[address]
+        with self.client_ended:
+            has_room = len(self.clients) < self.capacity
+            self.clients[request] = address
+            count = list(self.clients.values()).count(address)
         over_client_limit = count > self.settings.max_per_client and not is_loopback(address)
         if over_client_limit or not (has_room or self.evict_idle(1)):
-            self.refuse_busy(request, address)
+            self.refuse_busy(request)
             return
-        # Where no thread can be started, submit() raises and yet keeps the call for a later thread.
-        # Whoever takes the socket out of this list has the client.
-        waiting = [request]
         try:
-            self.threads.submit(self.serve_client, waiting, client_address)
+            self.threads.submit(self.process_request_thread, request, client_address)
         except RuntimeError:
-            self.threads.shutdown(wait=False)       # its count of idle threads is wrong from now on
+            # No thread can be started. The executor keeps the call, which will find the socket
+            # closed, and its count of idle threads is wrong from now on.
+            self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
-            with contextlib.suppress(IndexError):
-                self.refuse_busy(waiting.pop(), address)
+            self.refuse_busy(request)
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
         return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
-    def serve_client(self, waiting, client_address):
-        """One client connection, from its first request to its end."""
-        try:
-            request = waiting.pop()
-        except IndexError:          # it has been refused
-            return
-        try:
-            self.finish_request(request, client_address)
-        except OSError:             # the client has just reset its connection
-            pass
-        except Exception as error:  # a fault of ours outside of any request
-            self.report_fault(error)
-        finally:
-            self.shutdown_request(request, network_of(client_address[0]))
-
-    def refuse_busy(self, request, address):
+    def refuse_busy(self, request):
         """503 from the accepting thread: one write that cannot block, then a lingering close."""
-        content = render_error(ErrorResponse(503, "server_busy", "Too many clients. Try again."))
-        headers = [(b"Content-Type", b"application/json"), (b"Connection", b"close"),
-                   (b"Content-Length", b"%d" % len(content)), (b"Retry-After", b"1"),
-                   (b"x-request-id", make_request_id().encode())]
-        headers += cors_headers(None, self.settings)
+        error = ErrorResponse(503, "server_busy", "Too many clients. Try again.",
+                              headers=[(b"Retry-After", b"1")])
+        content = render_error(error)
+        headers = error.headers + [JSON_TYPE]
+        headers += own_headers(headers, None, self.settings, make_request_id())
+        headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(b"HTTP/1.1 503 Service Unavailable", headers) + content)
             if len(self.relay_loop.jobs) < 2 * self.capacity:
                 self.relay_loop.submit(LingeringClose(request))
-        self.shutdown_request(request, address)
+        self.shutdown_request(request)
 
-    def shutdown_request(self, request, address=None):
+    def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
         request.close()
         with self.client_ended:
-            self.connections -= 1
-            self.connections_by_client[address] -= 1
-            if self.connections_by_client[address] <= 0:
-                del self.connections_by_client[address]
+            self.clients.pop(request, None)
             self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
-        self.report_fault(sys.exc_info()[1])
+        """A fault outside of any request. An OSError is a client that has reset its connection."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            self.report_fault(error)
 
     def report_fault(self, error):
         self.log.warn("fault: " + format_traceback(error))
@@ -495,22 +470,21 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
-        self.closing = True
         deadline = time.monotonic() + self.settings.grace
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
             while True:             # whoever is in the listener's queue counts as accepted
                 self.process_request(*self.socket.accept())
         self.socket.close()
-        while self.connections and time.monotonic() < deadline:
-            self.evict_idle(self.connections, min_age=0.5)
+        while self.clients and time.monotonic() < deadline:
+            self.evict_idle(len(self.clients), min_age=0.5)
             with self.client_ended:
                 self.client_ended.wait(0.1)
 
         self.relay_loop.stopping = True
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         with self.client_ended:
-            self.client_ended.wait_for(lambda: not self.connections, SHUTDOWN_SECONDS)
+            self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS)
         self.log.close(max(0.1, deadline - time.monotonic()))
 
     def url(self):
@@ -519,9 +493,6 @@ class Server(http.server.ThreadingHTTPServer):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
-
-class ServerStopped(Exception):
-    """A signal has asked serve_forever to end."""
 
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
@@ -542,14 +513,13 @@ def raise_file_limit(wanted):
 def network_of(address):
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
     try:
-        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
-    except (OSError, ValueError):
-        return address                              # IPv4, or what X-Forwarded-For held
-    if packed[:12] == b"\0" * 10 + b"\xff\xff":     # an IPv4 address as an IPv6 socket has it
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    if is_loopback(address):
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:              # what X-Forwarded-For held
         return address
-    return socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8))
+    ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
+    if ip.version == 4 or ip.is_loopback:
+        return str(ip)
+    return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
 
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
@@ -3340,10 +3310,9 @@ def serve(settings, on_start):
         return 1
 
     def on_signal(number, frame):
-        if server.signalled:
+        if server.closing:
             os._exit(0)                 # the second one: at once
         server.closing = True
-        server.signalled = True
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -3351,8 +3320,8 @@ def serve(settings, on_start):
     print_banner(server)                                # part two: Banner
     for function in on_start:
         threading.Thread(target=function, args=(server,), daemon=True).start()
-    with contextlib.suppress(ServerStopped):
-        server.serve_forever(0.1)
+    while not server.closing:
+        server.handle_request()
     server.stop()
     # The log is written. An ordinary exit would wait for the client threads, and some of them may
     # still be busy with streams that have just been cut.
