@@ -355,10 +355,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
 
         self.install_features()
-        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM, 0,
-                                   socket.AI_PASSIVE)
-        self.address_family = found[0][0]
-        super().__init__(found[0][4], settings.upstream.provider.handler or Handler)
+        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+        self.address_family = found[0]
+        super().__init__(found[4], settings.upstream.provider.handler or Handler)
         self.log.start()
         self.relay_loop.start()
 
@@ -666,10 +665,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_expectation(request)                          # 417
 
     def check_caller(self):
-        """By what name it reached us, from which page, with which client key.
-
-        The key's name is for the log and the rates.
-        """
+        """Its way to us, its page and its client key, whose name is for the log and the rates."""
         check_host_allowed(self.request, self.settings)     # 403
         check_origin(self.request, self.settings)           # 403
         check_client_key(self.request, self.settings)       # 400 401
@@ -772,7 +768,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields)
             request.set_body(body, self.upload)
             request.upgrade = self.request.upgrade
-            request.wait = self.wait_for_upstream
+            request.wait = functools.partial(wait_for_upstream, self.client)
             exchange = self.server.opener.open(request, timeout=settings.timeout)
             exchange.drop_fields_with(settings.upstream_secrets)
             self.record.upstream_status = exchange.status
@@ -784,29 +780,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         return self.server.use_key(send, may_repeat=self.upload.done)
 
-    def wait_for_upstream(self, connection, mask, seconds):
-        """Sleep until the upstream's connection is ready. ClientGone if the client leaves first.
-
-        socket.timeout after `seconds`.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            client = self.client if is_worth_watching(self.client) else None
-            ready = wait_ready(seconds, connection, mask, client)
-            if not ready:
-                raise socket.timeout()
-            if self.client in ready:
-                check_disconnected(self.client)
-            if connection in ready:
-                return
-            seconds = deadline - time.monotonic()
-
     # -- and back
 
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         try:
-            secret_filter = self.check_for_key(exchange)    # 502
+            secret_filter = check_for_key(exchange, self.settings)      # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
@@ -823,23 +802,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.outcome = job.outcome
         self.close_connection = self.must_close()
 
-    def check_for_key(self, exchange):
-        """502 for an error that says that our key is bad, or repeats it: not the client's business.
-
-        Returns the filter for the rest of its body, None where there is nothing to look for.
-        """
-        if not self.settings.provider_keys or exchange.status < 300:
-            return None
-        secret_filter = SecretFilter(self.settings.upstream_secrets)
-        if exchange.status != 401:
-            exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-            if secret_filter.find(exchange.prefetched) < 0:
-                return secret_filter
-        self.server.log.warn("the upstream answered %d and rejected or repeated the provider key"
-                             % exchange.status)
-        raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's "
-                             "own credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
-
     def must_close(self):
         """Must the client connection end with this response? After an error of ours, always."""
         request = self.request
@@ -851,10 +813,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def start_response(self, status, reason, headers, first_bytes=b"", length=None,
                        is_chunked=False):
-        """Head and first bytes in one write: two would wait for each other's acknowledgement.
-
-        `length` is for Content-Length. Without one only HTTP/1.1 can see where a body is cut.
-        """
+        """Head and first bytes in one write: two would wait for each other's acknowledgement."""
         self.record.status = status
         self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
@@ -888,6 +847,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error_response(self, error):
         """Our own error. The connection closes: what follows is never read as a request."""
         self.record.outcome = error.code
+        if NO_RETRY in error.headers:       # only the operator can fix it
+            self.server.log.warn("%s: %s (upstream status: %s)" % (
+                error.code, error.message, self.record.upstream_status))
         if self.head_sent:
             return
         try:
@@ -906,6 +868,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if has_unread or self.upload is None or not self.upload.done:
                 self.server.relay_loop.submit(LingeringClose(self.client.sock))
 
+
+def wait_for_upstream(client, connection, mask, seconds):
+    """Sleep until the upstream's connection is ready. ClientGone if the client leaves first.
+
+    socket.timeout after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        ready = wait_ready(seconds, connection, mask, client if is_worth_watching(client) else None)
+        if not ready:
+            raise socket.timeout()
+        if client in ready:
+            check_disconnected(client)
+        if connection in ready:
+            return
+        seconds = deadline - time.monotonic()
+
+def check_for_key(exchange, settings):
+    """502 for an error that says that our key is bad, or repeats it: not the client's business.
+
+    Returns the filter for the rest of its body, None where there is nothing to look for.
+    """
+    if not settings.provider_keys or exchange.status < 300:
+        return None
+    secret_filter = SecretFilter(settings.upstream_secrets)
+    if exchange.status != 401:
+        exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+        if secret_filter.find(exchange.prefetched) < 0:
+            return secret_filter
+    raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
+                         "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
 
 def use_first_key(send, may_repeat):
     """Send a request with the one provider key. See "Several provider keys" for more."""
@@ -1420,12 +1413,9 @@ def upstream_headers(request, settings):
     A client key is never among them.
     """
     fields = [(b"Host", settings.upstream.netloc)]
-    for field in request.headers.fields:
-        low = field[0].lower()
-        is_for_one_hop = low in request.headers.connection
-        # CGI-like servers take `_` for `-`.
-        if not is_for_one_hop and goes_up(low.replace(b"_", b"-"), request, settings):
-            fields.append(field)
+    for name, value in request.headers.fields:
+        if goes_up(name.lower(), request, settings):
+            fields.append((name, value))
     if request.is_inspected:
         fields.append((b"Content-Type", b"application/json"))
     if settings.provider_keys:
@@ -1435,12 +1425,15 @@ def upstream_headers(request, settings):
         fields += [(b"Connection", b"Upgrade"), (b"Upgrade", request.upgrade)]
     return fields
 
-def goes_up(name, request, settings):
+def goes_up(low, request, settings):
     """May a field of this name, in lower case, go up as it came?"""
-    if name in DROPPED_REQUEST_FIELDS or name.startswith(DROPPED_REQUEST_PREFIXES):
+    name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
+    if low in request.headers.connection or name in DROPPED_REQUEST_FIELDS:
         return False
-    if name == b"content-type" and request.is_inspected:
+    if name.startswith(DROPPED_REQUEST_PREFIXES):
         return False
+    if request.is_inspected and name == b"content-type":
+        return False                    # ours says that it is JSON
     has_own_keys = settings.provider_keys or settings.client_keys
     if has_own_keys and name in CLIENT_KEY_FIELDS:
         return False
@@ -1451,12 +1444,12 @@ def goes_up(name, request, settings):
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
     dropped = DROPPED_ACCOUNT_FIELDS if settings.provider_keys else DROPPED_RESPONSE_FIELDS
+    dropped = dropped.union(headers.connection)
     fields = []
-    for field in headers.fields:
-        low = field[0].lower()
-        is_dropped = low in dropped or low in headers.connection
-        if not is_dropped and not low.startswith(b"access-control-"):
-            fields.append(field)
+    for name, value in headers.fields:
+        low = name.lower()
+        if low not in dropped and not low.startswith(b"access-control-"):
+            fields.append((name, value))
     return fields
 
 def own_headers(headers, request, settings, request_id):
@@ -1493,9 +1486,8 @@ def http_date(now):
 def wanted_upgrade(headers):
     """The one protocol that a peer wants to change to, in lower case; b"" for none."""
     protocols = headers.elements(b"upgrade")
-    if b"upgrade" not in headers.connection or len(protocols) != 1:
-        return b""
-    return protocols[0].lower()
+    is_wanted = b"upgrade" in headers.connection and len(protocols) == 1
+    return protocols[0].lower() if is_wanted else b""
 
 # ---- The upstream --------------------------------------------------------------------------------
 # urllib.request is the way up: a Request, and an opener with the environment's proxy and a handler
@@ -4759,11 +4751,6 @@ class WorkersHandler(Handler):
                 "upstream_died", "The upstream closed the connection in the middle of this "
                                  "response."))
         return translator.feed(piece) if piece else translator.end()
-
-    def send_error_response(self, error):
-        if error.code in OPERATOR_ERRORS:
-            self.server.log.warn("%s: %s" % (error.code, error.message))
-        super().send_error_response(error)
 
 def parse_account(text):
     takes = "the id of an account: letters and digits"
