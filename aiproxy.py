@@ -76,6 +76,7 @@ import functools
 import hmac
 import http.client
 import http.server
+import ipaddress
 import itertools
 import json
 import math
@@ -279,6 +280,7 @@ BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
 SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'*/ -]+")    # what `*` in a path may be, decoded
 
 NO_RETRY = (b"x-should-retry", b"false")        # the SDKs retry 5xx unless a header forbids it
+JSON_TYPE = (b"Content-Type", b"application/json")
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -332,18 +334,15 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
     allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
     allow_reuse_port = False
+    timeout = 0.1                   # seconds until handle_request returns without a client
 
     def __init__(self, settings):
         self.settings = settings
         self.started = int(time.time())
-        self.closing = False        # no more clients, and none is kept alive
-        self.signalled = False      # a signal asks serve_forever to end
-
-        # Who is connected. `lock` guards the two counts.
-        self.lock = threading.Lock()
-        self.client_ended = threading.Condition(self.lock)
-        self.connections = 0
-        self.connections_by_client = collections.Counter()
+        self.closing = False        # after a signal: no more clients, and none is kept alive
+        # The client connections, each with the address it counts for. The condition guards them.
+        self.clients = {}
+        self.client_ended = threading.Condition()
         # The handlers whose clients are idle, and since when. No lock: adding, removing and
         # copying are single steps of a dict, and it is the removal that decides (mark_busy).
         self.idle = {}
@@ -357,10 +356,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
 
         self.install_features()
-        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM, 0,
-                                   socket.AI_PASSIVE)
-        self.address_family = found[0][0]
-        super().__init__(found[0][4], settings.upstream.provider.handler or Handler)
+        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+        self.address_family = found[0]
+        super().__init__(found[4], settings.upstream.provider.handler or Handler)
         self.log.start()
         self.relay_loop.start()
 
@@ -384,12 +382,6 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self):
         """Bind without HTTPServer's look-up of our own name in the DNS."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def service_actions(self):
-        """Called by serve_forever between two clients: the safe place to end it after a signal."""
-        if self.signalled:
-            raise ServerStopped()
 
     def get_request(self):
         try:
@@ -402,71 +394,54 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Give the new client a thread. 503 over its own limit, or if no idle one can make room."""
         address = network_of(client_address[0])
-        with self.lock:
-            has_room = self.connections < self.capacity
-            self.connections += 1
-            self.connections_by_client[address] += 1
-            count = self.connections_by_client[address]
+        with self.client_ended:
+            has_room = len(self.clients) < self.capacity
+            self.clients[request] = address
+            count = list(self.clients.values()).count(address)
         over_client_limit = count > self.settings.max_per_client and not is_loopback(address)
         if over_client_limit or not (has_room or self.evict_idle(1)):
-            self.refuse_busy(request, address)
+            self.refuse_busy(request)
             return
-        # Where no thread can be started, submit() raises and yet keeps the call for a later thread.
-        # Whoever takes the socket out of this list has the client.
-        waiting = [request]
         try:
-            self.threads.submit(self.serve_client, waiting, client_address)
+            self.threads.submit(self.process_request_thread, request, client_address)
         except RuntimeError:
-            self.threads.shutdown(wait=False)       # its count of idle threads is wrong from now on
+            # No thread can be started. The executor keeps the call, which will find the socket
+            # closed, and its count of idle threads is wrong from now on.
+            self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
-            with contextlib.suppress(IndexError):
-                self.refuse_busy(waiting.pop(), address)
+            self.refuse_busy(request)
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
         return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
-    def serve_client(self, waiting, client_address):
-        """One client connection, from its first request to its end."""
-        try:
-            request = waiting.pop()
-        except IndexError:          # it has been refused
-            return
-        try:
-            self.finish_request(request, client_address)
-        except OSError:             # the client has just reset its connection
-            pass
-        except Exception as error:  # a fault of ours outside of any request
-            self.report_fault(error)
-        finally:
-            self.shutdown_request(request, network_of(client_address[0]))
-
-    def refuse_busy(self, request, address):
+    def refuse_busy(self, request):
         """503 from the accepting thread: one write that cannot block, then a lingering close."""
-        content = render_error(ErrorResponse(503, "server_busy", "Too many clients. Try again."))
-        headers = [(b"Content-Type", b"application/json"), (b"Connection", b"close"),
-                   (b"Content-Length", b"%d" % len(content)), (b"Retry-After", b"1"),
-                   (b"x-request-id", make_request_id().encode())]
-        headers += cors_headers(None, self.settings)
+        error = ErrorResponse(503, "server_busy", "Too many clients. Try again.",
+                              headers=[(b"Retry-After", b"1")])
+        content = render_error(error)
+        headers = error.headers + [JSON_TYPE]
+        headers += own_headers(headers, None, self.settings, make_request_id())
+        headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(b"HTTP/1.1 503 Service Unavailable", headers) + content)
             if len(self.relay_loop.jobs) < 2 * self.capacity:
                 self.relay_loop.submit(LingeringClose(request))
-        self.shutdown_request(request, address)
+        self.shutdown_request(request)
 
-    def shutdown_request(self, request, address=None):
+    def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
         request.close()
         with self.client_ended:
-            self.connections -= 1
-            self.connections_by_client[address] -= 1
-            if self.connections_by_client[address] <= 0:
-                del self.connections_by_client[address]
+            self.clients.pop(request, None)
             self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
-        self.report_fault(sys.exc_info()[1])
+        """A fault outside of any request. An OSError is a client that has reset its connection."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            self.report_fault(error)
 
     def report_fault(self, error):
         self.log.warn("fault: " + format_traceback(error))
@@ -497,22 +472,21 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
-        self.closing = True
         deadline = time.monotonic() + self.settings.grace
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
             while True:             # whoever is in the listener's queue counts as accepted
                 self.process_request(*self.socket.accept())
         self.socket.close()
-        while self.connections and time.monotonic() < deadline:
-            self.evict_idle(self.connections, min_age=0.5)
+        while self.clients and time.monotonic() < deadline:
+            self.evict_idle(len(self.clients), min_age=0.5)
             with self.client_ended:
                 self.client_ended.wait(0.1)
 
         self.relay_loop.stopping = True
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         with self.client_ended:
-            self.client_ended.wait_for(lambda: not self.connections, SHUTDOWN_SECONDS)
+            self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS)
         self.log.close(max(0.1, deadline - time.monotonic()))
 
     def url(self):
@@ -521,9 +495,6 @@ class Server(http.server.ThreadingHTTPServer):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
-
-class ServerStopped(Exception):
-    """A signal has asked serve_forever to end."""
 
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
@@ -544,14 +515,13 @@ def raise_file_limit(wanted):
 def network_of(address):
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
     try:
-        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
-    except (OSError, ValueError):
-        return address                              # IPv4, or what X-Forwarded-For held
-    if packed[:12] == b"\0" * 10 + b"\xff\xff":     # an IPv4 address as an IPv6 socket has it
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    if is_loopback(address):
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:              # what X-Forwarded-For held
         return address
-    return socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8))
+    ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
+    if ip.version == 4 or ip.is_loopback:
+        return str(ip)
+    return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
 
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
@@ -593,13 +563,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.address = network_of(self.client_address[0])
         self.settings = self.server.settings
         self.is_first_request = True
-        self.reset_on_close = False         # a cut HTTP/1.0 response has no other sign of it
-        self.start_request()
 
     def start_request(self):
         self.request = None                 # a Request, once its head has been read
         self.upload = None                  # its body, an Upload
         self.head_sent = False
+        self.ends_by_close = False          # does only the connection's end end the response?
         self.record = Record(self.client_address[0])
         self.close_connection = True        # until a response has gone out whole
 
@@ -624,34 +593,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
-        if self.server.closing:
-            self.close_connection = True
 
     def read_request(self):
-        """Wait for the next request and read its head."""
+        """Wait for the next request and read its head. A silent kept-alive client is let go."""
         is_first = self.is_first_request
         self.is_first_request = False
-        self.head_deadline = self.record.began + HEAD_SECONDS
+        connected = self.record.began
         if not self.client.buffer:
-            self.wait_while_idle(HEAD_SECONDS if is_first else IDLE_SECONDS, is_first)
+            self.server.mark_idle(self)
+            arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
+            is_evicted = not self.server.mark_busy(self)
+            if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
+                raise ClientGone("idle")
         self.record.began = time.monotonic()
-        if not is_first:
-            self.head_deadline = self.record.began + HEAD_SECONDS
+        self.head_deadline = HEAD_SECONDS + (connected if is_first else self.record.began)
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
         self.request = Request(first_line, headers, self.address)
         self.record.method = self.request.method
         self.record.path = self.request.path
-
-    def wait_while_idle(self, seconds, is_first):
-        """Wait for the first bytes of a request. A silent kept-alive client is let go."""
-        self.server.mark_idle(self)
-        arrived = wait_ready(seconds, self.client, READ)
-        is_evicted = not self.server.mark_busy(self)
-        if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
-            raise ClientGone("idle")
-        if arrived and not self.client.fill():
-            raise ClientGone()
 
     def read_more_head(self):
         """Wait for more bytes of a head. A deadline for all of it stops a slowloris."""
@@ -672,14 +632,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
-        check_host_allowed(request, settings)               # 403
-        check_origin(request, settings)                     # 403
         upgrade = self.find_upgrade()
-        self.check_client()                                 # 400 401
+        self.check_caller()                                 # 403 400 401
         if settings.provider_keys:
             request.path = normalize_path(request.path)
-        if self.has_model_list():
-            return self.send_json(find_model(request.path, self.list_models()))     # 404 502
+        models = self.list_models() if is_model_list(request) else None     # 502
+        if models is not None:
+            return self.send_json(find_model(request.path, models))     # 404
         self.check_path()                                   # 404 405
         if request.method == "OPTIONS" and settings.provider_keys:
             return self.send_response(204, [allow_header(request.path, settings)])
@@ -687,9 +646,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             upgrade.check(request, settings)                # 400 403
         for check in self.server.checks:
             check(self)                                     # 429
-        body = self.read_body()                             # 408 413 415
-        if request.is_inspected:
-            body = self.apply_body_rules(body)              # 400 403
+        body = self.read_body()                             # 408 413 415 400 403
         if upgrade:
             return upgrade.relay(self)                      # 502 504
         return self.relay(self.ask_upstream(body))          # 502 504
@@ -711,9 +668,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.path = request.path
         check_expectation(request)                          # 417
 
-    def check_client(self):
-        """The client key; its name is for the log and the rates."""
-        check_client_key(self.request, self.settings)
+    def check_caller(self):
+        """Its way to us, its page and its client key, whose name is for the log and the rates."""
+        check_host_allowed(self.request, self.settings)     # 403
+        check_origin(self.request, self.settings)           # 403
+        check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
             self.request.caller = self.request.client_name
@@ -745,39 +704,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_json(describe_api(self.settings))
         health = {"status": "healthy", "timestamp": int(time.time())}
         with contextlib.suppress(ErrorResponse, ProtocolError):
-            check_host_allowed(self.request, self.settings)
-            check_origin(self.request, self.settings)
-            self.check_client()
+            self.check_caller()
             health["models"] = self.settings.models_shown
         return self.send_json(health)
 
-    def has_model_list(self):
-        """Is this a request for a model list that is ours to give?"""
-        return bool(self.settings.models) and is_model_list(self.request)
-
     def list_models(self):
-        """The items of the model list, in OpenAI's form."""
+        """The items of the model list, in OpenAI's form; None if it is the upstream's to give."""
+        if not self.settings.models:
+            return None
         return [{"id": name, "object": "model", "created": self.server.started,
                  "owned_by": "aiproxy"} for name in self.settings.models_shown]
 
     # -- the request's body
 
     def read_body(self):
-        """What is needed of the body now: all of it if it is small or rules apply, else a part."""
+        """What may go up of the body now: all of it if it is small or rules apply, else a part."""
         request = self.request
-        settings = self.settings
         upload = self.upload
-        request.is_inspected = needs_body_inspection(request, settings)
+        request.is_inspected = needs_body_inspection(request, self.settings)
         if request.is_inspected:
             check_content_coding(request)                   # 415
-        if request.is_inspected or settings.provider_keys:
-            upload.limit = settings.max_body
+        if request.is_inspected or self.settings.provider_keys:
+            upload.limit = self.settings.max_body
         upload.check_limit()                                # 413
         expects = b"expect" in request.headers and not request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.is_inspected:
-            return upload.read_up_to(math.inf)
+            return self.apply_body_rules(upload.read_up_to(math.inf))       # 400 403
         return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
 
     def apply_body_rules(self, body):
@@ -792,9 +746,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Its members, and the changes that the limits of part two want."""
         members = parse_object(body)
         check_spelling(members)
-        self.request.model = named_model(members, self.settings)
-        self.record.model = self.request.model
-        check_model(self.request.model, self.settings)
+        model = named_model(members, self.settings)
+        self.request.model = model
+        self.record.model = model
+        check_model(model, self.settings)
         changes = {}
         for rule in self.server.body_rules:
             changes.update(rule(members, self.request.path, self.settings))
@@ -817,122 +772,60 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
                                       body, self.upload)
             request.upgrade = self.request.upgrade
-            request.wait = self.wait_for_upstream
+            request.wait = functools.partial(wait_for_upstream, self.client)
             exchange = self.server.opener.open(request, timeout=settings.timeout)
-            self.record.upstream_status = exchange.status
             exchange.drop_fields_with(settings.upstream_secrets)
+            self.record.upstream_status = exchange.status
+            upstream_id = (exchange.headers.get(b"x-request-id")
+                           or exchange.headers.get(b"request-id"))
+            if upstream_id:
+                self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
         return self.server.use_key(send, may_repeat=self.upload.done)
-
-    def wait_for_upstream(self, connection, mask, seconds):
-        """Sleep until the upstream's connection is ready. ClientGone if the client leaves first.
-
-        socket.timeout after `seconds`.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            client = self.client if is_worth_watching(self.client) else None
-            ready = wait_ready(seconds, connection, mask, client)
-            if not ready:
-                raise socket.timeout()
-            if self.client in ready and has_disconnected(self.client):
-                raise ClientGone()
-            if connection in ready:
-                return
-            seconds = deadline - time.monotonic()
 
     # -- and back
 
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         try:
-            secret_filter = self.check_for_key(exchange)    # 502
+            secret_filter = check_for_key(exchange, self.settings)      # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
-            must_close = self.must_close()
-            headers = self.relayed_headers(exchange, is_chunked, must_close)
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
             if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
-            # Until all has gone well. To HTTP/1.0, a plain end would look like the end of the body.
-            self.reset_on_close = self.request.is_http10 and exchange.length is None
-            self.start_response(exchange.status, exchange.reason, headers, first_bytes)
-            self.record.mark_first_byte()
+            headers = downstream_headers(exchange.headers, self.settings)
+            self.start_response(exchange.status, exchange.reason, headers, first_bytes,
+                                exchange.length, is_chunked)
             if not job.outcome:
                 self.server.relay_loop.run_and_wait(job)
         finally:
             exchange.close()
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
-        if job.outcome == "ok":
-            self.reset_on_close = False
-            self.close_connection = must_close or self.server.closing
-
-    def check_for_key(self, exchange):
-        """502 for an error that says that our key is bad, or repeats it: not the client's business.
-
-        Returns the filter for the rest of its body, None where there is nothing to look for.
-        """
-        settings = self.settings
-        if not settings.provider_keys or exchange.status < 300:
-            return None
-        secret_filter = SecretFilter(settings.upstream_secrets)
-        if exchange.status != 401:
-            exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-            if secret_filter.find(exchange.prefetched) < 0:
-                return secret_filter
-        self.server.log.warn("the upstream answered %d and rejected or repeated the provider key"
-                             % exchange.status)
-        raise ErrorResponse(502, "upstream_credentials_rejected", "The upstream rejected the "
-                            "proxy's own credentials. Its operator must fix AIPROXY_KEY.",
-                            headers=[NO_RETRY])
-
-    def relayed_headers(self, exchange, is_chunked, must_close):
-        """The header fields of a relayed response, framing included."""
-        headers = self.add_own_headers(self.end_to_end_headers(exchange), exchange.is_event_stream)
-        if is_chunked:
-            # Never with `Connection: close`: Node's fetch would take a cut for the end (Node 20).
-            return headers + [(b"Transfer-Encoding", b"chunked")]
-        if exchange.length is not None and exchange.status != 204:
-            headers.append((b"Content-Length", b"%d" % exchange.length))
-        if must_close:
-            headers.append((b"Connection", b"close"))
-        return headers
-
-    def end_to_end_headers(self, exchange):
-        """The upstream's header fields as they came; its request id becomes ours."""
-        upstream_id = exchange.headers.get(b"x-request-id") or exchange.headers.get(b"request-id")
-        if upstream_id:
-            self.record.id = upstream_id.decode("latin-1")[:200]
-        return downstream_headers(exchange.headers, self.settings)
-
-    def add_own_headers(self, headers, is_event_stream=False):
-        """What every response gets where the upstream sent none, and CORS."""
-        names = {name.lower() for name, _ in headers}
-        if b"date" not in names:                            # RFC 9110 section 6.6.1
-            headers.append((b"Date", http_date(int(time.time()))))
-        if b"x-request-id" not in names:
-            headers.append((b"x-request-id", self.record.id.encode("latin-1")))
-        if is_event_stream and b"x-accel-buffering" not in names:
-            headers.append((b"X-Accel-Buffering", b"no"))   # nginx in front would hold events back
-        if is_event_stream and b"cache-control" not in names:
-            headers.append((b"Cache-Control", b"no-cache"))
-        return headers + cors_headers(self.request, self.settings, names)
+        self.close_connection = self.must_close()
 
     def must_close(self):
-        """Must the client connection end with this response?"""
-        return (self.request.is_http10 or b"close" in self.request.headers.connection
+        """Must the client connection end with this response? After an error of ours, always."""
+        request = self.request
+        return (self.record.outcome not in ("", "ok") or request.is_http10
+                or b"close" in request.headers.connection
                 or not self.upload.done or self.server.closing)
 
     # -- the writer of all heads
 
-    def start_response(self, status, reason, headers, first_bytes):
+    def start_response(self, status, reason, headers, first_bytes=b"", length=None,
+                       is_chunked=False):
         """Head and first bytes in one write: two would wait for each other's acknowledgement."""
         self.record.status = status
+        self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
-        self.send_to_client(render_head(b"HTTP/1.1 %d %b" % (status, reason), headers)
-                            + first_bytes)
+        self.ends_by_close = length is None and self.request.is_http10
+        headers = headers + own_headers(headers, self.request, self.settings, self.record.id)
+        headers += framing_headers(status, length, is_chunked, self.must_close())
+        first_line = b"HTTP/1.1 %d %b" % (status, reason)
+        self.send_to_client(render_head(first_line, headers) + first_bytes)
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client takes nothing for STALL_SECONDS."""
@@ -942,51 +835,74 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone("client_stalled")
             sent += self.client.send_some(memoryview(data)[sent:])
 
-    def send_response(self, status, headers=(), content=b"", outcome="ok"):
+    def send_response(self, status, headers=(), content=b""):
         """Send a response that we have as a whole. The connection lives on if all is well."""
-        headers = self.add_own_headers(list(headers))
-        if status != 204:
-            headers.append((b"Content-Length", b"%d" % len(content)))
-        must_close = outcome != "ok" or self.must_close()
-        if must_close:
-            headers.append((b"Connection", b"close"))
-        reason = http.client.responses.get(status, "").encode()
         is_head = self.request is not None and self.request.method == "HEAD"
-        self.record.mark_first_byte()
-        self.start_response(status, reason, headers, b"" if is_head else content)
-        self.close_connection = must_close
-        self.record.outcome = outcome
-        self.record.bytes = 0 if is_head else len(content)
+        body = b"" if is_head else content
+        reason = http.client.responses.get(status, "").encode()
+        self.record.bytes = len(body)
+        self.start_response(status, reason, list(headers), body, len(content))
+        self.record.outcome = self.record.outcome or "ok"
+        self.close_connection = self.must_close()
 
     def send_json(self, value):
-        headers = [(b"Content-Type", b"application/json")]
-        self.send_response(200, headers, json.dumps(value).encode())
+        self.send_response(200, [JSON_TYPE], json.dumps(value).encode())
 
     def send_error_response(self, error):
         """Our own error. The connection closes: what follows is never read as a request."""
         self.record.outcome = error.code
+        if NO_RETRY in error.headers:       # only the operator can fix it
+            self.server.log.warn("%s: %s (upstream status: %s)" % (
+                error.code, error.message, self.record.upstream_status))
         if self.head_sent:
             return
-        headers = error.headers + [(b"Content-Type", b"application/json")]
         try:
-            self.send_response(error.status, headers, render_error(error), error.code)
+            self.send_response(error.status, error.headers + [JSON_TYPE], render_error(error))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
-        if self.reset_on_close:
+        if self.ends_by_close and self.record.outcome != "ok":      # a cut has no other sign here
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        elif self.head_sent and not self.client.ended and self.may_have_unread_bytes():
-            self.server.relay_loop.submit(LingeringClose(self.client.sock))
+        elif self.head_sent and not self.client.ended:
+            # Closed with bytes unread it would send a reset, too, and that eats our response.
+            has_unread = self.client.buffer or self.client.receive()
+            if has_unread or self.upload is None or not self.upload.done:
+                self.server.relay_loop.submit(LingeringClose(self.client.sock))
 
-    def may_have_unread_bytes(self):
-        """Might bytes be unread? Closing would then send a reset, and that eats our response."""
-        if self.client.buffer or self.upload is None or not self.upload.done:
-            return True
-        return bool(self.client.receive())
 
+def wait_for_upstream(client, connection, mask, seconds):
+    """Sleep until the upstream's connection is ready. ClientGone if the client leaves first.
+
+    socket.timeout after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        ready = wait_ready(seconds, connection, mask, client if is_worth_watching(client) else None)
+        if not ready:
+            raise socket.timeout()
+        if client in ready and has_disconnected(client):
+            raise ClientGone()
+        if connection in ready:
+            return
+        seconds = deadline - time.monotonic()
+
+def check_for_key(exchange, settings):
+    """502 for an error that says that our key is bad, or repeats it: not the client's business.
+
+    Returns the filter for the rest of its body, None where there is nothing to look for.
+    """
+    if not settings.provider_keys or exchange.status < 300:
+        return None
+    secret_filter = SecretFilter(settings.upstream_secrets)
+    if exchange.status != 401:
+        exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+        if secret_filter.find(exchange.prefetched) < 0:
+            return secret_filter
+    raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
+                         "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
 
 def use_first_key(send, may_repeat):
     """Send a request with the one provider key. See "Several provider keys" for more."""
@@ -995,11 +911,6 @@ def use_first_key(send, may_repeat):
 def no_observer(record):
     """No one looks at the bytes of a response. See "Token counts"."""
     return None
-
-@functools.lru_cache(1)             # made once a second
-def http_date(now):
-    """A time as a Date field has it."""
-    return email.utils.formatdate(now, usegmt=True).encode()
 
 # ---- The checks ----------------------------------------------------------------------------------
 # Functions of a request and the settings, in the order in which they are made. Each returns, or
@@ -1491,28 +1402,27 @@ def upstream_headers(request, settings):
     A client key is never among them.
     """
     fields = [(b"Host", settings.upstream.netloc)]
-    for field in request.headers.fields:
-        low = field[0].lower()
-        is_for_one_hop = low in request.headers.connection
-        # CGI-like servers take `_` for `-`.
-        if not is_for_one_hop and goes_up(low.replace(b"_", b"-"), request, settings):
-            fields.append(field)
+    for name, value in request.headers.fields:
+        if goes_up(name.lower(), request, settings):
+            fields.append((name, value))
     if request.is_inspected:
         fields.append((b"Content-Type", b"application/json"))
     if settings.provider_keys:
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
     if request.upgrade:
-        fields.append((b"Connection", b"Upgrade"))
-        fields.append((b"Upgrade", request.upgrade))
+        fields += [(b"Connection", b"Upgrade"), (b"Upgrade", request.upgrade)]
     return fields
 
-def goes_up(name, request, settings):
+def goes_up(low, request, settings):
     """May a field of this name, in lower case, go up as it came?"""
-    if name in DROPPED_REQUEST_FIELDS or name.startswith(DROPPED_REQUEST_PREFIXES):
+    name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
+    if low in request.headers.connection or name in DROPPED_REQUEST_FIELDS:
         return False
-    if name == b"content-type" and request.is_inspected:
+    if name.startswith(DROPPED_REQUEST_PREFIXES):
         return False
+    if request.is_inspected and name == b"content-type":
+        return False                    # ours says that it is JSON
     has_own_keys = settings.provider_keys or settings.client_keys
     if has_own_keys and name in CLIENT_KEY_FIELDS:
         return False
@@ -1523,20 +1433,50 @@ def goes_up(name, request, settings):
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
     dropped = DROPPED_ACCOUNT_FIELDS if settings.provider_keys else DROPPED_RESPONSE_FIELDS
+    dropped = dropped.union(headers.connection)
     fields = []
-    for field in headers.fields:
-        low = field[0].lower()
-        is_dropped = low in dropped or low in headers.connection
-        if not is_dropped and not low.startswith(b"access-control-"):
-            fields.append(field)
+    for name, value in headers.fields:
+        low = name.lower()
+        if low not in dropped and not low.startswith(b"access-control-"):
+            fields.append((name, value))
     return fields
+
+def own_headers(headers, request, settings, request_id):
+    """What every response gets where `headers` has none, and CORS.
+
+    `request` is None if it could not be read.
+    """
+    present = {name.lower(): value for name, value in headers}
+    fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
+              (b"x-request-id", request_id.encode("latin-1"))]
+    if present.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
+        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
+        fields.append((b"Cache-Control", b"no-cache"))
+    missing = [field for field in fields if field[0].lower() not in present]
+    return missing + cors_headers(request, settings, present)
+
+def framing_headers(status, length, is_chunked, must_close):
+    """How the client sees where a response ends, and whether its connection does."""
+    if is_chunked:
+        # Never with `Connection: close`: Node's fetch would take a cut for the end (Node 20).
+        return [(b"Transfer-Encoding", b"chunked")]
+    fields = []
+    if length is not None and status != 204:
+        fields.append((b"Content-Length", b"%d" % length))
+    if must_close and status != 101:
+        fields.append((b"Connection", b"close"))
+    return fields
+
+@functools.lru_cache(1)             # made once a second
+def http_date(now):
+    """A time as a Date field has it."""
+    return email.utils.formatdate(now, usegmt=True).encode()
 
 def wanted_upgrade(headers):
     """The one protocol that a peer wants to change to, in lower case; b"" for none."""
     protocols = headers.elements(b"upgrade")
-    if b"upgrade" not in headers.connection or len(protocols) != 1:
-        return b""
-    return protocols[0].lower()
+    is_wanted = b"upgrade" in headers.connection and len(protocols) == 1
+    return protocols[0].lower() if is_wanted else b""
 
 # ---- The upstream --------------------------------------------------------------------------------
 # urllib.request is the way up: a Request, and an opener with one handler, ours, whose connections
@@ -2696,10 +2636,6 @@ class Record:
         """Made up only where nobody sets it: most upstreams name their responses."""
         return make_request_id()
 
-    def mark_first_byte(self):
-        if self.first_byte is None:
-            self.first_byte = time.monotonic() - self.began
-
     def as_dict(self, redact=str):
         """The fields of the log's line, in its order: seconds, bytes, None for what is unknown."""
         prompt_tokens, completion_tokens = None, None
@@ -3265,10 +3201,9 @@ def serve(settings, on_start):
         return 1
 
     def on_signal(number, frame):
-        if server.signalled:
+        if server.closing:
             os._exit(0)                 # the second one: at once
         server.closing = True
-        server.signalled = True
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -3276,8 +3211,8 @@ def serve(settings, on_start):
     print_banner(server)                                # part two: Banner
     for function in on_start:
         threading.Thread(target=function, args=(server,), daemon=True).start()
-    with contextlib.suppress(ServerStopped):
-        server.serve_forever(0.1)
+    while not server.closing:
+        server.handle_request()
     server.stop()
     # The log is written. An ordinary exit would wait for the client threads, and some of them may
     # still be busy with streams that have just been cut.
@@ -3722,11 +3657,9 @@ class WebSocketUpgrade:
         settings = handler.settings
         headers = downstream_headers(exchange.headers, settings)
         headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-        headers += cors_headers(handler.request, settings)
         tunnel = Tunnel(handler.client, exchange.connection, settings.timeout)
         try:
-            handler.start_response(101, exchange.reason, headers, b"")
-            handler.record.mark_first_byte()
+            handler.start_response(101, exchange.reason, headers)
             handler.server.relay_loop.run_and_wait(tunnel)
         finally:
             exchange.close()
@@ -4614,9 +4547,6 @@ class WorkersHandler(Handler):
             raise ErrorResponse(404, "not_found", "Workers AI serves POST %s and GET /v1/models "
                                                   "here." % ", ".join(WORKERS_PATHS))
 
-    def has_model_list(self):
-        return is_model_list(self.request)
-
     def list_models(self):
         catalogue = self.settings.catalogue
         items = catalogue.items(self.read_catalogue)
@@ -4683,7 +4613,7 @@ class WorkersHandler(Handler):
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""
         headers = [(b"Content-Type", media_type)]
-        for name, value in self.end_to_end_headers(exchange):
+        for name, value in downstream_headers(exchange.headers, self.settings):
             low = name.lower()
             if not low.startswith(b"content-") and low not in (b"etag", b"last-modified"):
                 headers.append((name, value))
@@ -4709,27 +4639,19 @@ class WorkersHandler(Handler):
         """A stream. The client thread moves it: it has more to do than to move bytes."""
         is_chunked = not self.request.is_http10
         headers = self.translated_headers(exchange, b"text/event-stream; charset=utf-8")
-        headers = self.add_own_headers(headers, is_event_stream=True)
-        if is_chunked:
-            headers.append((b"Transfer-Encoding", b"chunked"))
-        else:
-            headers.append((b"Connection", b"close"))
-        self.reset_on_close = not is_chunked        # until all has gone well
-        self.start_response(200, b"OK", headers, b"")
+        self.start_response(200, b"OK", headers, is_chunked=is_chunked)
         self.record.count_tokens = translator.count_tokens
         while not translator.done:
             events = self.next_events(exchange, translator)
             if exchange.body.done:
                 exchange.close()            # the connection is free for others
             if events:
-                self.record.mark_first_byte()
                 self.record.bytes += len(events)
                 self.send_to_client(encode_chunk(events, is_chunked))
 
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
             return
-        self.reset_on_close = False
         if is_chunked:
             self.send_to_client(LAST_CHUNK)
             self.close_connection = self.must_close()
@@ -4743,11 +4665,6 @@ class WorkersHandler(Handler):
             code = "upstream_timeout" if isinstance(error, socket.timeout) else "upstream_died"
             return translator.end(upstream_error(code, BROKEN_OFF))
         return translator.feed(piece) if piece else translator.end()
-
-    def send_error_response(self, error):
-        if error.code in OPERATOR_ERRORS:
-            self.server.log.warn("%s: %s" % (error.code, error.message))
-        super().send_error_response(error)
 
 def parse_account(text):
     takes = "the id of an account: letters and digits"

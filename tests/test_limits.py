@@ -530,8 +530,8 @@ def wait_until_no_client(running):
     """Wait until the relay counts no connection any more."""
     server = running.server
     with server.client_ended:
-        ended = server.client_ended.wait_for(lambda: not server.connections, PATIENCE)
-        assert ended, server.connections
+        ended = server.client_ended.wait_for(lambda: not server.clients, PATIENCE)
+        assert ended, server.clients
 
 
 def test_a_reset_right_after_a_response_causes_no_warning(relay, monkeypatch):
