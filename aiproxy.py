@@ -12,54 +12,49 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Rates . Token and prompt limits . Several provider keys . Token counts .
+    Part two   CORS . Rates . Token and prompt limits . Several provider keys . Token counts .
                WebSocket . Banner . Tuning of the process . Workers AI . Start page . Demo
 
-Words. Client: whoever calls us. Upstream: the provider we call. Client key: a key that we gave
-out. Provider key: the key that we hide. Origin: always CORS's term. Event: one block of a
+Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
+Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
 text/event-stream. Chunk: a piece of HTTP's chunked coding.
 
 Threads, and who owns which buffer when:
 
-    main         accepts, and gives each client a thread; hangs up on idle clients when room is
-                 needed; after a signal it ends the rest
-    client thread  one for each client connection: reads the request, checks it, sends it up, reads
-                 the head of the response; owns both sockets and their buffers meanwhile
-    relay loop   one: moves the bodies of all responses and watches their clients; owns both
-                 sockets from `submit` until the job's `ended` is set, while the client thread
-                 sleeps. A lingering close is its own to the end
-    log          one: writes the lines that the others put into its queue
+    main           accepts; hangs up on idle clients when room is needed; at a signal ends the rest
+    client thread  one for each client connection: reads and checks the request, sends it up, reads
+                   the head of the response; owns both sockets and their buffers meanwhile
+    relay loop     one: moves the bodies of all responses and watches their clients; owns both
+                   sockets from `submit` until the job's `ended` is set, while the client thread
+                   sleeps. A lingering close is its own to the end
+    log            one: writes the lines that the others put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
 
  1. Read what is there, not `read(n)`. `read(4096)` waits for 4096 bytes or the end, and so holds
     back every event of a stream until it is over. (`BodyReader.read`)
- 2. Never follow a redirect. We would carry the provider key to whatever host the upstream names.
+ 2. Never follow a redirect: it would carry the provider key to whatever host the upstream names.
     (`build_opener` adds no handler for them)
  3. Compare keys with `compare_digest`, as bytes, and with all of them. A comparison that stops at
     the first difference tells by its time how much of a guess was right (timing attack); as text,
     a key that is not ASCII would raise. (`check_client_key`)
- 4. Drop hop-by-hop fields, both ways. `Connection` and what it names, `Transfer-Encoding`,
-    `Upgrade` and their like speak of one connection, and we have two. (`HOP_BY_HOP`)
+ 4. Drop hop-by-hop fields, both ways: they speak of one connection, and we have two. (`HOP_BY_HOP`)
  5. Never end a cut response cleanly. Without the last chunk, or with too few bytes, the client
     sees that something is missing; half an answer must not look like a whole one. (`cut`)
- 6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If we read
-    `{"model": "a", "model": "b"}` otherwise than the upstream does, our check was for nothing;
-    with two lengths it is request smuggling. (`parse_object`, `read_head`)
- 7. Watch the client while the upstream is silent. A socket that becomes readable and then yields
-    no byte has been closed, at least for sending: we take that for a disconnect. Only in this way
-    is it seen before the first byte, and we can stop paying for the answer. (`wait_for_upstream`,
-    `check_disconnected`)
- 8. Send a request again only if (a) its connection took no byte of it, as a kept one does that the
-    upstream had just closed; or (b) it refused our key, and there is another key: what was refused
-    has not been acted on. Anything else might be done, and paid, twice. (`UpstreamHandler`,
-    `KeyRotation`)
+ 6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If the upstream
+    reads `{"model": "a", "model": "b"}` otherwise than we do, our check was for nothing; with two
+    lengths it is request smuggling. (`parse_object`, `read_head`)
+ 7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
+    been closed, at least for sending: we take that for a disconnect, also before the first byte,
+    and stop paying for the answer. (`wait_for_upstream`, `check_disconnected`)
+ 8. Send a request again only if (a) its connection, a kept one that the upstream had just closed,
+    took no byte of it; or (b) it refused our key, and there is another. Anything else might be
+    done, and paid, twice. (`UpstreamHandler`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
-    client that takes nothing. And hold one piece at most for a slow client: not reading its
-    upstream meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
-10. Search what comes down for the provider key: the head always, an error's body before it is let
-    through. An upstream may repeat the key that it rejects. (`Exchange.drop_fields_with`,
-    `check_for_key`, `SecretFilter`)
+    client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
+    meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
+10. Search what comes down for the provider key: an upstream may repeat the one that it rejects.
+    (`Exchange.drop_fields_with`, `check_for_key`, `SecretFilter`)
 
 RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
@@ -215,34 +210,29 @@ CLIENT_KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
 
 # Meant for one connection alone (RFC 9110 section 7.6.1). `Trailer` announces what we drop; the
 # last one belongs to the upgrade to HTTP/2, which would be a way around every check.
-HOP_BY_HOP = frozenset((
-    b"connection", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding",
-    b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
+HOP_BY_HOP = frozenset(
+    b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade "
+    b"proxy-authenticate proxy-authorization http2-settings".split())
 
 # Host, framing and Expect are ours to write or to answer; the rest tells who the caller is.
-DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset((
-    b"host", b"content-length", b"expect", b"forwarded", b"x-real-ip", b"x-client-ip",
-    b"true-client-ip", b"via", b"cdn-loop", b"cf-connecting-ip", b"cf-ipcountry", b"cf-ray",
-    b"cf-visitor", b"cf-worker", b"cf-ew-via", b"x-amzn-trace-id", b"cookie", b"origin",
-    b"referer"))
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
+    b"host content-length expect forwarded x-real-ip x-client-ip true-client-ip via cdn-loop "
+    b"cf-connecting-ip cf-ipcountry cf-ray cf-visitor cf-worker cf-ew-via x-amzn-trace-id "
+    b"cookie origin referer".split())
 DROPPED_REQUEST_PREFIXES = (
     b"x-forwarded-", b"x-fc-", b"x-vercel-", b"fly-", b"sec-fetch-", b"sec-ch-")
 
 # With a provider key only these go up: what the call needs, and nothing of the caller.
-ALLOWED_REQUEST_FIELDS = frozenset((
-    b"content-type", b"content-encoding", b"accept", b"user-agent", b"idempotency-key",
-    b"openai-beta", b"anthropic-version", b"anthropic-beta", b"x-session-affinity"))
+ALLOWED_REQUEST_FIELDS = frozenset(
+    b"content-type content-encoding accept user-agent idempotency-key openai-beta "
+    b"anthropic-version anthropic-beta x-session-affinity".split())
 
 # About the upstream's own connection, host or browser session; the length is ours to write.
-DROPPED_RESPONSE_FIELDS = HOP_BY_HOP | frozenset((
-    b"content-length", b"set-cookie", b"alt-svc", b"strict-transport-security", b"nel",
-    b"report-to"))
+DROPPED_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
+    b"content-length set-cookie alt-svc strict-transport-security nel report-to".split())
 # With a provider key these go, too: they name the account.
-DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | frozenset((
-    b"server", b"openai-organization", b"openai-project"))
-
-# What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
-EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
+DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | {
+    b"server", b"openai-organization", b"openai-project"}
 
 # A repeated one would be ambiguous.
 SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-type",
@@ -365,12 +355,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
+        self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
         self.observe_response = no_observer     # (record): what to call with each piece of a body
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
+        install_cors(self)                  # part two: CORS
         install_rates(self)                 # part two: Rates
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
@@ -444,7 +436,7 @@ class Server(http.server.ThreadingHTTPServer):
         headers = [(b"Content-Type", b"application/json"), (b"Connection", b"close"),
                    (b"Content-Length", b"%d" % len(content)), (b"Retry-After", b"1"),
                    (b"x-request-id", make_request_id().encode())]
-        headers += cors_headers(None, self.settings)
+        headers += self.cors_headers(None, self.settings)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(b"HTTP/1.1 503 Service Unavailable", headers) + content)
@@ -663,9 +655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
-        if is_preflight(request):
-            return self.send_response(204, preflight_headers(request, settings))
-        if request.path == "*":
+        if request.path == "*" or is_preflight(request):
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
@@ -914,7 +904,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.append((b"X-Accel-Buffering", b"no"))   # nginx in front would hold events back
         if is_event_stream and b"cache-control" not in names:
             headers.append((b"Cache-Control", b"no-cache"))
-        return headers + cors_headers(self.request, self.settings, names)
+        return headers + self.server.cors_headers(self.request, self.settings, names)
 
     def must_close(self):
         """Must the client connection end with this response?"""
@@ -983,6 +973,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         return bool(self.client.receive())
 
+
+def no_cors_headers(request, settings, names=()):
+    """No page may read a response. See "CORS"."""
+    return []
 
 def use_first_key(send, may_repeat):
     """Send a request with the one provider key. See "Several provider keys" for more."""
@@ -1137,6 +1131,12 @@ def carried_keys(headers):
     keys.discard(b"")
     return keys
 
+def is_preflight(request):
+    """A browser's question before the request itself (Fetch standard, section 4.8)."""
+    headers = request.headers
+    return (request.method == "OPTIONS" and b"origin" in headers
+            and b"access-control-request-method" in headers)
+
 # -- for what: paths and models
 
 def normalize_path(path):
@@ -1212,46 +1212,7 @@ def check_model(model, settings):
         raise ErrorResponse(403, "model_not_allowed", "Model not allowed. Allowed models are: %s."
                             % ", ".join(settings.models_shown), param="model")
 
-# -- CORS
-
-def is_preflight(request):
-    """A browser's question before the request itself (Fetch standard, section 4.8)."""
-    headers = request.headers
-    return (request.method == "OPTIONS" and b"origin" in headers
-            and b"access-control-request-method" in headers)
-
-def preflight_headers(request, settings):
-    """Everything that the browser asks for, for an allowed origin."""
-    headers = request.headers
-    if not is_origin_allowed(headers, settings):
-        return []
-    fields = [(b"Access-Control-Allow-Methods", ", ".join(METHODS).encode()),
-              (b"Access-Control-Max-Age", b"86400"),
-              (b"Vary", b"Access-Control-Request-Headers")]
-    wanted = headers.get(b"access-control-request-headers")
-    if wanted:
-        fields.append((b"Access-Control-Allow-Headers", wanted))
-    is_listed = headers.get(b"origin").decode("latin-1") in settings.origins
-    if is_listed and headers.get(b"access-control-request-private-network") == b"true":
-        fields.append((b"Access-Control-Allow-Private-Network", b"true"))
-    return fields
-
-def cors_headers(request, settings, names=()):
-    """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
-
-    `request` is None if it could not be read. `names` are the response's fields, in lower case.
-    """
-    origin = request.headers.get(b"origin") if request else None
-    if settings.any_origin:
-        fields = [(b"Access-Control-Allow-Origin", b"*")]
-    elif origin is not None and is_origin_allowed(request.headers, settings):
-        # Reflected, since a list decides: a cache must not give it to another origin.
-        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin")]
-    else:
-        return [(b"Vary", b"Origin")] if settings.origins else []
-    rate_limits = sorted(name for name in names if b"ratelimit-" in name)
-    fields.append((b"Access-Control-Expose-Headers", b", ".join([EXPOSED_FIELDS] + rate_limits)))
-    return fields
+# -- the form of our own errors
 
 def error_object(error):
     """OpenAI's form of an error, in a body or as an event."""
@@ -3388,6 +3349,49 @@ def serve(settings, on_start):
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
 # entered: delete the section and the line that enters it, and the relay still works.
 
+# ---- CORS ----------------------------------------------------------------------------------------
+# Does: lets the pages of allowed origins read every response, and answers their preflights.
+# Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
+# Entered: `install_cors` in Server.install_features takes the place of `no_cors_headers`.
+
+# What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
+EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
+
+def install_cors(server):
+    server.cors_headers = cors_headers
+
+def cors_headers(request, settings, names=()):
+    """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
+
+    `request` is None if it could not be read. `names` are the response's fields, in lower case.
+    """
+    origin = request.headers.get(b"origin") if request else None
+    if settings.any_origin:
+        fields = [(b"Access-Control-Allow-Origin", b"*")]
+    elif origin is not None and is_origin_allowed(request.headers, settings):
+        # Reflected, since a list decides: a cache must not give it to another origin.
+        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin")]
+    else:
+        return [(b"Vary", b"Origin")] if settings.origins else []
+    rate_limits = sorted(name for name in names if b"ratelimit-" in name)
+    fields.append((b"Access-Control-Expose-Headers", b", ".join([EXPOSED_FIELDS] + rate_limits)))
+    if request and is_preflight(request):
+        fields += preflight_headers(request.headers, settings)
+    return fields
+
+def preflight_headers(headers, settings):
+    """Everything that the browser asks for."""
+    fields = [(b"Access-Control-Allow-Methods", ", ".join(METHODS).encode()),
+              (b"Access-Control-Max-Age", b"86400"),
+              (b"Vary", b"Access-Control-Request-Headers")]
+    wanted = headers.get(b"access-control-request-headers")
+    if wanted:
+        fields.append((b"Access-Control-Allow-Headers", wanted))
+    is_listed = headers.get(b"origin").decode("latin-1") in settings.origins
+    if is_listed and headers.get(b"access-control-request-private-network") == b"true":
+        fields.append((b"Access-Control-Allow-Private-Network", b"true"))
+    return fields
+
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
@@ -3749,7 +3753,7 @@ class WebSocketUpgrade:
         settings = handler.settings
         headers = downstream_headers(exchange.headers, settings)
         headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-        headers += cors_headers(handler.request, settings)
+        headers += handler.server.cors_headers(handler.request, settings)
         tunnel = Tunnel(handler.client, exchange.connection, settings.timeout)
         try:
             handler.start_response(101, exchange.reason, headers, b"")
