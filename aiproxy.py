@@ -86,6 +86,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import urllib.request
 
@@ -2734,23 +2735,20 @@ class Record:
         self.bytes = 0
         self.count_tokens = None            # gives prompt and completion tokens, where they count
         self.outcome = ""                   # "ok", an error's code, or how it was cut
-
-    @functools.cached_property
-    def id(self):
-        """Made up only where nobody sets it: most upstreams name their responses."""
-        return make_request_id()
+        self.id = make_request_id()         # or the upstream's, if it sends one
 
     def mark_first_byte(self):
         if self.first_byte is None:
             self.first_byte = time.monotonic() - self.began
 
     def as_dict(self, redact=str):
-        """The fields of the log's line, in its order: seconds, bytes, None for what is unknown."""
+        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown."""
         prompt_tokens, completion_tokens = None, None
         if self.count_tokens:
             prompt_tokens, completion_tokens = self.count_tokens()
         return {
-            "time": log_time(int(time.time())), "client": redact(self.client),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "client": redact(self.client),
             "method": redact(self.method) or "-", "path": redact(self.path)[:256],
             "model": redact(self.model)[:100], "status": self.status,
             "upstream_status": self.upstream_status,
@@ -2760,11 +2758,6 @@ class Record:
             "request_id": redact(self.id), "outcome": self.outcome or "client_gone"}
 
 
-@functools.lru_cache(1)             # made once a second
-def log_time(now):
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-
-# Record.as_dict, in its order.
 LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
 
 
@@ -2778,7 +2771,7 @@ class Log(threading.Thread):
         super().__init__(daemon=True, name="log")
         self.format = format                   # text, json or off
         self.secrets = [secret.decode() for secret in secrets]
-        self.lines = queue.SimpleQueue()    # of (stream, line); None is the end
+        self.lines = queue.SimpleQueue()    # of (stream, line); the stream None is the end
         self.lost = 0                       # lines that nobody read in time
 
     def write(self, record):
@@ -2809,8 +2802,8 @@ class Log(threading.Thread):
         return text
 
     def run(self):
-        batch = [()]
-        while None not in batch:
+        ended = False
+        while not ended:
             batch = [self.lines.get()]
             time.sleep(LOG_SECONDS)         # what comes meanwhile goes with it: one write for many
             while not self.lines.empty():
@@ -2820,14 +2813,14 @@ class Log(threading.Thread):
                 batch.append((sys.stderr, lost % self.lost))
                 self.lost = 0
             for stream in (sys.stderr, sys.stdout):
-                lines = [item[1] for item in batch if item and item[0] is stream]
                 with contextlib.suppress(OSError, ValueError):      # nobody listens any more
-                    stream.write("".join(lines))
+                    stream.write("".join(line for target, line in batch if target is stream))
                     stream.flush()
+            ended = (None, "") in batch
 
     def close(self, seconds):
         """Wait until all lines are written, or for `seconds`."""
-        self.lines.put(None)
+        self.lines.put((None, ""))
         self.join(seconds)
 
 
@@ -2841,15 +2834,9 @@ def printable(value):
     return json.dumps(value).replace(" ", "\\u0020")
 
 def format_traceback(error):
-    """Where a fault of ours is, without the values in it: those may be secret.
-
-    By hand: the traceback module takes half a megabyte of memory.
-    """
-    places = []
-    step = error.__traceback__
-    while step:
-        places.append("%s:%d" % (step.tb_frame.f_code.co_name, step.tb_lineno))
-        step = step.tb_next
+    """Where a fault of ours is, without the values in it: those may be secret."""
+    places = ["%s:%d" % (frame.f_code.co_name, line)
+              for frame, line in traceback.walk_tb(error.__traceback__)]
     return "%s at %s" % (type(error).__name__, " > ".join(places))
 
 # ---- Reading the settings ------------------------------------------------------------------------
@@ -2866,24 +2853,22 @@ class Upstream:
 
     def __init__(self, text):
         provider = PROVIDERS.get(text.lower())
-        url = provider.base_url if provider else text
+        self.shown = (provider.base_url if provider else text).rstrip("/")
         takes = ("one of %s, or a base URL such as https://host or https://host/v1, "
                  "without user info, query or fragment" % ", ".join(PROVIDERS))
-        match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", url, takes)
+        match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", self.shown, takes)
         try:
-            parts = urllib.parse.urlsplit(url)
+            parts = urllib.parse.urlsplit(self.shown)
             explicit_port = parts.port
-            host = parts.hostname or ""
-            self.host = host if host.isascii() else host.encode("idna").decode()
+            self.host = (parts.hostname or "").encode("idna").decode()
         except ValueError:          # its message would hold the URL
             raise ValueError(takes)
-        if not parts.hostname or "//" in parts.path or DOT_SEGMENT.search(parts.path):
+        if not self.host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
             raise ValueError(takes)
-        self.shown = url.rstrip("/")
         self.scheme = parts.scheme
         self.port = explicit_port or {"https": 443, "http": 80}[parts.scheme]
         self.is_loopback = is_loopback(self.host)
-        self.base = parts.path.rstrip("/")      # takes the place of /v1
+        self.base = parts.path                  # takes the place of /v1
         netloc = "[%s]" % self.host if ":" in self.host else self.host
         if explicit_port:
             netloc += ":%d" % explicit_port
@@ -3035,12 +3020,10 @@ OPTIONS = (
     Option("AIPROXY_UPSTREAM", AIPROXY_UPSTREAM, Upstream,
            "a provider's name (see PROVIDERS) or a base URL; a path in it takes the place of /v1"),
     Option("AIPROXY_KEY", AIPROXY_KEY, parse_keys,
-           "the provider key, or several, comma-separated; empty: nothing is hidden, callers bring "
-           "their own"),
+           "the provider key, or several, comma-separated; empty: callers bring their own"),
     Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER,
            matching("(?:%s)?" % TOKEN.decode(), "a header field's name"),
-           "field that carries the provider key: Authorization, x-api-key, ...; empty: by "
-           "provider"),
+           "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
     Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
@@ -3063,12 +3046,9 @@ OPTIONS = (
            "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
            "empty: no limit, or 60/min with AIPROXY_OPEN"),
     Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
-           "most output tokens a request may ask for, and what one that names none gets; empty: "
-           "no limit"),
-    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS,
-           number(int, 0, 10 ** 12, "a number of characters"),
-           "most characters of prompt text in a request; 0: no limit; empty: 131072 for "
-           "workers-ai, else none"),
+           "most output tokens of a request, and what one that names none gets; empty: no limit"),
+    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
+           "most characters of prompt text; 0: no limit; empty: 131072 for workers-ai, else 0"),
     Option("AIPROXY_MAX_BODY", AIPROXY_MAX_BODY, parse_size,
            "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
@@ -3095,6 +3075,8 @@ class Settings:
         self.shown = {}                 # by variable: what --check prints
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
+            if option.parse in SECRET_PARSERS:
+                self.shown[option.name] = "none"        # until derive_keys knows better
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option))
@@ -3110,12 +3092,11 @@ class Settings:
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
-        names = (option.name,)
-        if option.name == "AIPROXY_PORT":
-            names += PORT_VARIABLES
-        for name in names:
-            if self.environ.get(name, "").strip():
-                return name, self.environ[name].strip()
+        others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
+        for name in (option.name, *others):
+            text = self.environ.get(name, "").strip()
+            if text:
+                return name, text
         return option.name, option.default
 
     def read(self, option):
@@ -3156,29 +3137,30 @@ class Settings:
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
-        for option in OPTIONS:
-            if option.parse is parse_keys:
-                self.shown[option.name] = "none"
-        lengths = ["%d characters" % len(key) for key in self.provider_keys]
-        self.shown[provider.key_variable] = ", ".join(lengths) or "none"
-        names = ["%s=***" % name for name, _ in self.client_keys]
-        self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names) or "none"
+        if self.provider_keys:
+            lengths = ["%d characters" % len(key) for key in self.provider_keys]
+            self.shown[provider.key_variable] = ", ".join(lengths)
+        if self.client_keys:
+            names = ["%s=***" % name for name, _ in self.client_keys]
+            self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
 
     def derive_rules(self):
         """What follows from the settings, worked out once."""
         self.models_shown = list(self.aliases)
-        if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
+        if self.models or self.default_model or self.max_tokens or self.max_chars:
             self.has_body_rules = True
+
         is_transparent = not self.provider_keys
-        self.callers_need_key = bool(self.client_keys)
-        if is_transparent and self.upstream.wants_key:
-            self.callers_need_key = True
-        self.any_origin = "*" in self.origins or (self.callers_need_key and not self.origins)
+        callers_bring_key = is_transparent and self.upstream.wants_key
+        self.callers_need_key = callers_bring_key or bool(self.client_keys)
         self.is_guarded_by_loopback = not (is_transparent or self.client_keys or self.open)
-        paths = self.upstream.provider.paths
-        rules = (("POST", "*"),) if self.paths is None else self.paths
-        allowed = [path for path in paths + INFERENCE_PATHS
-                   if "POST" in allowed_methods(path, rules)]
+        if not self.origins and self.callers_need_key:
+            self.origins = ["*"]
+        self.any_origin = "*" in self.origins
+
+        paths = self.upstream.provider.paths + INFERENCE_PATHS
+        allowed = [path for path in paths
+                   if self.paths is None or "POST" in allowed_methods(path, self.paths)]
         self.default_path = (allowed or paths)[0]
 
     def check_safe(self):
@@ -3202,88 +3184,76 @@ class Settings:
         if any(client_key in self.provider_keys for _, client_key in self.client_keys):
             raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                                "for the client")
-        if self.default_model and self.default_model not in (self.models or [self.default_model]):
+        if self.models and self.default_model and self.default_model not in self.models:
             raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
                                % self.default_model)
         listens_here = is_loopback(self.host) or self.host in ("0.0.0.0", "::")
-        if self.port and self.port == self.upstream.port:
-            if self.upstream.is_loopback and listens_here:
-                raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than "
-                                   "this proxy" % self.upstream.url)
+        if listens_here and self.upstream.is_loopback and self.port == self.upstream.port:
+            raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than this proxy"
+                               % self.upstream.url)
 
 # ---- Main ----------------------------------------------------------------------------------------
-
-USAGE = """\
-usage: aiproxy.py [--demo] [--check] [--env-file FILE] [--host HOST] [--port PORT]
-                  [--upstream NAME_OR_URL] [--version] [--help]
-
-Relays an AI provider's API and hides its key. Settings come from the environment; keys never from
-the command line, where `ps` shows them. --demo runs against a small provider inside. --check prints
-the settings in force and exits.
-"""
-
-def help_text():
-    lines = [USAGE]
-    for option in OPTIONS:
-        line = "%-24s %s" % (option.name, option.help)
-        if option.default and option.parse not in SECRET_PARSERS:
-            line += " (default %s)" % option.default
-        lines.append(line)
-    return "\n".join(lines)
-
 
 class ArgumentParser(argparse.ArgumentParser):
     """Does not echo what it does not understand: it may be a key."""
 
     def error(self, message):
-        raise SettingError("an option is not understood, or lacks its value.\n" + USAGE)
+        raise SettingError("an option is not understood, or lacks its value.\n"
+                           + self.format_usage().rstrip())
 
 
-def read_arguments(arguments):
-    """The command line as a namespace. Raises SettingError."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--demo", "--check", "--version"):
-        parser.add_argument(name, action="store_true")
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--env-file", action="append", default=[])
-    for name in ("--host", "--port", "--upstream"):
-        parser.add_argument(name)
-    return parser.parse_args(arguments)
+def make_parser():
+    lines = ["settings, from the environment:"]
+    for option in OPTIONS:
+        line = "  %-24s %s" % (option.name, option.help)
+        if option.default and option.parse not in SECRET_PARSERS:
+            line += " (default %s)" % option.default
+        lines.append(line)
+    parser = ArgumentParser(
+        "aiproxy.py", description="Relays an AI provider's API and hides its key.",
+        epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="run against a small provider inside")
+    add("--check", action="store_true", help="print the settings in force and exit")
+    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
+    add("--version", action="store_true")
+    add("--help", "-h", action="store_true")
+    # No keys: `ps` shows the command line.
+    for name in ("host", "port", "upstream"):
+        add("--" + name, help="AIPROXY_" + name.upper())
+    return parser
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
     for path in options.env_file:
-        for name, value in read_env_file(path).items():
-            if not environ.get(name, "").strip():       # the real environment wins
-                environ[name] = value
+        read_env_file(path, environ)
     for name in ("host", "port", "upstream"):
         if getattr(options, name) is not None:
             environ["AIPROXY_" + name.upper()] = getattr(options, name)
 
-ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*((['\"]?)(.*)\3)", re.A)
+ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['\"]?)(.*)\2", re.A)
 
-def read_env_file(path):
-    """The KEY=value lines of a file, as a dict. Quotes around a value are dropped."""
+def read_env_file(path, environ):
+    """Put the KEY=value lines of a file into `environ`, without the quotes around a value."""
     try:
         with open(path, encoding="utf-8-sig") as file:      # Windows' editors begin with a mark
             lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
         raise SettingError("--env-file %s: %s" % (path, reason))
-    values = {}
     for line in lines:
         match = ENV_LINE.fullmatch(line.strip())
-        if match:
-            name, value, quote, quoted = match.groups()
-            values.setdefault(name, quoted if quote else value)
-    return values
+        if match and not environ.get(match[1], "").strip():     # the real environment wins
+            environ[match[1]] = match[3]
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
     try:
-        options = read_arguments(sys.argv[1:])
+        parser = make_parser()
+        options = parser.parse_args()
         if options.help or options.version:
-            print(help_text() if options.help else "aiproxy " + __version__)
+            print(parser.format_help() if options.help else "aiproxy " + __version__)
             return 0
         read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
