@@ -1009,10 +1009,8 @@ def check_duplicates(headers):
 
 def check_host_field(request):
     """RFC 9112 section 3.2: exactly one. Only HTTP/1.0 may lack it."""
-    host = request.headers.get(b"host")
-    if host is None and request.is_http10:
-        return
-    if host is None or not HOST.fullmatch(host):
+    may_lack = request.is_http10 and b"host" not in request.headers
+    if not may_lack and not HOST.fullmatch(request.headers.get(b"host", b"")):
         raise ProtocolError("The request needs one valid Host field.")
 
 def check_method(request):
@@ -1310,14 +1308,12 @@ def parse_object(body):
     try:
         check_nesting(body)
         members = STRICT_JSON.decode(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ErrorResponse(400, "invalid_json", "The body is not JSON in UTF-8.")
-    except ValueError as error:
+        if not isinstance(members, dict):
+            raise ValueError("it is not an object")
+        return members
+    except ValueError as error:         # UnicodeDecodeError is one, too
         reason = str(error).partition(":")[0]
         raise ErrorResponse(400, "invalid_json", "The body is not valid JSON: %s." % reason)
-    if not isinstance(members, dict):
-        raise ErrorResponse(400, "invalid_json", "The body is not a JSON object.")
-    return members
 
 NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
 
@@ -2828,9 +2824,9 @@ def printable(value):
     """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
     if value is None or value == "":
         return "-"
-    is_plain = not isinstance(value, str) or value.isascii() and value.isprintable()
-    if is_plain and " " not in str(value):
-        return value
+    text = str(value)
+    if text.isascii() and text.isprintable() and " " not in text:
+        return text
     return json.dumps(value).replace(" ", "\\u0020")
 
 def format_traceback(error):
@@ -3079,7 +3075,7 @@ class Settings:
                 self.shown[option.name] = "none"        # until derive_keys knows better
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
-                setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option))
+                setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = self.models      # name to model
         self.needs_model = bool(self.models)
@@ -3099,8 +3095,9 @@ class Settings:
                 return name, text
         return option.name, option.default
 
-    def read(self, option):
-        """The value of a setting. Raises SettingError."""
+    def read(self, variable):
+        """The value of the setting with this name. Raises SettingError."""
+        option = next(option for option in OPTIONS if option.name == variable)
         name, text = self.text(option)
         try:
             return option.parse(text)
@@ -3111,13 +3108,10 @@ class Settings:
                 got = "got something that is not shown here because it may be secret"
             raise SettingError("%s: %s; it takes %s" % (name, got, error))
 
-    def read_named(self, name):
-        return self.read(next(option for option in OPTIONS if option.name == name))
-
     def set_defaults(self):
         """What depends on the provider, and defaults that depend on other settings."""
         provider = self.upstream.provider
-        self.provider_keys = self.read_named(provider.key_variable)
+        self.provider_keys = self.read(provider.key_variable)
         if provider.prepare:
             provider.prepare(self)
         if self.open and not self.rate:
@@ -4572,11 +4566,11 @@ MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 
 def prepare_workers(settings):
     """The account and the base URL. Raises SettingError."""
-    settings.account = settings.read_named("CLOUDFLARE_ACCOUNT_ID")
+    settings.account = settings.read("CLOUDFLARE_ACCOUNT_ID")
     if not settings.account or not settings.provider_keys:
         raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and "
                            "CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit")
-    upstream = settings.read_named("CLOUDFLARE_API_BASE_URL")
+    upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     upstream.provider = settings.upstream.provider
     upstream.base += "/accounts/" + settings.account
     settings.upstream = upstream
