@@ -3141,7 +3141,7 @@ class Settings:
     def derive_rules(self):
         """What follows from the settings, worked out once."""
         self.models_shown = list(self.aliases)
-        if self.models or self.default_model or self.max_tokens or self.max_chars:
+        if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
             self.has_body_rules = True
 
         is_transparent = not self.provider_keys
