@@ -12,55 +12,49 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Rates . Token and prompt limits . Several provider keys . Proxies on the way up .
-               Token counts . WebSocket . Banner . Tuning of the process . Workers AI . Start page .
-               Demo
+    Part two   CORS . Rates . Token and prompt limits . Several provider keys .
+               Proxies on the way up . Token counts . WebSocket . Banner . Tuning of the process .
+               Workers AI . Start page . Demo
 
-Words. Client: whoever calls us. Upstream: the provider we call. Client key: a key that we gave
-out. Provider key: the key that we hide. Origin: always CORS's term. Event: one block of a
+Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
+Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
 text/event-stream. Chunk: a piece of HTTP's chunked coding.
 
 Threads, and who owns which buffer when:
 
-    main         accepts, and gives each client a thread; hangs up on idle clients when room is
-                 needed; after a signal it ends the rest
-    client thread  one for each client connection: reads the request, checks it, sends it up, reads
-                 the head of the response; owns both sockets and their buffers meanwhile
-    relay loop   one: moves the bodies of all responses and watches their clients; owns both
-                 sockets from `submit` until the job's `ended` is set, while the client thread
-                 sleeps. A lingering close is its own to the end
-    log          one: writes the lines that the others put into its queue
+    main           accepts clients, hangs up on idle ones for room, ends all after a signal
+    client thread  one for each connection: reads and checks the request, sends it up, reads the
+                   head of the response; owns both sockets and their buffers meanwhile
+    relay loop     moves the bodies of all responses and watches their clients; owns both sockets
+                   from `submit` until the job's `ended` is set, and a lingering close for good
+    log            writes the lines that the others put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
 
  1. Read what is there, not `read(n)`. `read(4096)` waits for 4096 bytes or the end, and so holds
     back every event of a stream until it is over. (`BodyReader.read`)
- 2. Never follow a redirect. We would carry the provider key to whatever host the upstream names.
+ 2. Never follow a redirect: it would carry the provider key to whatever host the upstream names.
     (`Server.opener` has no handler for them)
  3. Compare keys with `compare_digest`, as bytes, and with all of them. A comparison that stops at
     the first difference tells by its time how much of a guess was right (timing attack); as text,
     a key that is not ASCII would raise. (`check_client_key`)
- 4. Drop hop-by-hop fields, both ways. `Connection` and what it names, `Transfer-Encoding`,
-    `Upgrade` and their like speak of one connection, and we have two. (`HOP_BY_HOP`)
+ 4. Drop hop-by-hop fields, both ways: they speak of one connection, and we have two. (`HOP_BY_HOP`)
  5. Never end a cut response cleanly. Without the last chunk, or with too few bytes, the client
     sees that something is missing; half an answer must not look like a whole one. (`cut`)
- 6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If we read
-    `{"model": "a", "model": "b"}` otherwise than the upstream does, our check was for nothing;
-    with two lengths it is request smuggling. (`parse_object`, `read_head`)
- 7. Watch the client while the upstream is silent. A socket that becomes readable and then yields
-    no byte has been closed, at least for sending: we take that for a disconnect. Only in this way
-    is it seen before the first byte, and we can stop paying for the answer. (`wait_for_upstream`,
-    `has_disconnected`)
- 8. Send a request again only if (a) its connection took no byte of it, as a kept one does that the
-    upstream had just closed; or (b) it refused our key, and there is another key: what was refused
-    has not been acted on. Anything else might be done, and paid, twice. (`UpstreamHandler`,
-    `KeyRotation`)
+ 6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If the upstream
+    reads `{"model": "a", "model": "b"}` otherwise than we do, our check was for nothing; with two
+    lengths it is request smuggling. (`parse_object`, `read_head`)
+ 7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
+    been closed, at least for sending: we take that for a disconnect, also before the first byte,
+    and stop paying for the answer. (`wait_for_upstream`, `has_disconnected`)
+ 8. Send a request again only if (a) its connection, a kept one that the upstream had just closed,
+    took no byte of it; or (b) it refused our key, and there is another. Anything else might be
+    done, and paid, twice. (`UpstreamHandler`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
-    client that takes nothing. And hold one piece at most for a slow client: not reading its
-    upstream meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
-10. Search what comes down for the provider key: the head always, an error's body before it is let
-    through. An upstream may repeat the key that it rejects. (`Exchange.drop_fields_with`,
-    `check_for_key`, `SecretFilter`)
+    client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
+    meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
+10. Search what comes down for the provider key: an upstream may repeat the one that it rejects.
+    (`Exchange.drop_fields_with`, `check_for_key`, `SecretFilter`)
 
 RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
@@ -94,6 +88,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import urllib.request
 
@@ -217,34 +212,29 @@ CLIENT_KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
 
 # Meant for one connection alone (RFC 9110 section 7.6.1). `Trailer` announces what we drop; the
 # last one belongs to the upgrade to HTTP/2, which would be a way around every check.
-HOP_BY_HOP = frozenset((
-    b"connection", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding",
-    b"upgrade", b"proxy-authenticate", b"proxy-authorization", b"http2-settings"))
+HOP_BY_HOP = frozenset(
+    b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade "
+    b"proxy-authenticate proxy-authorization http2-settings".split())
 
 # Host, framing and Expect are ours to write or to answer; the rest tells who the caller is.
-DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset((
-    b"host", b"content-length", b"expect", b"forwarded", b"x-real-ip", b"x-client-ip",
-    b"true-client-ip", b"via", b"cdn-loop", b"cf-connecting-ip", b"cf-ipcountry", b"cf-ray",
-    b"cf-visitor", b"cf-worker", b"cf-ew-via", b"x-amzn-trace-id", b"cookie", b"origin",
-    b"referer"))
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
+    b"host content-length expect forwarded x-real-ip x-client-ip true-client-ip via cdn-loop "
+    b"cf-connecting-ip cf-ipcountry cf-ray cf-visitor cf-worker cf-ew-via x-amzn-trace-id "
+    b"cookie origin referer".split())
 DROPPED_REQUEST_PREFIXES = (
     b"x-forwarded-", b"x-fc-", b"x-vercel-", b"fly-", b"sec-fetch-", b"sec-ch-")
 
 # With a provider key only these go up: what the call needs, and nothing of the caller.
-ALLOWED_REQUEST_FIELDS = frozenset((
-    b"content-type", b"content-encoding", b"accept", b"user-agent", b"idempotency-key",
-    b"openai-beta", b"anthropic-version", b"anthropic-beta", b"x-session-affinity"))
+ALLOWED_REQUEST_FIELDS = frozenset(
+    b"content-type content-encoding accept user-agent idempotency-key openai-beta "
+    b"anthropic-version anthropic-beta x-session-affinity".split())
 
 # About the upstream's own connection, host or browser session; the length is ours to write.
-DROPPED_RESPONSE_FIELDS = HOP_BY_HOP | frozenset((
-    b"content-length", b"set-cookie", b"alt-svc", b"strict-transport-security", b"nel",
-    b"report-to"))
+DROPPED_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
+    b"content-length set-cookie alt-svc strict-transport-security nel report-to".split())
 # With a provider key these go, too: they name the account.
-DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | frozenset((
-    b"server", b"openai-organization", b"openai-project"))
-
-# What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
-EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
+DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | {
+    b"server", b"openai-organization", b"openai-project"}
 
 # A repeated one would be ambiguous.
 SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-type",
@@ -277,7 +267,8 @@ SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
 DOT_SEGMENT = re.compile(
     r"(?:^|" + SEPARATOR + r")(?:\.|%(?:25)*2e){1,2}(?:" + SEPARATOR + r"|;|%(?:25)*3b|$)", re.I)
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
-SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'*/ -]+")    # what `*` in a path may be, decoded
+# What a `*` in a path may be, decoded: no part of it is empty.
+SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'* -]+(?:/[A-Za-z0-9@:._~+,=()!$&'* -]+)*")
 
 NO_RETRY = (b"x-should-retry", b"false")        # the SDKs retry 5xx unless a header forbids it
 JSON_TYPE = (b"Content-Type", b"application/json")
@@ -364,6 +355,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
+        self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
@@ -371,6 +363,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
+        install_cors(self)                  # part two: CORS
         install_rates(self)                 # part two: Rates
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
@@ -421,7 +414,8 @@ class Server(http.server.ThreadingHTTPServer):
                               headers=[(b"Retry-After", b"1")])
         content = render_error(error)
         headers = error.headers + [JSON_TYPE]
-        headers += own_headers(headers, None, self.settings, make_request_id())
+        headers += own_headers(headers, make_request_id())
+        headers += self.cors_headers(None, self.settings)
         headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
         with contextlib.suppress(OSError):
             request.setblocking(False)
@@ -626,9 +620,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
-        if is_preflight(request):
-            return self.send_response(204, preflight_headers(request, settings))
-        if request.path == "*":
+        if request.path == "*" or is_preflight(request):
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
@@ -822,7 +814,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
         self.ends_by_close = length is None and self.request.is_http10
-        headers = headers + own_headers(headers, self.request, self.settings, self.record.id)
+        headers = headers + own_headers(headers, self.record.id)
+        names = [name.lower() for name, _ in headers]
+        headers += self.server.cors_headers(self.request, self.settings, names)
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
@@ -904,6 +898,10 @@ def check_for_key(exchange, settings):
     raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
                          "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
 
+def no_cors_headers(request, settings, names=()):
+    """No page may read a response. See "CORS"."""
+    return []
+
 def use_first_key(send, may_repeat):
     """Send a request with the one provider key. See "Several provider keys" for more."""
     return send(0)
@@ -929,10 +927,8 @@ def check_duplicates(headers):
 
 def check_host_field(request):
     """RFC 9112 section 3.2: exactly one. Only HTTP/1.0 may lack it."""
-    host = request.headers.get(b"host")
-    if host is None and request.is_http10:
-        return
-    if host is None or not HOST.fullmatch(host):
+    may_lack = request.is_http10 and b"host" not in request.headers
+    if not may_lack and not HOST.fullmatch(request.headers.get(b"host", b"")):
         raise ProtocolError("The request needs one valid Host field.")
 
 def check_method(request):
@@ -949,7 +945,7 @@ def check_target(request):
     """400 unless the target is a plain path, or a whole URL of our own (RFC 9112 section 3.2.2)."""
     if request.path == "*" and request.method == "OPTIONS" and not request.query:
         return                              # asks about the server as a whole
-    absolute = request.path[:1] != "/" and ABSOLUTE_FORM.fullmatch(request.path)
+    absolute = ABSOLUTE_FORM.fullmatch(request.path)
     if absolute:
         authority, path = absolute.groups()
         if authority.encode().lower() != request.headers.get(b"host", b"").lower():
@@ -961,12 +957,12 @@ def check_target(request):
 
 def is_plain_path(path):
     """Do all servers read this path in the same way? No empty start, dot segments, odd escapes."""
-    if path[:1] != "/" or path[:2] == "//":
+    if not path.startswith("/") or path.startswith("//"):
         return False
     return not BAD_ESCAPE.search(path) and not DOT_SEGMENT.search(path)
 
 def check_expectation(request):
-    expectation = request.headers.get(b"expect", b"100-continue").lower()
+    expectation = request.headers.get(b"expect", b"").lower()
     if expectation not in (b"", b"100-continue") and not request.is_http10:
         raise ErrorResponse(417, "expectation_failed",
                             "The only expectation understood is 100-continue.")
@@ -979,9 +975,8 @@ def check_host_allowed(request, settings):
     That is DNS rebinding, where a web page has its own name lead to this machine; or a public
     front that somebody forgot.
     """
-    if not settings.is_guarded_by_loopback:
-        return
-    if not is_loopback_host(request.headers.get(b"host", b"")):
+    host = request.headers.get(b"host", b"")
+    if settings.is_guarded_by_loopback and not is_loopback_host(host):
         raise ErrorResponse(
             403, "host_not_allowed",
             "This proxy hides a key and asks for no client key, so it answers to loopback names "
@@ -992,7 +987,6 @@ def is_loopback_host(host):
     return LOOPBACK_HOST.fullmatch(host) is not None
 
 def check_origin(request, settings):
-    """403 for a browser on a page that is not listed."""
     if not is_origin_allowed(request.headers, settings):
         raise ErrorResponse(403, "origin_not_allowed", "Pages from this origin may not call this "
                             "proxy. Add it to AIPROXY_ORIGINS to let them.")
@@ -1015,7 +1009,8 @@ def is_origin_allowed(headers, settings):
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
-    if settings.provider_keys and has_key_in_query(request.query):
+    query = urllib.parse.parse_qs(request.query[1:], keep_blank_values=True)
+    if settings.provider_keys and "key" in query:
         raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
                             "it. Send it as Authorization: Bearer.")
     if not settings.client_keys:
@@ -1027,19 +1022,13 @@ def check_client_key(request, settings):
 
     for name, client_key in settings.client_keys:
         if hmac.compare_digest(carried, client_key):
-            request.client_name = request.client_name or name
+            request.client_name = name
     if not request.client_name:
         message = "A client key is needed: send it as Authorization: Bearer."
         if carried:
             message = "Incorrect client key."
         raise ErrorResponse(401, "invalid_api_key", message,
                             headers=[(b"WWW-Authenticate", b"Bearer")])
-
-def has_key_in_query(query):
-    if not query:
-        return False
-    pairs = urllib.parse.parse_qsl(query[1:], keep_blank_values=True)
-    return any(name == "key" for name, _ in pairs)
 
 def carried_keys(headers):
     """The different keys that a request carries, as a set of bytes."""
@@ -1052,14 +1041,21 @@ def carried_keys(headers):
     keys.discard(b"")
     return keys
 
+def is_preflight(request):
+    """A browser's question before the request itself (Fetch standard, section 4.8)."""
+    headers = request.headers
+    return (request.method == "OPTIONS" and b"origin" in headers
+            and b"access-control-request-method" in headers)
+
 # -- for what: paths and models
 
 def normalize_path(path):
     """The path that a client with a slightly wrong base URL meant: /v1/v1/x and /x are /v1/x."""
     if path.startswith("/v1/v1/"):
         return path[len("/v1"):]
-    is_bare = not path.startswith("/v1/") and ("/v1" + path in OPENAI_PATHS or path == "/models")
-    return "/v1" + path if is_bare else path
+    if "/v1" + path in OPENAI_PATHS or path == "/models":
+        return "/v1" + path
+    return path
 
 def is_model_list(request):
     return request.is_read_only and (request.path + "/").startswith("/v1/models/")
@@ -1108,18 +1104,16 @@ def allowed_methods(path, rules):
     return sorted(allowed, key=METHODS.index)
 
 def path_matches(path, pattern):
-    """Does `pattern` fit the raw path? A `*` in it stands for exactly one segment."""
-    if "*" not in pattern:
-        return path == pattern
-    pairs = list(itertools.zip_longest(path.split("/"), pattern.split("/")))
-    return all(want in (segment, "*") for segment, want in pairs) and all(
-        is_plain_segment(segment) for segment, want in pairs if want == "*")
+    """Does `pattern` fit the raw path? A `*` in it stands for exactly one plain segment."""
+    segments = path.split("/")
+    wanted = pattern.split("/")
+    return len(segments) == len(wanted) and all(
+        want == segment or (want == "*" and is_plain_segment(segment))
+        for segment, want in zip(segments, wanted))
 
 def is_plain_segment(segment):
-    """Plain ASCII when decoded once, and no part of it empty, `.` or `..`."""
-    decoded = urllib.parse.unquote(segment or "", "latin-1")
-    is_plain = SEGMENT.fullmatch(decoded) is not None
-    return is_plain and not {"", ".", ".."} & set(decoded.split("/"))
+    """Plain ASCII when decoded once. (`check_target` has refused dot segments already.)"""
+    return SEGMENT.fullmatch(urllib.parse.unquote(segment, "latin-1")) is not None
 
 def check_model(model, settings):
     """403 unless the model is on the list."""
@@ -1127,46 +1121,7 @@ def check_model(model, settings):
         raise ErrorResponse(403, "model_not_allowed", "Model not allowed. Allowed models are: %s."
                             % ", ".join(settings.models_shown), param="model")
 
-# -- CORS
-
-def is_preflight(request):
-    """A browser's question before the request itself (Fetch standard, section 4.8)."""
-    headers = request.headers
-    return (request.method == "OPTIONS" and b"origin" in headers
-            and b"access-control-request-method" in headers)
-
-def preflight_headers(request, settings):
-    """Everything that the browser asks for, for an allowed origin."""
-    headers = request.headers
-    if not is_origin_allowed(headers, settings):
-        return []
-    fields = [(b"Access-Control-Allow-Methods", ", ".join(METHODS).encode()),
-              (b"Access-Control-Max-Age", b"86400"),
-              (b"Vary", b"Access-Control-Request-Headers")]
-    wanted = headers.get(b"access-control-request-headers")
-    if wanted:
-        fields.append((b"Access-Control-Allow-Headers", wanted))
-    is_listed = headers.get(b"origin").decode("latin-1") in settings.origins
-    if is_listed and headers.get(b"access-control-request-private-network") == b"true":
-        fields.append((b"Access-Control-Allow-Private-Network", b"true"))
-    return fields
-
-def cors_headers(request, settings, names=()):
-    """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
-
-    `request` is None if it could not be read. `names` are the response's fields, in lower case.
-    """
-    origin = request.headers.get(b"origin") if request else None
-    if settings.any_origin:
-        fields = [(b"Access-Control-Allow-Origin", b"*")]
-    elif origin is not None and is_origin_allowed(request.headers, settings):
-        # Reflected, since a list decides: a cache must not give it to another origin.
-        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin")]
-    else:
-        return [(b"Vary", b"Origin")] if settings.origins else []
-    rate_limits = sorted(name for name in names if b"ratelimit-" in name)
-    fields.append((b"Access-Control-Expose-Headers", b", ".join([EXPOSED_FIELDS] + rate_limits)))
-    return fields
+# -- the form of our own errors
 
 def error_object(error):
     """OpenAI's form of an error, in a body or as an event."""
@@ -1263,14 +1218,12 @@ def parse_object(body):
     try:
         check_nesting(body)
         members = STRICT_JSON.decode(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ErrorResponse(400, "invalid_json", "The body is not JSON in UTF-8.")
-    except ValueError as error:
+        if not isinstance(members, dict):
+            raise ValueError("it is not an object")
+        return members
+    except ValueError as error:         # UnicodeDecodeError is one, too
         reason = str(error).partition(":")[0]
         raise ErrorResponse(400, "invalid_json", "The body is not valid JSON: %s." % reason)
-    if not isinstance(members, dict):
-        raise ErrorResponse(400, "invalid_json", "The body is not a JSON object.")
-    return members
 
 NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
 
@@ -1280,7 +1233,7 @@ def check_nesting(body):
     A parser recurses, and a thread's stack is small. Without its strings a JSON text is little more
     than its brackets and commas: they can be counted, in time proportional to its length.
     """
-    may_be_deep = has_many(body, b"[") or has_many(body, b"{")
+    may_be_deep = body.count(b"[") + body.count(b"{") > MAX_DEPTH
     if not may_be_deep and len(body) <= 2 * MAX_VALUES:     # a value and its comma are 2 bytes
         return
     values = 0
@@ -1304,15 +1257,6 @@ def json_structure(body):
         yield b"".join(outside).translate(None, NOT_STRUCTURE)
         if len(parts) % 2 == 0:
             in_string = not in_string
-
-def has_many(body, mark):
-    """Does `mark` appear often enough to matter? find() is 30 times as fast as count()."""
-    position = -1
-    for _ in range(MAX_DEPTH // 2 + 1):
-        position = body.find(mark, position + 1)
-        if position < 0:
-            return False
-    return True
 
 def unique_members(pairs):
     members = dict(pairs)
@@ -1348,12 +1292,12 @@ def check_spelling(members):
 
 def named_model(members, settings):
     """The model that a request names, or the default one; "" where none is needed."""
-    model = members.get("model", settings.default_model)
-    if model == "" and "model" not in members:
-        if settings.needs_model:
+    if "model" not in members:
+        if settings.needs_model and not settings.default_model:
             raise ErrorResponse(400, "missing_model", "Missing required parameter: `model`.",
                                 "model")
-        return ""
+        return settings.default_model
+    model = members["model"]
     if not isinstance(model, str) or not model:
         raise ErrorResponse(400, "invalid_model", "`model` must be a string that is not empty.",
                             "model")
@@ -1361,6 +1305,16 @@ def named_model(members, settings):
 
 # What stands between names and values: RFC 8259 section 2.
 JSON_GAP = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
+
+def find_members(text):
+    """The members of a JSON object: for each its name, where that and its value begin, its end."""
+    start = JSON_GAP.match(text).end()
+    while text[start] != "}":
+        name, name_end = STRICT_JSON.raw_decode(text, start)
+        value_start = JSON_GAP.match(text, name_end).end()
+        _, end = STRICT_JSON.raw_decode(text, value_start)
+        yield name, start, value_start, end
+        start = JSON_GAP.match(text, end).end()
 
 def edit_members(body, changes, renames=None):
     """A JSON object with other values for the members in `changes`, new ones put in front.
@@ -1371,28 +1325,24 @@ def edit_members(body, changes, renames=None):
         return body
     text = body.decode()
     added = dict(changes)
-    start = text.index("{") + 1
-    edited = []
-    copied = start                          # up to here, `edited` has the text
-    position = JSON_GAP.match(text).end()
-    is_empty = text[position] == "}"
-    while added and text[position] != "}":
-        name, name_end = STRICT_JSON.raw_decode(text, position)
-        value_start = JSON_GAP.match(text, name_end).end()
-        value_end = STRICT_JSON.raw_decode(text, value_start)[1]
+    inside = text.index("{") + 1
+    copied = inside                         # up to here, `edited` has the text
+    edited = ""
+    for name, start, value_start, end in find_members(text):
         if name in added:
-            new_name = json.dumps((renames or {}).get(name, name))
-            edited.append(text[copied:position] + new_name + text[name_end:value_start])
-            edited.append(json.dumps(added.pop(name)))
-            copied = value_end
-        position = JSON_GAP.match(text, value_end).end()
-    edited.append(text[copied:])
+            label = text[start:value_start]
+            if renames and name in renames:
+                label = json.dumps(renames[name]) + label.rpartition('"')[2]
+            edited += text[copied:start] + label + json.dumps(added.pop(name))
+            copied = end
+        if not added:
+            break
 
-    front = ", ".join("%s: %s" % (json.dumps(name), json.dumps(value))
-                      for name, value in added.items())
+    front = json.dumps(added)[1:-1]
+    is_empty = text[JSON_GAP.match(text).end()] == "}"
     if front and not is_empty:
         front += ", "
-    return (text[:start] + front + "".join(edited)).encode()
+    return (text[:inside] + front + edited + text[copied:]).encode()
 
 # ---- Header fields up and down -------------------------------------------------------------------
 
@@ -1441,19 +1391,15 @@ def downstream_headers(headers, settings):
             fields.append((name, value))
     return fields
 
-def own_headers(headers, request, settings, request_id):
-    """What every response gets where `headers` has none, and CORS.
-
-    `request` is None if it could not be read.
-    """
+def own_headers(headers, request_id):
+    """What every response gets where `headers` has none."""
     present = {name.lower(): value for name, value in headers}
     fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
     if present.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
         fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
         fields.append((b"Cache-Control", b"no-cache"))
-    missing = [field for field in fields if field[0].lower() not in present]
-    return missing + cors_headers(request, settings, present)
+    return [field for field in fields if field[0].lower() not in present]
 
 def framing_headers(status, length, is_chunked, must_close):
     """How the client sees where a response ends, and whether its connection does."""
@@ -2630,19 +2576,16 @@ class Record:
         self.bytes = 0
         self.count_tokens = None            # gives prompt and completion tokens, where they count
         self.outcome = ""                   # "ok", an error's code, or how it was cut
-
-    @functools.cached_property
-    def id(self):
-        """Made up only where nobody sets it: most upstreams name their responses."""
-        return make_request_id()
+        self.id = make_request_id()         # or the upstream's, if it sends one
 
     def as_dict(self, redact=str):
-        """The fields of the log's line, in its order: seconds, bytes, None for what is unknown."""
+        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown."""
         prompt_tokens, completion_tokens = None, None
         if self.count_tokens:
             prompt_tokens, completion_tokens = self.count_tokens()
         return {
-            "time": log_time(int(time.time())), "client": redact(self.client),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "client": redact(self.client),
             "method": redact(self.method) or "-", "path": redact(self.path)[:256],
             "model": redact(self.model)[:100], "status": self.status,
             "upstream_status": self.upstream_status,
@@ -2652,11 +2595,6 @@ class Record:
             "request_id": redact(self.id), "outcome": self.outcome or "client_gone"}
 
 
-@functools.lru_cache(1)             # made once a second
-def log_time(now):
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-
-# Record.as_dict, in its order.
 LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
 
 
@@ -2670,7 +2608,7 @@ class Log(threading.Thread):
         super().__init__(daemon=True, name="log")
         self.format = format                   # text, json or off
         self.secrets = [secret.decode() for secret in secrets]
-        self.lines = queue.SimpleQueue()    # of (stream, line); None is the end
+        self.lines = queue.SimpleQueue()    # of (stream, line); the stream None is the end
         self.lost = 0                       # lines that nobody read in time
 
     def write(self, record):
@@ -2701,8 +2639,8 @@ class Log(threading.Thread):
         return text
 
     def run(self):
-        batch = [()]
-        while None not in batch:
+        ended = False
+        while not ended:
             batch = [self.lines.get()]
             time.sleep(LOG_SECONDS)         # what comes meanwhile goes with it: one write for many
             while not self.lines.empty():
@@ -2712,14 +2650,14 @@ class Log(threading.Thread):
                 batch.append((sys.stderr, lost % self.lost))
                 self.lost = 0
             for stream in (sys.stderr, sys.stdout):
-                lines = [item[1] for item in batch if item and item[0] is stream]
                 with contextlib.suppress(OSError, ValueError):      # nobody listens any more
-                    stream.write("".join(lines))
+                    stream.write("".join(line for target, line in batch if target is stream))
                     stream.flush()
+            ended = (None, "") in batch
 
     def close(self, seconds):
         """Wait until all lines are written, or for `seconds`."""
-        self.lines.put(None)
+        self.lines.put((None, ""))
         self.join(seconds)
 
 
@@ -2727,21 +2665,15 @@ def printable(value):
     """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
     if value is None or value == "":
         return "-"
-    is_plain = not isinstance(value, str) or value.isascii() and value.isprintable()
-    if is_plain and " " not in str(value):
-        return value
+    text = str(value)
+    if text.isascii() and text.isprintable() and " " not in text:
+        return text
     return json.dumps(value).replace(" ", "\\u0020")
 
 def format_traceback(error):
-    """Where a fault of ours is, without the values in it: those may be secret.
-
-    By hand: the traceback module takes half a megabyte of memory.
-    """
-    places = []
-    step = error.__traceback__
-    while step:
-        places.append("%s:%d" % (step.tb_frame.f_code.co_name, step.tb_lineno))
-        step = step.tb_next
+    """Where a fault of ours is, without the values in it: those may be secret."""
+    places = ["%s:%d" % (frame.f_code.co_name, line)
+              for frame, line in traceback.walk_tb(error.__traceback__)]
     return "%s at %s" % (type(error).__name__, " > ".join(places))
 
 # ---- Reading the settings ------------------------------------------------------------------------
@@ -2758,24 +2690,22 @@ class Upstream:
 
     def __init__(self, text):
         provider = PROVIDERS.get(text.lower())
-        url = provider.base_url if provider else text
+        self.shown = (provider.base_url if provider else text).rstrip("/")
         takes = ("one of %s, or a base URL such as https://host or https://host/v1, "
                  "without user info, query or fragment" % ", ".join(PROVIDERS))
-        match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", url, takes)
+        match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", self.shown, takes)
         try:
-            parts = urllib.parse.urlsplit(url)
+            parts = urllib.parse.urlsplit(self.shown)
             explicit_port = parts.port
-            host = parts.hostname or ""
-            self.host = host if host.isascii() else host.encode("idna").decode()
+            self.host = (parts.hostname or "").encode("idna").decode()
         except ValueError:          # its message would hold the URL
             raise ValueError(takes)
-        if not parts.hostname or "//" in parts.path or DOT_SEGMENT.search(parts.path):
+        if not self.host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
             raise ValueError(takes)
-        self.shown = url.rstrip("/")
         self.scheme = parts.scheme
         self.port = explicit_port or {"https": 443, "http": 80}[parts.scheme]
         self.is_loopback = is_loopback(self.host)
-        self.base = parts.path.rstrip("/")      # takes the place of /v1
+        self.base = parts.path                  # takes the place of /v1
         netloc = "[%s]" % self.host if ":" in self.host else self.host
         if explicit_port:
             netloc += ":%d" % explicit_port
@@ -2927,12 +2857,10 @@ OPTIONS = (
     Option("AIPROXY_UPSTREAM", AIPROXY_UPSTREAM, Upstream,
            "a provider's name (see PROVIDERS) or a base URL; a path in it takes the place of /v1"),
     Option("AIPROXY_KEY", AIPROXY_KEY, parse_keys,
-           "the provider key, or several, comma-separated; empty: nothing is hidden, callers bring "
-           "their own"),
+           "the provider key, or several, comma-separated; empty: callers bring their own"),
     Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER,
            matching("(?:%s)?" % TOKEN.decode(), "a header field's name"),
-           "field that carries the provider key: Authorization, x-api-key, ...; empty: by "
-           "provider"),
+           "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
     Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
@@ -2955,12 +2883,9 @@ OPTIONS = (
            "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
            "empty: no limit, or 60/min with AIPROXY_OPEN"),
     Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
-           "most output tokens a request may ask for, and what one that names none gets; empty: "
-           "no limit"),
-    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS,
-           number(int, 0, 10 ** 12, "a number of characters"),
-           "most characters of prompt text in a request; 0: no limit; empty: 131072 for "
-           "workers-ai, else none"),
+           "most output tokens of a request, and what one that names none gets; empty: no limit"),
+    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
+           "most characters of prompt text; 0: no limit; empty: 131072 for workers-ai, else 0"),
     Option("AIPROXY_MAX_BODY", AIPROXY_MAX_BODY, parse_size,
            "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
@@ -2987,9 +2912,11 @@ class Settings:
         self.shown = {}                 # by variable: what --check prints
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
+            if option.parse in SECRET_PARSERS:
+                self.shown[option.name] = "none"        # until derive_keys knows better
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
-                setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option))
+                setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = self.models      # name to model
         self.needs_model = bool(self.models)
@@ -3002,16 +2929,16 @@ class Settings:
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
-        names = (option.name,)
-        if option.name == "AIPROXY_PORT":
-            names += PORT_VARIABLES
-        for name in names:
-            if self.environ.get(name, "").strip():
-                return name, self.environ[name].strip()
+        others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
+        for name in (option.name, *others):
+            text = self.environ.get(name, "").strip()
+            if text:
+                return name, text
         return option.name, option.default
 
-    def read(self, option):
-        """The value of a setting. Raises SettingError."""
+    def read(self, variable):
+        """The value of the setting with this name. Raises SettingError."""
+        option = next(option for option in OPTIONS if option.name == variable)
         name, text = self.text(option)
         try:
             return option.parse(text)
@@ -3022,13 +2949,10 @@ class Settings:
                 got = "got something that is not shown here because it may be secret"
             raise SettingError("%s: %s; it takes %s" % (name, got, error))
 
-    def read_named(self, name):
-        return self.read(next(option for option in OPTIONS if option.name == name))
-
     def set_defaults(self):
         """What depends on the provider, and defaults that depend on other settings."""
         provider = self.upstream.provider
-        self.provider_keys = self.read_named(provider.key_variable)
+        self.provider_keys = self.read(provider.key_variable)
         if provider.prepare:
             provider.prepare(self)
         if self.open and not self.rate:
@@ -3048,29 +2972,30 @@ class Settings:
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
-        for option in OPTIONS:
-            if option.parse is parse_keys:
-                self.shown[option.name] = "none"
-        lengths = ["%d characters" % len(key) for key in self.provider_keys]
-        self.shown[provider.key_variable] = ", ".join(lengths) or "none"
-        names = ["%s=***" % name for name, _ in self.client_keys]
-        self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names) or "none"
+        if self.provider_keys:
+            lengths = ["%d characters" % len(key) for key in self.provider_keys]
+            self.shown[provider.key_variable] = ", ".join(lengths)
+        if self.client_keys:
+            names = ["%s=***" % name for name, _ in self.client_keys]
+            self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
 
     def derive_rules(self):
         """What follows from the settings, worked out once."""
         self.models_shown = list(self.aliases)
         if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
             self.has_body_rules = True
+
         is_transparent = not self.provider_keys
-        self.callers_need_key = bool(self.client_keys)
-        if is_transparent and self.upstream.wants_key:
-            self.callers_need_key = True
-        self.any_origin = "*" in self.origins or (self.callers_need_key and not self.origins)
+        callers_bring_key = is_transparent and self.upstream.wants_key
+        self.callers_need_key = callers_bring_key or bool(self.client_keys)
         self.is_guarded_by_loopback = not (is_transparent or self.client_keys or self.open)
-        paths = self.upstream.provider.paths
-        rules = (("POST", "*"),) if self.paths is None else self.paths
-        allowed = [path for path in paths + INFERENCE_PATHS
-                   if "POST" in allowed_methods(path, rules)]
+        if not self.origins and self.callers_need_key:
+            self.origins = ["*"]
+        self.any_origin = "*" in self.origins
+
+        paths = self.upstream.provider.paths + INFERENCE_PATHS
+        allowed = [path for path in paths
+                   if self.paths is None or "POST" in allowed_methods(path, self.paths)]
         self.default_path = (allowed or paths)[0]
 
     def check_safe(self):
@@ -3094,88 +3019,76 @@ class Settings:
         if any(client_key in self.provider_keys for _, client_key in self.client_keys):
             raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                                "for the client")
-        if self.default_model and self.default_model not in (self.models or [self.default_model]):
+        if self.models and self.default_model and self.default_model not in self.models:
             raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
                                % self.default_model)
         listens_here = is_loopback(self.host) or self.host in ("0.0.0.0", "::")
-        if self.port and self.port == self.upstream.port:
-            if self.upstream.is_loopback and listens_here:
-                raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than "
-                                   "this proxy" % self.upstream.url)
+        if listens_here and self.upstream.is_loopback and self.port == self.upstream.port:
+            raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than this proxy"
+                               % self.upstream.url)
 
 # ---- Main ----------------------------------------------------------------------------------------
-
-USAGE = """\
-usage: aiproxy.py [--demo] [--check] [--env-file FILE] [--host HOST] [--port PORT]
-                  [--upstream NAME_OR_URL] [--version] [--help]
-
-Relays an AI provider's API and hides its key. Settings come from the environment; keys never from
-the command line, where `ps` shows them. --demo runs against a small provider inside. --check prints
-the settings in force and exits.
-"""
-
-def help_text():
-    lines = [USAGE]
-    for option in OPTIONS:
-        line = "%-24s %s" % (option.name, option.help)
-        if option.default and option.parse not in SECRET_PARSERS:
-            line += " (default %s)" % option.default
-        lines.append(line)
-    return "\n".join(lines)
-
 
 class ArgumentParser(argparse.ArgumentParser):
     """Does not echo what it does not understand: it may be a key."""
 
     def error(self, message):
-        raise SettingError("an option is not understood, or lacks its value.\n" + USAGE)
+        raise SettingError("an option is not understood, or lacks its value.\n"
+                           + self.format_usage().rstrip())
 
 
-def read_arguments(arguments):
-    """The command line as a namespace. Raises SettingError."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--demo", "--check", "--version"):
-        parser.add_argument(name, action="store_true")
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--env-file", action="append", default=[])
-    for name in ("--host", "--port", "--upstream"):
-        parser.add_argument(name)
-    return parser.parse_args(arguments)
+def make_parser():
+    lines = ["settings, from the environment:"]
+    for option in OPTIONS:
+        line = "  %-24s %s" % (option.name, option.help)
+        if option.default and option.parse not in SECRET_PARSERS:
+            line += " (default %s)" % option.default
+        lines.append(line)
+    parser = ArgumentParser(
+        "aiproxy.py", description="Relays an AI provider's API and hides its key.",
+        epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="run against a small provider inside")
+    add("--check", action="store_true", help="print the settings in force and exit")
+    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
+    add("--version", action="store_true")
+    add("--help", "-h", action="store_true")
+    # No keys: `ps` shows the command line.
+    for name in ("host", "port", "upstream"):
+        add("--" + name, help="AIPROXY_" + name.upper())
+    return parser
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
     for path in options.env_file:
-        for name, value in read_env_file(path).items():
-            if not environ.get(name, "").strip():       # the real environment wins
-                environ[name] = value
+        read_env_file(path, environ)
     for name in ("host", "port", "upstream"):
         if getattr(options, name) is not None:
             environ["AIPROXY_" + name.upper()] = getattr(options, name)
 
-ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*((['\"]?)(.*)\3)", re.A)
+ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['\"]?)(.*)\2", re.A)
 
-def read_env_file(path):
-    """The KEY=value lines of a file, as a dict. Quotes around a value are dropped."""
+def read_env_file(path, environ):
+    """Put the KEY=value lines of a file into `environ`, without the quotes around a value."""
     try:
         with open(path, encoding="utf-8-sig") as file:      # Windows' editors begin with a mark
             lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
         raise SettingError("--env-file %s: %s" % (path, reason))
-    values = {}
     for line in lines:
         match = ENV_LINE.fullmatch(line.strip())
-        if match:
-            name, value, quote, quoted = match.groups()
-            values.setdefault(name, quoted if quote else value)
-    return values
+        if match and not environ.get(match[1], "").strip():     # the real environment wins
+            environ[match[1]] = match[3]
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
     try:
-        options = read_arguments(sys.argv[1:])
+        parser = make_parser()
+        options = parser.parse_args()
         if options.help or options.version:
-            print(help_text() if options.help else "aiproxy " + __version__)
+            print(parser.format_help() if options.help else "aiproxy " + __version__)
             return 0
         read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
@@ -3221,6 +3134,49 @@ def serve(settings, on_start):
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
 # entered: delete the section and the line that enters it, and the relay still works.
+
+# ---- CORS ----------------------------------------------------------------------------------------
+# Does: lets the pages of allowed origins read every response, and answers their preflights.
+# Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
+# Entered: `install_cors` in Server.install_features takes the place of `no_cors_headers`.
+
+# What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
+EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
+
+def install_cors(server):
+    server.cors_headers = cors_headers
+
+def cors_headers(request, settings, names=()):
+    """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
+
+    `request` is None if it could not be read. `names` are the response's fields, in lower case.
+    """
+    origin = request.headers.get(b"origin") if request else None
+    if settings.any_origin:
+        fields = [(b"Access-Control-Allow-Origin", b"*")]
+    elif origin is not None and is_origin_allowed(request.headers, settings):
+        # Reflected, since a list decides: a cache must not give it to another origin.
+        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin")]
+    else:
+        return [(b"Vary", b"Origin")] if settings.origins else []
+    rate_limits = sorted(name for name in names if b"ratelimit-" in name)
+    fields.append((b"Access-Control-Expose-Headers", b", ".join([EXPOSED_FIELDS] + rate_limits)))
+    if request and is_preflight(request):
+        fields += preflight_headers(request.headers, settings)
+    return fields
+
+def preflight_headers(headers, settings):
+    """Everything that the browser asks for."""
+    fields = [(b"Access-Control-Allow-Methods", ", ".join(METHODS).encode()),
+              (b"Access-Control-Max-Age", b"86400"),
+              (b"Vary", b"Access-Control-Request-Headers")]
+    wanted = headers.get(b"access-control-request-headers")
+    if wanted:
+        fields.append((b"Access-Control-Allow-Headers", wanted))
+    is_listed = headers.get(b"origin").decode("latin-1") in settings.origins
+    if is_listed and headers.get(b"access-control-request-private-network") == b"true":
+        fields.append((b"Access-Control-Allow-Private-Network", b"true"))
+    return fields
 
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
@@ -4492,11 +4448,11 @@ MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 
 def prepare_workers(settings):
     """The account and the base URL. Raises SettingError."""
-    account = settings.read_named("CLOUDFLARE_ACCOUNT_ID")
+    account = settings.read("CLOUDFLARE_ACCOUNT_ID")
     if not account or not settings.provider_keys:
         raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and "
                            "CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit")
-    upstream = settings.read_named("CLOUDFLARE_API_BASE_URL")
+    upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     upstream.provider = settings.upstream.provider
     upstream.base += "/accounts/" + account
     settings.upstream = upstream

@@ -139,6 +139,14 @@ def test_the_rate_limits_of_the_upstream_are_exposed_and_its_cors_fields_dropped
     assert "Accept" in reply.all("vary")
 
 
+def test_with_listed_origins_a_response_to_no_page_varies_with_the_origin_too(relay):
+    reply = relay(ORIGINS=APP, **KEY).ask("POST", CHAT, b"{}")
+
+    assert reply.status == 200
+    assert reply.all("vary") == ["Origin"]
+    assert reply.get("access-control-allow-origin") is None
+
+
 def test_without_origins_no_response_has_cors_fields(relay):
     reply = relay(**KEY).ask("POST", CHAT, b"{}")
 

@@ -331,7 +331,8 @@ def test_end_to_end_headers_are_relayed_in_order_with_duplicates(upstream, relay
     else:
         relayed = RELAYED[:4] + ABOUT_THE_OWNER + RELAYED[4:]
     expected = [(name.lower(), value) for name, value in relayed]
-    assert reply.fields == expected + [("vary", "Origin"), ("content-length", "2")]
+    without_cors = [field for field in reply.fields if field != ("vary", "Origin")]
+    assert without_cors == expected + [("content-length", "2")]
     assert reply.body == b"{}"
 
 
