@@ -47,9 +47,9 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
  7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
     been closed, at least for sending: we take that for a disconnect, also before the first byte,
     and stop paying for the answer. (`wait_for_upstream`, `has_disconnected`)
- 8. Send a request again only if (a) its connection, a kept one that the upstream had just closed,
-    took no byte of it; or (b) it refused our key, and there is another. Anything else might be
-    done, and paid, twice. (`UpstreamHandler`, `KeyRotation`)
+ 8. Send a request again only if (a) a kept connection was closed under it, and it took no byte of
+    it or the request is one that may be repeated; or (b) it refused our key, and there is another.
+    Anything else might be done, and paid, twice. (`Unanswered`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
     client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
     meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
@@ -141,19 +141,20 @@ CLOUDFLARE_API_BASE_URL = "https://api.cloudflare.com/client/v4"
 # Limits that nobody needs to change: seconds, bytes and numbers, each with its reason.
 HEAD_SECONDS = 30       # for a whole head, from its first byte or from connecting (slowloris)
 BODY_GRACE = 30         # seconds in which a request's body may be as slow as it likes
-BODY_RATE = 1024        # bytes a second that it must reach after that: the minimum data rate
+BODY_RATE = 1024        # bytes a second that it must reach after that: the minimum data rate,
+                        # also of a client that is behind with its response
 IDLE_SECONDS = 75       # for a kept-alive client to send its next request: nginx's default
 STALL_SECONDS = 60      # for a client that takes no byte of its response: nginx's send_timeout
-LINGER_SECONDS = 2      # how long a refused client may go on sending, so that it can read why
-LINGER_BYTES = 4 << 20  # and how much
+LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
+LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
 SHUTDOWN_SECONDS = 1    # for cut responses to be seen cut, once the grace time is over
 
 MAX_FIELDS = 100        # header fields: what Apache allows
 MAX_LINE = 16384        # bytes of a first line or a header field
 MAX_HEAD = 65536        # bytes of a head
 MAX_CHUNK_LINE = 4096   # bytes of a chunk's size line with its extensions
-MAX_TRAILER = 8192      # bytes of all trailer fields
-MAX_INTERIM = 20        # 1xx interim responses before the real one
+MAX_TRAILER = 8192      # bytes of all trailer lines
+MAX_INTERIM = 100       # 1xx interim responses before the real one
 
 MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
@@ -165,6 +166,8 @@ PREFETCH_BYTES = 65536  # of a request's body, read before connecting; of an err
 PREFETCH_SECONDS = 0.5  # before its head goes down; and for at most so long
 MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a response is running
 
+TICK_SECONDS = 0.5      # between two looks at the time limits of all responses
+SPARE_FILES = 64        # open files that are not for clients: modules, certificates, the log
 POOL_SIZE = 100         # idle upstream connections
 POOL_SECONDS = 30       # for each: providers close theirs after 60
 LOG_SECONDS = 0.05      # between two writes of the log: many lines are one write
@@ -272,6 +275,7 @@ SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'* -]+(?:/[A-Za-z0-9@:._~+,=()!$&'
 
 NO_RETRY = (b"x-should-retry", b"false")        # the SDKs retry 5xx unless a header forbids it
 JSON_TYPE = (b"Content-Type", b"application/json")
+OP_IGNORE_UNEXPECTED_EOF = 0x80     # OpenSSL's number; the ssl module names it since 3.10
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -334,6 +338,7 @@ class Server(http.server.ThreadingHTTPServer):
         # The client connections, each with the address it counts for. The condition guards them.
         self.clients = {}
         self.client_ended = threading.Condition()
+        self.lingering = {}         # by LingeringClose: the same of those that we only read out
         # The handlers whose clients are idle, and since when. No lock: adding, removing and
         # copying are single steps of a dict, and it is the removal that decides (mark_busy).
         self.idle = {}
@@ -390,8 +395,11 @@ class Server(http.server.ThreadingHTTPServer):
         with self.client_ended:
             has_room = len(self.clients) < self.capacity
             self.clients[request] = address
-            count = list(self.clients.values()).count(address)
+            addresses = [*self.clients.values(), *self.lingering.values()]
+            count = addresses.count(address)
         over_client_limit = count > self.settings.max_per_client and not is_loopback(address)
+        if self.count_clients() > self.capacity:
+            self.evict_lingering()
         if over_client_limit or not (has_room or self.evict_idle(1)):
             self.refuse_busy(request)
             return
@@ -420,9 +428,25 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(b"HTTP/1.1 503 Service Unavailable", headers) + content)
-            if len(self.relay_loop.jobs) < 2 * self.capacity:
-                self.relay_loop.submit(LingeringClose(request))
+            if self.count_clients() < self.capacity + SPARE_FILES // 2:
+                self.linger(request)
         self.shutdown_request(request)
+
+    def count_clients(self):
+        return len(self.clients) + len(self.lingering)
+
+    def linger(self, request):
+        """Leave a connection that has been answered to a lingering close; until then it counts."""
+        address = self.clients.get(request)
+        job = LingeringClose(request, lambda: self.lingering.pop(job))
+        self.lingering[job] = address
+        self.relay_loop.submit(job)
+
+    def evict_lingering(self):
+        """Hang up on the client that lingers longest, if there is one."""
+        for job in list(self.lingering):
+            if job.hang_up():
+                return
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
@@ -503,7 +527,7 @@ def raise_file_limit(wanted):
         return wanted
     if hard == resource.RLIM_INFINITY:
         return wanted
-    return max(1, min(wanted, (hard - 64) // 2))
+    return max(1, min(wanted, (hard - SPARE_FILES) // 2))
 
 @functools.lru_cache(1024)          # clients come again
 def network_of(address):
@@ -765,6 +789,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                       body, self.upload)
             request.upgrade = self.request.upgrade
             request.wait = functools.partial(wait_for_upstream, self.client)
+            if not (settings.provider_keys or self.request.is_http10):
+                request.on_early_hints = self.send_early_hints
             exchange = self.server.opener.open(request, timeout=settings.timeout)
             exchange.drop_fields_with(settings.upstream_secrets)
             self.record.upstream_status = exchange.status
@@ -788,6 +814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
             headers = downstream_headers(exchange.headers, self.settings)
+            announced_close = self.must_close()
             self.start_response(exchange.status, exchange.reason, headers, first_bytes,
                                 exchange.length, is_chunked)
             if not job.outcome:
@@ -796,7 +823,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.close()
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
-        self.close_connection = self.must_close()
+        self.close_connection = announced_close or self.must_close()
 
     def must_close(self):
         """Must the client connection end with this response? After an error of ours, always."""
@@ -821,13 +848,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
 
+    def send_early_hints(self, headers):
+        fields = downstream_headers(headers, self.settings)
+        self.send_to_client(render_head(b"HTTP/1.1 103 Early Hints", fields))
+
     def send_to_client(self, data):
-        """Send all of it. ClientGone if the client takes nothing for STALL_SECONDS."""
+        """Send all of it. ClientGone if the client takes nothing for too long, or too slowly."""
+        pace = Pace(time.monotonic())
         sent = self.client.send_some(data)
         while sent < len(data):
-            if not wait_ready(STALL_SECONDS, self.client, WRITE):
+            if not wait_ready(pace.patience(time.monotonic()), self.client, WRITE):
                 raise ClientGone("client_stalled")
-            sent += self.client.send_some(memoryview(data)[sent:])
+            count = self.client.send_some(memoryview(data)[sent:])
+            pace.add(count, time.monotonic())
+            sent += count
 
     def send_response(self, status, headers=(), content=b""):
         """Send a response that we have as a whole. The connection lives on if all is well."""
@@ -863,8 +897,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.head_sent and not self.client.ended:
             # Closed with bytes unread it would send a reset, too, and that eats our response.
             has_unread = self.client.buffer or self.client.receive()
-            if has_unread or self.upload is None or not self.upload.done:
-                self.server.relay_loop.submit(LingeringClose(self.client.sock))
+            may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
+            if has_unread or may_send_on:
+                self.server.linger(self.client.sock)
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -1152,7 +1187,8 @@ class Upload:
         self.waited = 0.0                   # seconds spent waiting for the client
 
     def check_limit(self):
-        if self.limit is not None and max(self.received, self.length or 0) > self.limit:
+        """413 as soon as its length, or that of the chunk that is coming, is over the limit."""
+        if self.limit is not None and self.received + self.reader.remaining > self.limit:
             raise ErrorResponse(413, "request_too_large", "The body is larger than the %d bytes "
                                 "allowed by AIPROXY_MAX_BODY." % self.limit)
 
@@ -1170,8 +1206,7 @@ class Upload:
             raise ClientGone()
         self.done = self.reader.done
         self.received += len(piece)
-        if self.length is None:             # else it has been checked before the first byte
-            self.check_limit()
+        self.check_limit()
         return piece
 
     def read_up_to(self, most, seconds=math.inf):
@@ -1183,12 +1218,17 @@ class Upload:
 
         Raises ErrorResponse 408 for a client below the minimum data rate.
         """
-        patience = BODY_GRACE + self.received / BODY_RATE - self.waited
         began = time.monotonic()
-        ready = wait_ready(min(patience, seconds), self.client, READ, other)
-        waited = time.monotonic() - began
-        self.waited += waited
-        if not ready and waited >= patience:
+        ready = wait_ready(min(self.patience(), seconds), self.client, READ, other)
+        self.add_wait(time.monotonic() - began, bool(ready))
+
+    def patience(self):
+        """For how many seconds the client may be waited for, as fast as it has been so far."""
+        return BODY_GRACE + self.received / BODY_RATE - self.waited
+
+    def add_wait(self, seconds, has_more=False):
+        self.waited += seconds
+        if not has_more and self.patience() <= 0:
             raise ErrorResponse(408, "request_timeout",
                                 "The body came more slowly than %d bytes a second." % BODY_RATE)
 
@@ -1432,7 +1472,8 @@ class UpstreamRequest(urllib.request.Request):
     """urllib's request, with what it has no place for: repeated fields, a body still coming.
 
     `upload` gives the rest of a body that begins with `prefix`. `wait(connection, mask, seconds)`
-    sleeps until the connection is ready, and may raise what ends the exchange.
+    sleeps until the connection is ready, and may raise what ends the exchange. `on_early_hints`
+    is called with the Headers of a 103.
     """
 
     def __init__(self, url, method, fields, prefix, upload):
@@ -1443,6 +1484,9 @@ class UpstreamRequest(urllib.request.Request):
         self.upload = upload
         self.upgrade = b""
         self.wait = None
+        self.on_early_hints = None
+        is_idempotent = any(name.lower() == b"idempotency-key" for name, _ in fields)
+        self.is_repeatable = upload.done and (is_idempotent or method in ("GET", "HEAD"))
         length = len(prefix) if upload.done else upload.length
         self.is_chunked = length is None
         if self.is_chunked:
@@ -1463,11 +1507,11 @@ class UpstreamHandler(urllib.request.BaseHandler):
     def http_open(self, request):
         """Called by the opener: send the request and wait for the head of its response.
 
-        It is sent again only if a kept connection, just closed by the upstream, took no byte of it.
+        It is sent again, once, if a kept connection was closed under it: see `Unanswered`.
         """
         connection = self.pool.acquire()
         if connection:
-            with contextlib.suppress(NothingSent):
+            with contextlib.suppress(Unanswered):
                 return self.run_exchange(request, connection)
         try:
             connection = self.pool.connect(request.wait)
@@ -1475,7 +1519,7 @@ class UpstreamHandler(urllib.request.BaseHandler):
             raise connect_error(error)
         try:
             return self.run_exchange(request, connection)
-        except NothingSent:
+        except Unanswered:
             raise response_error(ClosedEarly())
 
     https_open = http_open
@@ -1487,15 +1531,20 @@ class UpstreamHandler(urllib.request.BaseHandler):
             exchange.read_response_head()
             return exchange
         except (OSError, ProtocolError) as error:
+            is_unanswered = exchange.is_unanswered(error)
             exchange.close()
-            raise response_error(error)
+            raise Unanswered() if is_unanswered else response_error(error)
         except BaseException:               # whatever `wait` raises: the client has left, say
             exchange.close()
             raise
 
 
-class NothingSent(Exception):
-    """A connection took no byte of a request."""
+class Unanswered(Exception):
+    """A connection was closed before any byte of a response, and the request may be sent again.
+
+    Either no byte of it had been taken, or it is one that may be carried out twice (RFC 9110
+    section 9.2.2): GET, HEAD, or any with an Idempotency-Key.
+    """
 
 def upstream_error(code, message, headers=()):
     """504 for a time-out, else 502."""
@@ -1534,31 +1583,35 @@ class Pool:
         self.address = (upstream.host, upstream.port)       # where to connect
         self.open_tunnel = None     # (connection, wait): see "Proxies on the way up"
         self.tls = make_tls_context() if upstream.scheme == "https" else None
-        self.server_name = upstream.host                    # whose certificate it must be
+        self.server_name = upstream.server_name             # whose certificate it must be
+        self.last_address = None            # the one that took the last connection
         self.connect_timeout = settings.connect_timeout
-        self.idle = collections.deque()     # of (connection, since); the newest at the right
+        self.idle = collections.deque()     # of (connection, until); the newest at the right
 
     def acquire(self):
         """An idle connection that is still good; None if there is none."""
         while True:
             try:
-                connection, since = self.idle.pop()
+                connection, until = self.idle.pop()
             except IndexError:              # other threads take some, too
                 return None
-            if time.monotonic() - since < POOL_SECONDS and connection.is_silent():
+            if time.monotonic() < until and connection.is_silent():
                 return connection
             connection.close()
 
-    def release(self, connection):
-        self.idle.append((connection, time.monotonic()))
+    def release(self, connection, seconds):
+        """Keep a connection for the next request, for `seconds`."""
+        self.idle.append((connection, time.monotonic() + seconds))
         while len(self.idle) > POOL_SIZE:
             self.idle.popleft()[0].close()
 
     def close_old(self, now):
         """Close what has been idle too long; called by the relay loop twice a second."""
-        with contextlib.suppress(IndexError):
-            while now - self.idle[0][1] >= POOL_SECONDS:
-                self.idle.popleft()[0].close()
+        for entry in self.idle.copy():
+            if now >= entry[1]:
+                with contextlib.suppress(ValueError):       # it has just been taken
+                    self.idle.remove(entry)
+                    entry[0].close()
 
     def connect(self, wait):
         """A new connection. One deadline holds for all of it. Raises OSError, ProtocolError."""
@@ -1567,7 +1620,7 @@ class Pool:
         def wait_until_deadline(connection, mask):
             wait(connection, mask, deadline - time.monotonic())
 
-        connection = connect_tcp(*self.address, wait, deadline)
+        connection = self.connect_tcp(wait, deadline)
         try:
             if self.open_tunnel:
                 self.open_tunnel(connection, wait_until_deadline)
@@ -1578,6 +1631,26 @@ class Pool:
             connection.close()
             raise
 
+    def connect_tcp(self, wait, deadline):
+        """A connection to the first of the name's addresses that accepts, in a share of the time.
+
+        The one that accepted last comes first, so that a dead one costs its share only once. The
+        look-up of the name cannot be interrupted, but its time counts.
+        """
+        addresses = socket.getaddrinfo(*self.address, 0, socket.SOCK_STREAM)
+        addresses.sort(key=lambda found: found[4] != self.last_address)
+        failure = None
+        for index, (family, kind, protocol, _, address) in enumerate(addresses):
+            share = (deadline - time.monotonic()) / (len(addresses) - index)
+            try:
+                sock = socket.socket(family, kind, protocol)
+                connection = connect_socket(sock, address, wait, share)
+                self.last_address = address
+                return connection
+            except OSError as error:        # also of a family that this machine lacks
+                failure = error
+        raise failure
+
 
 def make_tls_context():
     """Certificates are verified. Not create_default_context, which would honour SSLKEYLOGFILE."""
@@ -1585,22 +1658,9 @@ def make_tls_context():
     context.load_default_certs()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
+    if ssl.OPENSSL_VERSION_INFO >= (3,):    # CPython 3.8 and 3.9 set it: a cut looked complete
+        context.options &= ~OP_IGNORE_UNEXPECTED_EOF
     return context
-
-def connect_tcp(host, port, wait, deadline):
-    """A connection to the first of the name's addresses that accepts, each given its share of time.
-
-    The look-up of the name cannot be interrupted, but its time counts.
-    """
-    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    failure = None
-    for index, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = (deadline - time.monotonic()) / (len(addresses) - index)
-        try:
-            return connect_socket(socket.socket(family, kind, protocol), address, wait, share)
-        except OSError as error:            # also of a family that this machine lacks
-            failure = error
-    raise failure
 
 def connect_socket(sock, address, wait, seconds):
     connection = BufferedSocket(sock)
@@ -1629,8 +1689,11 @@ class Exchange:
         self.pool = pool
         self.connection = connection
         self.request = request
+        self.unsent = None                  # what comes next of the request, a memoryview
         self.bytes_sent = 0
         self.request_sent = False           # all of it
+        self.first_line = None              # of the response, once its head has been read
+        self.interim = 0                    # 1xx responses before it
         self.keep_alive = False             # does the upstream want to go on?
         self.body = None
         self.prefetched = b""
@@ -1641,60 +1704,73 @@ class Exchange:
     # -- up
 
     def send_request(self):
-        """Send head and body. A response before the body's end, or a hang-up, ends the sending.
+        """Send head and body. A response that comes earlier ends this: see `ResponseJob.move_up`.
 
-        NothingSent if the connection took not one byte.
+        So does a hang-up: there may be a response in front of it.
         """
         request = self.request
-        upload = request.upload
         first_line = "%s %s HTTP/1.1" % (request.method, request.selector)
-        data = render_head(first_line.encode(), request.fields)
-        data += encode_chunk(request.prefix, request.is_chunked)
-        while self.send(data):
-            if upload.done:
-                self.request_sent = True
+        head = render_head(first_line.encode(), request.fields)
+        self.unsent = memoryview(head + encode_chunk(request.prefix, request.is_chunked))
+        while True:
+            waits_for = self.send_more()
+            if waits_for is None:
                 return
-            data = encode_chunk(upload.read(), request.is_chunked)
-            if upload.done and request.is_chunked:
-                data += LAST_CHUNK
-            if not data and not upload.done:
-                if self.has_responded():
-                    return
-                upload.wait(other=self.connection)
+            if waits_for is self.connection:
+                self.wait(mask=READ | WRITE)
+            else:
+                request.upload.wait(other=self.connection)
+            if self.has_responded():
+                return
 
-    def send(self, data):
-        """Send all of it. False if the upstream has responded meanwhile, or hung up."""
-        data = memoryview(data)
-        while data:
+    def send_more(self):
+        """Send what is here of the request and what the upstream takes of it now.
+
+        Returns the side that it then waits for; None when all is sent, or nothing more can be.
+        """
+        while not self.request_sent:
+            self.unsent = self.unsent or self.next_piece()
+            if not self.unsent:
+                return self.request.upload.client
             # At first no more than TLS sends as one record: of more, some may go out and the rest
             # fail, and it would look as if nothing had.
-            part = data if self.bytes_sent else data[:FIRST_SEND]
+            part = self.unsent if self.bytes_sent else self.unsent[:FIRST_SEND]
             try:
                 sent = self.connection.send_some(part)
             except OSError:
-                if not self.bytes_sent:
-                    raise NothingSent()
-                return False                # it may have responded before it hung up
+                return None                 # there may be a response in front of the hang-up
             self.bytes_sent += sent
-            data = data[sent:]
+            self.unsent = self.unsent[sent:]
+            self.request_sent = self.request.upload.done and not self.unsent
             if sent < len(part):
-                self.wait(mask=READ | WRITE)
-                if self.has_responded():
-                    return False
-        return True
+                return self.connection
+        self.unsent = None                  # an empty view of the body would keep all of it
+        return None
+
+    def next_piece(self):
+        """More of the body, framed; empty if nothing of it is here."""
+        upload = self.request.upload
+        piece = encode_chunk(upload.read(), self.request.is_chunked)
+        if upload.done and self.request.is_chunked:
+            piece += LAST_CHUNK
+        return memoryview(piece)
 
     def has_responded(self):
-        """Has the final response begun, or the upstream hung up? Interim ones are not it."""
+        """Is the head of the final response here, or has the upstream hung up?"""
         connection = self.connection
         try:
             is_open = connection.fill()
         except OSError:
             return True
-        interim = b"HTTP/1.1 1"
-        while connection.buffer.startswith(interim) and b"\r\n\r\n" in connection.buffer:
-            connection.buffer = connection.buffer.partition(b"\r\n\r\n")[2]
-        # What is left may still become an interim head: `HTT` may, `HTTP/1.1 2` may not.
-        return not is_open or not interim.startswith(connection.buffer[:len(interim)])
+        while b"\r\n\r\n" in connection.buffer and not self.first_line:
+            self.read_one_head()
+        return bool(self.first_line) or not is_open or len(connection.buffer) > MAX_HEAD
+
+    def is_unanswered(self, error):
+        """See `Unanswered`: is this the hang-up of a connection that gave not one byte?"""
+        if isinstance(error, (socket.timeout, ProtocolError)) or self.connection.buffer:
+            return False
+        return not self.interim and (self.request.is_repeatable or not self.bytes_sent)
 
     # -- down
 
@@ -1703,21 +1779,29 @@ class Exchange:
         if not self.connection.fill():
             raise ClosedEarly()
 
-    def read_response_head(self):
-        """The head of the final response: interim ones are dropped."""
-        for _ in range(MAX_INTERIM):
-            first_line, self.headers = read_head(self.connection, STATUS_LINE, self.read_more)
-            self.status = int(first_line[1])
-            if self.status >= 200 or self.status == 101:
-                break
-        else:
+    def read_one_head(self):
+        """Read a head. Interim responses are counted, and dropped but for early hints."""
+        first_line, self.headers = read_head(self.connection, STATUS_LINE, self.read_more)
+        self.status = int(first_line[1])
+        if self.status >= 200 or self.status == 101:
+            self.first_line = first_line
+            return
+        self.interim += 1
+        if self.interim > MAX_INTERIM:
             raise ProtocolError("it sent interim responses only")
+        if self.status == 103 and self.request.on_early_hints:
+            self.request.on_early_hints(self.headers)
+
+    def read_response_head(self):
+        """The head of the final response, and what it says of the body."""
+        while not self.first_line:
+            self.read_one_head()
         upgrade = self.request.upgrade      # RFC 9110 section 7.8: only what was asked for
         if self.status == 101 and not (upgrade and wanted_upgrade(self.headers) == upgrade):
             raise ProtocolError("it switched protocols unasked")
 
-        is_http10 = first_line[0] == b"0"
-        self.reason = first_line[2] or b""
+        is_http10 = self.first_line[0] == b"0"
+        self.reason = self.first_line[2] or b""
         self.length = content_length(self.headers)
         if self.request.method == "HEAD" or self.status < 200 or self.status in (204, 304):
             self.body = ContentLengthBody(self.connection, 0)       # whatever the fields say
@@ -1773,9 +1857,15 @@ class Exchange:
             return
         is_clean = self.request_sent and self.keep_alive and self.body.done
         if is_clean and not connection.ended and not connection.buffer:
-            self.pool.release(connection)
+            self.pool.release(connection, self.idle_seconds())
         else:
             connection.close()
+
+    def idle_seconds(self):
+        """How long to keep the connection: a second less than the upstream says that it does."""
+        says = self.headers.get(b"keep-alive")
+        timeout = says and re.search(rb"timeout *= *([0-9]{1,9})", says, re.I)
+        return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
 
 
 class SecretFilter:
@@ -1857,7 +1947,7 @@ class RelayLoop(threading.Thread):
     def run(self):
         last_tick = 0
         while True:
-            ready = self.selector.select(0.5)
+            ready = self.selector.select(TICK_SECONDS)
             self.now = time.monotonic()
             for key, mask in ready:
                 self.guard(key.data, mask)
@@ -1866,7 +1956,7 @@ class RelayLoop(threading.Thread):
                 self.jobs.add(job)
                 job.loop = self
                 self.guard(job.start)
-            if self.now - last_tick >= 0.5:
+            if self.now - last_tick >= TICK_SECONDS:
                 last_tick = self.now
                 for job in list(self.jobs):
                     self.guard(job.stop if self.stopping else job.on_tick)
@@ -1932,8 +2022,31 @@ class Job:
             self.ended.set()
 
 
+class Pace:
+    """How fast a client that is behind takes its response, since the moment `now`.
+
+    Every STALL_SECONDS it must take something, and after the first of them BODY_RATE on average: a
+    byte a minute keeps no place.
+    """
+
+    def __init__(self, now):
+        self.began = now
+        self.last = now
+        self.taken = 0                      # bytes
+
+    def add(self, count, now):
+        if count:
+            self.last = now
+            self.taken += count
+
+    def patience(self, now):
+        """For how many seconds the client may be waited for."""
+        deadline = self.began + STALL_SECONDS + self.taken / BODY_RATE
+        return min(self.last + STALL_SECONDS, deadline) - now
+
+
 class ResponseJob(Job):
-    """The body of one response on its way down.
+    """The body of one response on its way down, and what is left of the request's on its way up.
 
     RELAYING   the client has taken all there was: the upstream is read
     BLOCKED    the client is behind: the upstream is not read until `unsent` is gone. So the
@@ -1956,13 +2069,17 @@ class ResponseJob(Job):
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.server.observe_response(handler.record)
         self.unsent = b""
-        self.heard = 0.0                    # when the upstream last sent something,
-        self.taken = 0.0                    # and the client last took something
+        self.pace = None                    # of the client, while it is behind
+        self.heard = 0.0                    # when the upstream last sent or took something
+        self.up_waits_for = None            # while a request's body goes up: see `move_up`
         # An event of our own can tell of a cut if nothing says where the body would have ended,
         # and only between two events: `tail` is the end of what went down.
         self.can_tell_cut = (exchange.is_event_stream and not exchange.is_coded
                              and exchange.length is None and secret_filter is None)
         self.tail = EVENT_ENDS[0]
+        # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
+        is_in_doubt = self.upstream.is_tls and isinstance(exchange.body, UntilCloseBody)
+        self.last_event = LastEvent() if is_in_doubt and self.can_tell_cut else None
 
     # -- in the client thread, before the job is submitted
 
@@ -1977,7 +2094,11 @@ class ResponseJob(Job):
 
     def start(self):
         self.heard = self.loop.now
-        self.set_state(self.RELAYING)
+        self.state = self.RELAYING
+        self.move_up()
+        if self.state == self.ENDED:
+            return
+        self.set_state(self.state)
         if self.upstream.has_pending():
             self.on_upstream(READ)
 
@@ -1987,23 +2108,30 @@ class ResponseJob(Job):
         client_mask = READ if is_worth_watching(self.client) else 0
         if self.unsent:
             client_mask |= WRITE
+        upstream_mask = READ if state == self.RELAYING else 0
+        if self.up_waits_for is self.upstream and not self.outcome:
+            upstream_mask |= WRITE
         self.loop.watch(self.client, client_mask, self.on_client)
-        self.loop.watch(self.upstream, READ if state == self.RELAYING else 0, self.on_upstream)
+        self.loop.watch(self.upstream, upstream_mask, self.on_upstream)
 
     def on_upstream(self, mask):
         """Some of the body is here, or its end: relay it before more is read."""
-        while self.state == self.RELAYING:
+        if mask & WRITE:
+            self.move_up()
+        while mask & READ and self.state == self.RELAYING:
             self.heard = self.loop.now
             self.send(self.next_bytes())
             if self.state == self.ENDED or not self.upstream.has_pending():
                 return
 
     def on_client(self, mask):
-        """The client can take more, has sent its next request early, or has left."""
+        """The client can take more, has sent more of its body or its next request, or has left."""
         if self.state == self.ENDED:        # by an event of the same batch: nothing here is ours
             return None
         if mask & READ and has_disconnected(self.client):
             return self.finish("client_gone")
+        if self.up_waits_for is self.client:
+            self.move_up()
         if self.unsent:
             self.send(b"")
         if self.state == self.RELAYING and self.upstream.has_pending():
@@ -2011,12 +2139,31 @@ class ResponseJob(Job):
         if self.state != self.ENDED:
             self.set_state(self.state)
 
+    def move_up(self):
+        """The upstream has responded before the end of the request's body, which goes on."""
+        if self.outcome:                    # the response has ended, and with it the exchange
+            return None
+        sent = self.exchange.bytes_sent
+        try:
+            self.up_waits_for = self.exchange.send_more()
+        except ClientGone as gone:
+            return self.finish(gone.outcome)
+        except ErrorResponse as error:      # the body breaks a rule, or off
+            return self.end_early(error.code)
+        if self.exchange.bytes_sent > sent:
+            self.heard = self.loop.now
+        return self.set_state(self.state)
+
     def next_bytes(self):
         """The next bytes for the client, framed. Sets `outcome` when the body is over."""
         try:
             data = self.body.read()
-        except (OSError, ProtocolError):
-            return self.cut("upstream_died")
+        except (OSError, ProtocolError) as error:
+            is_end = isinstance(error, ClosedEarly) and self.last_event
+            if not (is_end and self.last_event.is_final()):
+                return self.cut("upstream_died")
+            self.body.done = True
+            data = b""
         framed = self.frame(data)
         if self.body.done and not self.outcome:
             self.outcome = "ok"
@@ -2035,6 +2182,8 @@ class ResponseJob(Job):
         self.bytes += len(data)
         if self.can_tell_cut:
             self.tail = (self.tail + data[-4:])[-4:]
+        if self.last_event:
+            self.last_event.feed(data)
         return encode_chunk(data, self.is_chunked)
 
     def cut(self, outcome):
@@ -2043,7 +2192,8 @@ class ResponseJob(Job):
         if not self.can_tell_cut or not self.tail.endswith(EVENT_ENDS):
             return b""
         reasons = {"upstream_timeout": "The upstream timed out",
-                   "shutdown": "The proxy was stopped"}
+                   "shutdown": "The proxy was stopped",
+                   "request_timeout": "The request's body came too slowly"}
         reason = reasons.get(outcome, "The upstream closed the connection")
         error = upstream_error(outcome, reason + " in the middle of this response.")
         return self.frame(render_event({"error": error_object(error)}))
@@ -2055,9 +2205,12 @@ class ResponseJob(Job):
             sent = self.client.send_some(data) if data else 0
         except OSError:
             return self.finish("client_gone")
-        if sent or not self.unsent:
-            self.taken = self.loop.now
         self.unsent = data[sent:]
+        if self.unsent:
+            self.pace = self.pace or Pace(self.loop.now)
+            self.pace.add(sent, self.loop.now)
+        else:
+            self.pace = None
         if self.outcome and not self.unsent:
             self.finish(self.outcome)
         elif self.outcome:
@@ -2068,56 +2221,100 @@ class ResponseJob(Job):
             self.heard = self.loop.now      # the silence was of our own making
             self.set_state(self.RELAYING)
 
-    def stop(self):
+    def end_early(self, outcome):
         if not self.outcome:
-            self.send(self.cut("shutdown"))
+            self.send(self.cut(outcome))
+
+    def stop(self):
+        self.end_early("shutdown")
         self.finish("shutdown")
 
     def on_tick(self):
-        if self.state != self.RELAYING:
-            if self.loop.now - self.taken > STALL_SECONDS:
-                self.finish("client_stalled")
-        elif self.loop.now - self.heard > self.timeout:
-            self.send(self.cut("upstream_timeout"))
+        if self.pace and self.pace.patience(self.loop.now) < 0:
+            self.finish("client_stalled")
+        elif self.up_waits_for is self.client:
+            try:
+                self.exchange.request.upload.add_wait(TICK_SECONDS)
+            except ErrorResponse as error:
+                self.end_early(error.code)
+        elif self.state == self.RELAYING and self.loop.now - self.heard > self.timeout:
+            self.end_early("upstream_timeout")
+
+
+class LastEvent:
+    """The beginning of the last event of a stream, kept as it passes."""
+
+    FINAL = re.compile(rb'(?:event: ?[^\n]*\n)?data: ?'
+                       rb'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
+
+    def __init__(self):
+        self.event = b""
+
+    def feed(self, data):
+        data = (self.event + data).replace(b"\r\n", b"\n")
+        content = data.rstrip(b"\n")
+        line_ends = data[len(content):]
+        self.event = content.rpartition(b"\n\n")[2][:256] + line_ends[:2]
+
+    def is_final(self):
+        """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
+        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
 
 
 class LingeringClose(Job):
-    """A refused client may still be sending: read on for a while, so that it can read why.
+    """A client that was answered may still be sending: read on for a while, so that it can read.
 
     Closed with unread bytes, its connection would be reset, and the reset would eat our response
-    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it.
+    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it. `on_end` is called
+    when it has been closed.
     """
 
-    def __init__(self, sock):
+    def __init__(self, sock, on_end):
         self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
         super().__init__(self.client)
-        self.deadline = time.monotonic() + LINGER_SECONDS
-        self.received = 0                   # bytes
+        self.on_end = on_end
+        self.is_hanging_up = False
+        self.began = 0.0
+        self.heard = 0.0
 
     def start(self):
         self.state = "lingering"
+        self.began = self.loop.now
+        self.heard = self.loop.now
         self.loop.watch(self.client, READ, self.on_client)
         try:
             self.client.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self.finish("client_gone")
 
+    def hang_up(self):
+        """From another thread: the loop will see its end. False if that has been done before."""
+        was_asked = self.is_hanging_up
+        self.is_hanging_up = True
+        with contextlib.suppress(OSError):
+            self.client.sock.shutdown(socket.SHUT_RDWR)
+        return not was_asked
+
     def on_client(self, mask):
+        self.heard = self.loop.now
         try:
-            data = self.client.receive()
+            is_over = self.client.receive() == b""
         except OSError:
-            data = b""
-        self.received += len(data or b"")
-        if data == b"" or self.received > LINGER_BYTES:
+            is_over = True
+        if is_over:
             self.finish("ok")
 
     def on_tick(self):
-        if self.loop.now > self.deadline:
+        silence = self.loop.now - self.heard
+        if silence > LINGER_SILENCE or self.loop.now - self.began > LINGER_SECONDS:
             self.finish("timeout")
 
     def finish(self, outcome):
+        if self.state == self.ENDED:
+            return
         super().finish(outcome)
         self.client.sock.close()
+        self.on_end()
 
 
 def is_worth_watching(client):
@@ -2182,11 +2379,19 @@ class BufferedSocket:
         return bool(self.buffer) or self.has_decrypted()
 
     def receive(self):
-        """Up to READ_SIZE new bytes; b"" at the end, None if there are none yet. Raises OSError."""
+        """Up to READ_SIZE new bytes; b"" at the end, None if there are none yet.
+
+        Raises OSError; ClosedEarly for TLS that ends without close_notify, and so perhaps too soon.
+        """
         try:
             data = self.sock.recv(READ_SIZE)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
+        except ssl.SSLError as error:
+            if isinstance(error, ssl.SSLEOFError) or "UNEXPECTED_EOF" in (error.reason or ""):
+                self.ended = True
+                raise ClosedEarly()
+            raise
         self.ended = not data
         return data
 
@@ -2468,7 +2673,8 @@ class ChunkedBody(BodyReader):
         self.state = self.SIZE
         self.remaining = 0          # bytes of the chunk
         self.partial = b""          # of a line that is not whole yet
-        self.trailer_size = 0       # bytes
+        self.trailer_size = 0       # bytes, line ends included
+        self.trailer_lines = 0
 
     def decode(self, data):
         """What was decoded before a broken rule is handed out first; the next read() raises."""
@@ -2526,9 +2732,12 @@ class ChunkedBody(BodyReader):
 
     def check_trailer(self, line):
         """A trailer must not change what the head said (RFC 9110 section 6.5.1)."""
-        self.trailer_size += len(line)
+        self.trailer_size += len(line) + 2
+        self.trailer_lines += 1
+        if self.trailer_size > MAX_TRAILER or self.trailer_lines > MAX_FIELDS:
+            raise ProtocolError("there are too many trailer fields")
         field = FIELD_LINE.fullmatch(line)
-        if not field or self.trailer_size > MAX_TRAILER or field.group(1).lower() in (
+        if not field or field.group(1).lower() in (
                 b"content-length", b"transfer-encoding", b"host", b"authorization"):
             raise ProtocolError("a trailer field is malformed")
 
@@ -2697,16 +2906,19 @@ class Upstream:
         try:
             parts = urllib.parse.urlsplit(self.shown)
             explicit_port = parts.port
-            self.host = (parts.hostname or "").encode("idna").decode()
+            host = (parts.hostname or "").encode("idna").decode()
+            self.host = host.replace("%25", "%")        # in front of an IPv6 zone: RFC 6874
         except ValueError:          # its message would hold the URL
             raise ValueError(takes)
         if not self.host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
             raise ValueError(takes)
         self.scheme = parts.scheme
         self.port = explicit_port or {"https": 443, "http": 80}[parts.scheme]
-        self.is_loopback = is_loopback(self.host)
+        # A zone, and the dot at the end of a full name, are for the resolver alone.
+        self.server_name = self.host.partition("%")[0].rstrip(".")
+        self.is_loopback = is_loopback(self.server_name)
         self.base = parts.path                  # takes the place of /v1
-        netloc = "[%s]" % self.host if ":" in self.host else self.host
+        netloc = "[%s]" % self.server_name if ":" in self.server_name else self.server_name
         if explicit_port:
             netloc += ":%d" % explicit_port
         self.netloc = netloc.encode()
@@ -3301,7 +3513,7 @@ def limit_tokens(members, path, settings):
     if not names or any(members.get(name) is not None for name in names):
         return {}
     # The newer models of OpenAI's own API refuse max_tokens; all others know it.
-    name = names[-1] if settings.upstream.host == "api.openai.com" else names[0]
+    name = names[-1] if settings.upstream.server_name == "api.openai.com" else names[0]
     return {name: most // answers}
 
 def whole_number(members, name):
@@ -3553,7 +3765,8 @@ class TokenCounter:
 # Touches: the request's header fields, its query, both connections after the 101.
 # Entered: `install_websocket` in Server.install_features adds an upgrade.
 
-TUNNEL_SECONDS = 2      # for the rest of a tunnel, once one side has closed
+HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
+UNTOLD_SECONDS = 2      # where the other side cannot be told that it has
 KEY_PROTOCOL = b"openai-insecure-api-key."      # how a browser's WebSocket carries a key
 
 def install_websocket(server):
@@ -3638,7 +3851,7 @@ class Tunnel(Job):
         super().__init__(client, upstream)
         self.up = Direction(client, upstream)
         self.down = Direction(upstream, client)
-        self.timeout = timeout
+        self.silence = timeout              # seconds
         self.last_move = 0.0                # when a side last had bytes, or took some
 
     def start(self):
@@ -3650,14 +3863,20 @@ class Tunnel(Job):
         if self.state == self.ENDED:        # by an event of the same batch
             return
         self.last_move = self.loop.now
-        self.up.move()
-        self.down.move()
+        try:
+            self.up.move()
+            self.down.move()
+        except OSError:                     # a reset: nobody is left to pass bytes to
+            self.finish("ok")
+            return
         self.bytes = self.down.bytes
         if self.up.is_over and self.down.is_over:
             self.finish("ok")
             return
-        if self.up.is_over or self.down.is_over:
+        ended = self.up if self.up.is_over else self.down
+        if ended.is_over and self.state == self.OPEN:
             self.state = self.HALF_CLOSED
+            self.silence = UNTOLD_SECONDS if ended.sink.is_tls else HALF_SECONDS
         self.watch(self.up, self.down)
         self.watch(self.down, self.up)
 
@@ -3671,11 +3890,8 @@ class Tunnel(Job):
         self.loop.watch(leaving.source, mask, self.on_ready)
 
     def on_tick(self):
-        silence = self.loop.now - self.last_move
-        if self.state == self.HALF_CLOSED and silence > TUNNEL_SECONDS:
-            self.finish("ok")
-        elif silence > self.timeout:
-            self.finish("idle")
+        if self.loop.now - self.last_move > self.silence:
+            self.finish("ok" if self.state == self.HALF_CLOSED else "idle")
 
 
 class Direction:
@@ -3690,31 +3906,29 @@ class Direction:
         source.buffer = b""
 
     def move(self):
-        """Pass on what is here; where the source has ended, pass that on as well."""
+        """Pass on what is here; where the source has ended, pass that on as well. OSError."""
         if self.is_over:
             return
-        try:
-            self.pass_on()
-            self.is_over = self.source.ended and not self.unsent
-        except OSError:                     # a reset, or TLS that ends without saying so
-            self.is_over = True
-        if self.is_over:
-            self.unsent = b""
-            # SSLSocket can only end both: a TLS side learns of it when the tunnel closes.
-            if not self.sink.is_tls:
-                with contextlib.suppress(OSError):
-                    self.sink.sock.shutdown(socket.SHUT_WR)
-
-    def pass_on(self):
-        """Read a piece if the sink has taken all before it (back-pressure), and send it."""
-        while True:
-            self.unsent = self.unsent or self.source.receive() or b""
+        while not self.is_over:
+            # A piece is read when the sink has taken all before it: back-pressure.
+            self.unsent = self.unsent or self.receive() or b""
             if self.unsent:
                 sent = self.sink.send_some(self.unsent)
                 self.unsent = self.unsent[sent:]
                 self.bytes += sent
+            self.is_over = self.source.ended and not self.unsent
             if self.unsent or not self.source.has_decrypted():
-                return
+                break
+        # SSLSocket can only end both: a TLS side learns of it when the tunnel closes.
+        if self.is_over and not self.sink.is_tls:
+            with contextlib.suppress(OSError):
+                self.sink.sock.shutdown(socket.SHUT_WR)
+
+    def receive(self):
+        try:
+            return self.source.receive()
+        except ClosedEarly:                 # many end TLS without saying so
+            return b""
 
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.

@@ -13,7 +13,7 @@ import pytest
 
 import aiproxy
 from byhand import ByHand
-from support import CHAT, EVENT_HEAD, OK, PATIENCE, chunk, event
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, chunk, event
 
 KEY = ("Authorization", "Bearer ck-alice")
 CHUNKED = ("Transfer-Encoding", "chunked")
@@ -640,6 +640,13 @@ def test_the_limit_of_open_files_is_raised_and_bounds_the_number_of_clients(
 
 # ---- refusals during an upload
 
+
+def test_a_chunk_that_is_too_large_is_refused_at_its_size(relay):
+    with relay(MAX_BODY="1KB", KEY="sk-hidden-key").client() as client:
+        client.request("POST", CHAT, b"401\r\n", [CHUNKED, ("Host", "localhost")])
+        assert client.read_reply().status == 413
+
+
 UPLOADS = [
     pytest.param({"KEY": "sk-hidden-key", "CLIENT_KEYS": "ck-alice"}, {}, 401, id="401"),
     pytest.param(
@@ -692,12 +699,8 @@ def test_a_refused_upload_of_3_MB_is_read_to_its_end_and_not_as_requests(
     assert upstream.all_bytes == b""
 
 
-@pytest.mark.parametrize("bound", [
-    {"LINGER_SECONDS": SHORT, "LINGER_BYTES": 1 << 60},
-    {"LINGER_SECONDS": LONG, "LINGER_BYTES": 100000},
-], ids=["time", "bytes"])
-def test_the_lingering_close_is_bounded(relay, limit, bound):
-    limit(**bound)
+def test_a_lingering_close_ends_although_the_client_goes_on_sending(relay, limit):
+    limit(LINGER_SECONDS=SHORT)
     fields = [("Expect", "miracles"), ("Content-Length", "100000000000")]
 
     with relay().client() as client:
@@ -708,6 +711,68 @@ def test_the_lingering_close_is_bounded(relay, limit, bound):
         with pytest.raises(ConnectionError):
             while time.monotonic() < begin + PATIENCE:
                 client.send(bytes(65536))
+
+
+def test_a_lingering_close_ends_when_the_client_is_silent(relay, limit):
+    limit(LINGER_SILENCE=SHORT)
+    running = relay()
+
+    with running.client() as client:
+        client.request("POST", CHAT, b"", [("Expect", "miracles"), ("Content-Length", "1000")])
+        assert client.read_reply().status == 417
+        wait_for_no_lingering(running)
+        with pytest.raises(ConnectionError):
+            while True:
+                client.send(b"x")
+
+
+def wait_for_no_lingering(running):
+    deadline = time.monotonic() + PATIENCE
+    while running.server.lingering and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not running.server.lingering
+
+
+def test_lingering_clients_count_and_are_given_up_for_new_ones(relay):
+    running = relay(MAX_CONNECTIONS=2)
+    refused = [running.client() for _ in range(2)]
+    for client in refused:
+        client.request("POST", CHAT, b"", [("Expect", "miracles"), ("Content-Length", "1000")])
+        assert client.read_reply().status == 417
+    assert running.server.count_clients() == 2
+
+    with running.client() as client:
+        client.request("GET", "/health")
+        assert client.read_reply().status == 200
+        assert running.server.count_clients() <= 2
+
+    for client in refused:
+        client.sock.close()
+    wait_for_no_lingering(running)
+    assert running.server.count_clients() == 0
+
+
+def test_a_client_that_takes_a_byte_now_and_then_is_cut(upstream, relay, limit):
+    limit(STALL_SECONDS=0.3, BODY_RATE=1 << 30)
+    size = 32 << 20
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size
+
+    def answer(received):
+        received.send(head)
+        received.send(bytes(size))
+
+    upstream.answer = answer
+    running = relay()
+    taken = 0
+    with Client(running.address, receive_buffer=4096) as client:
+        client.request("GET")
+        while not running.records and taken < 300:
+            client.sock.recv(1000)
+            taken += 1
+            time.sleep(0.02)
+
+    assert running.wait_for_record()["outcome"] == "client_stalled"
+
 
 
 def test_a_401_from_the_upstream_during_an_upload_becomes_a_502(by_hand, relay):

@@ -440,6 +440,7 @@ REFUSED = [
         "spilled": b"5\r\nAAAAAXX2\r\nBB\r\n" + END,
         "trailer with a space": WHOLE + b"0\r\nX : y\r\n\r\n",
         "trailer without a colon": WHOLE + b"0\r\ngarbage\r\n\r\n",
+        "101 trailer fields": WHOLE + b"0\r\n" + b"a:\r\n" * 101 + b"\r\n",
         "trailer with a length": WHOLE + b"0\r\nContent-Length: 99\r\n\r\n",
         "trailer with a coding": WHOLE + b"0\r\nTransfer-Encoding: chunked\r\n\r\n",
         "trailer with Host": WHOLE + b"0\r\nHost: evil.test\r\n\r\n",

@@ -140,25 +140,136 @@ def wait_until_readable(idle):
     assert aiproxy.wait_ready(PATIENCE, connection, aiproxy.READ)
 
 
-@pytest.mark.parametrize("method", ["POST", "GET"])
-def test_a_request_that_may_have_been_processed_is_never_sent_twice(either, relay, method):
+def close_from_the_second_request_on(upstream):
     def answer(received):
-        if len(either.received) == 1:
+        if len(upstream.received) == 1:
             received.send(OK)
         else:
             received.close()
 
-    either.answer = answer
+    upstream.answer = answer
+
+
+def test_a_request_that_may_have_been_processed_is_not_sent_twice(either, relay):
+    close_from_the_second_request_on(either)
     running = relay(UPSTREAM=either.url)
     assert running.chat().status == 200
     # With the record the connection is back in the pool.
     assert running.wait_for_record()
 
-    reply = running.ask(method, CHAT, b"{}" if method == "POST" else None)
+    reply = running.ask("POST", CHAT, b"{}")
 
     assert (reply.status, reply.code) == (502, "upstream_bad_response")
     assert len(either.received) == 2
     assert either.connections == 1
+
+
+IDEMPOTENT = {
+    "GET": ("GET", None, []),
+    "HEAD": ("HEAD", None, []),
+    "Idempotency-Key": ("POST", b"{}", [("Idempotency-Key", "one")]),
+}
+
+
+@pytest.mark.parametrize("method,body,fields", list(IDEMPOTENT.values()), ids=list(IDEMPOTENT))
+def test_what_may_be_carried_out_twice_is_sent_again_once(either, relay, method, body, fields):
+    close_from_the_second_request_on(either)
+    running = relay(UPSTREAM=either.url)
+    assert running.chat().status == 200
+    assert running.wait_for_record()
+
+    assert running.ask(method, CHAT, body, fields).status == 502
+
+    assert len(either.received) == 3
+    assert either.connections == 2
+    assert either.received[1].head == either.received[2].head
+
+
+def test_a_request_on_a_new_connection_is_not_sent_again(either, relay):
+    either.answer = Received.close
+
+    assert relay(UPSTREAM=either.url).ask("GET").status == 502
+    assert len(either.received) == 1
+
+
+@pytest.mark.parametrize("begin", [b"HTTP/1.1 20", b"HTTP/1.1 102 Processing\r\n\r\n"])
+def test_a_request_whose_response_had_begun_is_not_sent_again(either, relay, begin):
+    def answer(received):
+        received.send(OK if len(either.received) == 1 else begin)
+        if len(either.received) > 1:
+            received.close()
+
+    either.answer = answer
+    running = relay(UPSTREAM=either.url)
+    assert running.chat().status == 200
+    assert running.wait_for_record()
+
+    assert running.ask("GET").status == 502
+    assert len(either.received) == 2
+
+
+@pytest.mark.parametrize("says,connections", [
+    (b"timeout=1", 2), (b"timeout=1, max=100", 2), (b"max=5,Timeout = 1", 2), (b"timeout=0", 2),
+    (b"timeout=60", 1), (b"max=100", 1), (b"timeout=x", 1),
+])
+def test_a_connection_is_kept_only_as_long_as_its_upstream_says(
+    upstream, relay, says, connections
+):
+    upstream.answer = OK.replace(b"\r\n\r\n", b"\r\nKeep-Alive: " + says + b"\r\n\r\n", 1)
+    running = relay()
+
+    ask_in_turn(running, 2)
+
+    assert upstream.connections == connections
+
+
+def test_the_address_that_worked_last_comes_first(upstream, relay, monkeypatch):
+    original_getaddrinfo = socket.getaddrinfo
+    original_connect = socket.socket.connect
+    dead = socket.socket()
+    dead.bind(("127.0.0.1", 0))             # no listen(): connections are refused
+    dead_port = dead.getsockname()[1]
+    tried = []
+
+    def getaddrinfo(host, port, *rest):
+        if host != "provider.test":
+            return original_getaddrinfo(host, port, *rest)
+        ports = (dead_port, upstream.port)
+        return [original_getaddrinfo("127.0.0.1", port, *rest)[0] for port in ports]
+
+    def connect(sock, address):
+        if address[1] in (dead_port, upstream.port):
+            tried.append(address[1])
+        return original_connect(sock, address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    upstream.answer = OK.replace(b"OK\r\n", b"OK\r\nConnection: close\r\n", 1)
+    running = relay(UPSTREAM="http://provider.test")
+
+    for _ in range(3):
+        assert running.chat().status == 200
+    dead.close()
+
+    assert tried == [dead_port] + [upstream.port] * 3
+
+
+def test_early_hints_come_down_in_a_transparent_relay_only(upstream, relay):
+    upstream.answer = (
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\nSet-Cookie: a=b\r\n\r\n"
+        b"HTTP/1.1 102 Processing\r\n\r\n" + OK)
+
+    with relay().client() as client:
+        client.request("GET")
+        hints = client.read_until(b"\r\n\r\n")
+        assert hints == b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n"
+        assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    with relay().client() as client:
+        client.request("GET", version="HTTP/1.0")
+        assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    with relay(KEY="sk-hidden-key").client() as client:
+        client.request("GET", fields=[("Host", "localhost")])
+        assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 def test_an_upload_that_the_upstream_interrupted_is_not_sent_again(either, relay):

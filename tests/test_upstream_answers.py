@@ -276,7 +276,7 @@ BAD_RESPONSES = {
     "lines of lf": response().replace(b"\r\n", b"\n"),
     "no head": b"<html>\r\n\r\n</html>",
     "HTTP/0.9": b"<html>hello</html>\n" * 2000,
-    "21 interim responses": interim(100) * 21 + response(),
+    "101 interim responses": interim(100) * 101 + response(),
     "interim responses without end": interim(100) * 5000,
 }
 # Sent before the upstream closes the connection.

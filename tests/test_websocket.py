@@ -102,7 +102,10 @@ def test_bytes_sent_before_the_end_of_the_handshake_are_not_lost(by_hand, relay)
 
 
 @pytest.mark.parametrize("leaves", ["client", "upstream"])
-def test_when_either_side_closes_the_other_gets_the_rest_and_is_closed(by_hand, relay, leaves):
+def test_when_either_side_closes_the_other_gets_the_rest_and_is_closed(
+    by_hand, relay, monkeypatch, leaves
+):
+    monkeypatch.setattr(aiproxy, "HALF_SECONDS", 0.2)
     running = relay(UPSTREAM=by_hand.url)
     client, _, peer, _ = open_tunnel(by_hand, running)
     first, second = (client, peer) if leaves == "client" else (peer, client)
@@ -144,7 +147,7 @@ def test_when_one_side_ends_its_sending_the_other_may_go_on(by_hand, relay, ends
 
 
 def test_a_side_that_goes_on_silently_after_the_others_end_is_cut(by_hand, relay, monkeypatch):
-    monkeypatch.setattr(aiproxy, "TUNNEL_SECONDS", 0.2)
+    monkeypatch.setattr(aiproxy, "HALF_SECONDS", 0.2)
     running = relay(UPSTREAM=by_hand.url)
     client, _, peer, _ = open_tunnel(by_hand, running)
 
