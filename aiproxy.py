@@ -142,7 +142,8 @@ CLOUDFLARE_API_BASE_URL = "https://api.cloudflare.com/client/v4"
 HEAD_SECONDS = 30       # for a whole head, from its first byte or from connecting (slowloris)
 BODY_GRACE = 30         # seconds in which a request's body may be as slow as it likes
 BODY_RATE = 1024        # bytes a second that it must reach after that: the minimum data rate
-IDLE_SECONDS = 75       # for a kept-alive client to send its next request: nginx's default
+IDLE_SECONDS = 910      # for a kept-alive client to send its next request: load balancers keep a
+                        # connection for up to 15 minutes, and answer 502 if we close first
 STALL_SECONDS = 60      # for a client that takes no byte of its response: nginx's send_timeout
 LINGER_SECONDS = 2      # how long a refused client may go on sending, so that it can read why
 LINGER_BYTES = 4 << 20  # and how much
@@ -218,7 +219,7 @@ HOP_BY_HOP = frozenset(
 
 # Host, framing and Expect are ours to write or to answer; the rest tells who the caller is.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
-    b"host content-length expect forwarded x-real-ip x-client-ip true-client-ip via cdn-loop "
+    b"host content-length expect forwarded x-real-ip x-client-ip true-client-ip via cdn-loop proxy "
     b"cf-connecting-ip cf-ipcountry cf-ray cf-visitor cf-worker cf-ew-via x-amzn-trace-id "
     b"cookie origin referer".split())
 DROPPED_REQUEST_PREFIXES = (
@@ -234,7 +235,7 @@ DROPPED_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
     b"content-length set-cookie alt-svc strict-transport-security nel report-to".split())
 # With a provider key these go, too: they name the account.
 DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | {
-    b"server", b"openai-organization", b"openai-project"}
+    b"server", b"openai-organization", b"openai-project", b"anthropic-organization-id"}
 
 # A repeated one would be ambiguous.
 SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-type",
@@ -620,7 +621,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
-        if request.path == "*" or is_preflight(request):
+        if is_preflight(request) or is_probe(request):
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
@@ -1046,6 +1047,12 @@ def is_preflight(request):
     headers = request.headers
     return (request.method == "OPTIONS" and b"origin" in headers
             and b"access-control-request-method" in headers)
+
+def is_probe(request):
+    """A balancer's question whether we are there, or what browsers ask every server for."""
+    if request.method == "OPTIONS":
+        return request.path in ("*", "/")
+    return request.is_read_only and request.path == "/favicon.ico"
 
 # -- for what: paths and models
 
@@ -3156,7 +3163,9 @@ def cors_headers(request, settings, names=()):
         fields = [(b"Access-Control-Allow-Origin", b"*")]
     elif origin is not None and is_origin_allowed(request.headers, settings):
         # Reflected, since a list decides: a cache must not give it to another origin.
-        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin")]
+        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin"),
+                  # We use no cookies, but some pages always ask with `credentials: include`.
+                  (b"Access-Control-Allow-Credentials", b"true")]
     else:
         return [(b"Vary", b"Origin")] if settings.origins else []
     rate_limits = sorted(name for name in names if b"ratelimit-" in name)
