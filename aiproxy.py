@@ -357,6 +357,8 @@ class Server(http.server.ThreadingHTTPServer):
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
+        self.refuse = self.send_busy        # (socket, record), where there is no room
+        self.error_form = openai_form       # (path): the form of errors in the API there
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
@@ -365,6 +367,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
         install_cors(self)                  # part two: CORS
+        install_error_forms(self)           # part two: Errors in the form of other APIs
+        install_busy_refusals(self)         # part two: Refusals in the right form
         install_rates(self)                 # part two: Rates
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
@@ -394,7 +398,7 @@ class Server(http.server.ThreadingHTTPServer):
             count = list(self.clients.values()).count(address)
         over_client_limit = count > self.settings.max_per_client and not is_loopback(address)
         if over_client_limit or not (has_room or self.evict_idle(1)):
-            self.refuse_busy(request)
+            self.refuse_busy(request, client_address)
             return
         try:
             self.threads.submit(self.process_request_thread, request, client_address)
@@ -403,27 +407,53 @@ class Server(http.server.ThreadingHTTPServer):
             # closed, and its count of idle threads is wrong from now on.
             self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
-            self.refuse_busy(request)
+            self.refuse_busy(request, client_address)
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
         return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
-    def refuse_busy(self, request):
-        """503 from the accepting thread: one write that cannot block, then a lingering close."""
+    def refuse_busy(self, request, client_address):
+        """503 for a client without a place. None of this may block the accepting thread."""
+        record = Record(client_address[0])
+        if self.is_crowded():
+            self.send_busy(request, record)
+        else:
+            self.refuse(request, record)
+        self.shutdown_request(request)
+
+    def is_crowded(self):
+        """Does the relay loop have so much to do that no refused client may linger in it?"""
+        return len(self.relay_loop.jobs) >= 2 * self.capacity
+
+    def send_busy(self, sock, record, request=None):
+        """503 in one write, then a lingering close, if there is room for one."""
         error = ErrorResponse(503, "server_busy", "Too many clients. Try again.",
                               headers=[(b"Retry-After", b"1")])
-        content = render_error(error)
+        record.status = error.status
+        record.outcome = error.code
+        self.log.write(record)
+        content = self.render_error(error, record)
         headers = error.headers + [JSON_TYPE]
-        headers += own_headers(headers, make_request_id())
-        headers += self.cors_headers(None, self.settings)
+        headers = self.complete_headers(headers, request, record.id)
         headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
+        head = render_head(b"HTTP/1.1 503 Service Unavailable", headers)
         with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(render_head(b"HTTP/1.1 503 Service Unavailable", headers) + content)
-            if len(self.relay_loop.jobs) < 2 * self.capacity:
-                self.relay_loop.submit(LingeringClose(request))
-        self.shutdown_request(request)
+            sock.setblocking(False)
+            sock.send(head if record.method == "HEAD" else head + content)
+            if not self.is_crowded():
+                self.relay_loop.submit(LingeringClose(sock))
+
+    def render_error(self, error, record):
+        """The body of an error response, in the form of the API that was called."""
+        form = self.error_form(record.path)
+        return json.dumps(form.body(error, record.id)).encode()
+
+    def complete_headers(self, headers, request, request_id, is_open_ended=False):
+        """`headers` with what every response gets. `request` is None if it could not be read."""
+        headers = headers + own_headers(headers, request_id, is_open_ended)
+        names = [name.lower() for name, _ in headers]
+        return headers + self.cors_headers(request, self.settings, names)
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
@@ -815,9 +845,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
         self.ends_by_close = length is None and self.request.is_http10
-        headers = headers + own_headers(headers, self.record.id)
-        names = [name.lower() for name, _ in headers]
-        headers += self.server.cors_headers(self.request, self.settings, names)
+        headers = self.server.complete_headers(headers, self.request, self.record.id,
+                                               is_chunked or self.ends_by_close)
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
@@ -852,9 +881,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head_sent:
             return
         try:
-            self.send_response(error.status, error.headers + [JSON_TYPE], render_error(error))
+            self.send_response(error.status, error.headers + [JSON_TYPE],
+                               self.server.render_error(error, self.record))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
+
+    def render_error_event(self, error):
+        """The event that tells of an error in a stream that has begun."""
+        form = self.server.error_form(self.record.path)
+        return render_error_event(error, form, self.record.id)
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
@@ -1130,17 +1165,33 @@ def check_model(model, settings):
 
 # -- the form of our own errors
 
+class OpenAIErrors:
+    """How our errors look in OpenAI's API. See "Errors in the form of other APIs" for more."""
+
+    def body(self, error, request_id):
+        """What the body of an error response is the JSON of."""
+        return {"error": error_object(error)}
+
+    def event(self, error, request_id):
+        """The data of the event that tells of a cut stream, and its name."""
+        return self.body(error, request_id), ""
+
+
+OPENAI_ERRORS = OpenAIErrors()
+
+def openai_form(path):
+    return OPENAI_ERRORS
+
+def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
+    return render_event(*form.event(error, request_id))
+
 def error_object(error):
-    """OpenAI's form of an error, in a body or as an event."""
     kind = "invalid_request_error"
     if error.status == 429:
         kind = "rate_limit_error"
     elif error.status >= 500:
         kind = "server_error"
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-
-def render_error(error):
-    return json.dumps({"error": error_object(error)}).encode()
 
 # ---- The body's rules ----------------------------------------------------------------------------
 # A request's body on its way in, and what the settings make of it. What they do not change goes up
@@ -1398,13 +1449,15 @@ def downstream_headers(headers, settings):
             fields.append((name, value))
     return fields
 
-def own_headers(headers, request_id):
-    """What every response gets where `headers` has none."""
+def own_headers(headers, request_id, is_open_ended):
+    """What every response gets where `headers` has none; more if its length is not declared."""
     present = {name.lower(): value for name, value in headers}
     fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
-    if present.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
-        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
+    is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+    if is_event_stream or is_open_ended:
+        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold it back
+    if is_event_stream:
         fields.append((b"Cache-Control", b"no-cache"))
     return [field for field in fields if field[0].lower() not in present]
 
@@ -1962,6 +2015,7 @@ class ResponseJob(Job):
         self.is_chunked = is_chunked
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.server.observe_response(handler.record)
+        self.render_error_event = handler.render_error_event
         self.unsent = b""
         self.heard = 0.0                    # when the upstream last sent something,
         self.taken = 0.0                    # and the client last took something
@@ -2053,7 +2107,7 @@ class ResponseJob(Job):
                    "shutdown": "The proxy was stopped"}
         reason = reasons.get(outcome, "The upstream closed the connection")
         error = upstream_error(outcome, reason + " in the middle of this response.")
-        return self.frame(render_event({"error": error_object(error)}))
+        return self.frame(self.render_error_event(error))
 
     def send(self, data):
         """Send at once what the client takes, and keep the rest: nothing is collected."""
@@ -3187,6 +3241,125 @@ def preflight_headers(headers, settings):
         fields.append((b"Access-Control-Allow-Private-Network", b"true"))
     return fields
 
+# ---- Errors in the form of other APIs ------------------------------------------------------------
+# Does: gives our errors the form of the API that was called, so that its SDK can show them.
+# Touches: nothing; it makes other objects of the same errors.
+# Entered: `install_error_forms` in Server.install_features takes the place of `openai_form`.
+
+ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error"}
+GOOGLE_STATUSES = {     # google/rpc/code.proto; any other is UNAVAILABLE or INVALID_ARGUMENT
+    401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
+    408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 501: "UNIMPLEMENTED",
+    504: "DEADLINE_EXCEEDED"}
+
+
+class ResponsesErrors(OpenAIErrors):
+    """OpenAI's Responses API: its own kind of event, whose name says what it is.
+
+    `error` is what OpenAI's SDKs raise, the rest is what the API documents. Some clients pass over
+    an event without its number, which nobody here has counted.
+    """
+
+    def event(self, error, request_id):
+        details = error_object(error)
+        return dict(details, type="error", sequence_number=0, error=details), "error"
+
+
+class AnthropicErrors(OpenAIErrors):
+    """The Messages API. Its SDKs pass over events without a name."""
+
+    def body(self, error, request_id):
+        kind = "api_error" if error.status >= 500 else "invalid_request_error"
+        details = {"type": ANTHROPIC_TYPES.get(error.status, kind), "message": error.message}
+        return {"type": "error", "error": details, "request_id": request_id}
+
+    def event(self, error, request_id):
+        return self.body(error, request_id), "error"
+
+
+class GoogleErrors(OpenAIErrors):
+    """Gemini's own API. Its SDKs compare `code` with numbers, in an event as well."""
+
+    def body(self, error, request_id):
+        status = "UNAVAILABLE" if error.status >= 500 else "INVALID_ARGUMENT"
+        return {"error": {"code": error.status, "message": error.message,
+                          "status": GOOGLE_STATUSES.get(error.status, status)}}
+
+
+ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
+    (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
+    (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
+    (re.compile("/+v1beta/"), GoogleErrors()),
+)
+
+def install_error_forms(server):
+    server.error_form = find_error_form
+
+def find_error_form(path):
+    for pattern, form in ERROR_FORMS:
+        if pattern.match(path):
+            return form
+    return OPENAI_ERRORS
+
+# ---- Refusals in the right form ------------------------------------------------------------------
+# Does: reads the head of a request for which there is no room, so that the page that sent it may
+# read the 503 (CORS), and the SDK understands it.
+# Touches: the sockets of refused clients, until their 503 is sent.
+# Entered: `install_busy_refusals` in Server.install_features takes the place of `send_busy`.
+
+BUSY_SECONDS = 1        # for the head
+
+def install_busy_refusals(server):
+    def refuse(sock, record):
+        server.relay_loop.submit(RefusedClient(sock, record, server.send_busy))
+    server.refuse = refuse
+
+
+class RefusedClient(Job):
+    """The accepting thread cannot wait for a head. The socket is taken over."""
+
+    def __init__(self, sock, record, send_busy):
+        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
+        super().__init__(self.client)
+        self.record = record
+        self.send_busy = send_busy          # (socket, record, request)
+        self.deadline = time.monotonic() + BUSY_SECONDS
+        self.request = None                 # what could be read
+
+    def start(self):
+        self.state = "reading"
+        self.loop.watch(self.client, READ, self.on_client)
+
+    def on_client(self, mask):
+        try:
+            if not self.client.fill():
+                raise ClosedEarly()
+            first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more)
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError):
+            return self.finish("server_busy")
+        self.request = Request(first_line, headers, self.record.client)
+        self.record.method = self.request.method
+        self.record.path = self.request.path
+        self.finish("server_busy")
+
+    def read_more(self):
+        """What `read_head` calls if the head is not all here."""
+        raise BlockingIOError()
+
+    def on_tick(self):
+        if self.loop.now > self.deadline:
+            self.finish("server_busy")
+
+    def finish(self, outcome):
+        super().finish(outcome)
+        self.send_busy(self.client.sock, self.record, self.request)
+        self.client.close()                 # unless it lingers
+
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
@@ -4194,8 +4367,9 @@ class EventReader:
 class StreamTranslator:
     """Cloudflare's events in, OpenAI's out, each as soon as it is there."""
 
-    def __init__(self, call):
+    def __init__(self, call, render_error=render_error_event):
         self.call = call
+        self.render_error = render_error    # the event for an ErrorResponse
         self.events = EventReader()
         self.tool_calls = {}    # index_tool_calls' `seen` of each choice that began, by its index
         self.finish_reasons = {}    # those that have been sent, likewise
@@ -4288,7 +4462,7 @@ class StreamTranslator:
         # Both official SDKs raise this one, while they swallow Cloudflare's own.
         self.done = True
         self.failed = error_response.code
-        return render_event({"error": error_object(error_response)})
+        return self.render_error(error_response)
 
 
 class ResponsesTranslator(StreamTranslator):
@@ -4301,12 +4475,6 @@ class ResponsesTranslator(StreamTranslator):
         self.usage = openai_usage(as_dict(event.get("response")).get("usage")) or self.usage
         self.done = event["type"] in self.LAST
         yield render_event(event, name)
-
-    def fail(self, error_response):
-        super().fail(error_response)
-        # `error` is what the SDKs raise, the rest is the form that the Responses API has
-        error = error_object(error_response)
-        return render_event(dict(error, type="error", error=error), "error")
 
     def whole(self, body):
         """A whole response as the events without which no client can follow."""
@@ -4552,7 +4720,7 @@ class WorkersHandler(Handler):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
         call = self.call
         kind = ResponsesTranslator if call.kind == "responses" else StreamTranslator
-        translator = kind(call)
+        translator = kind(call, self.render_error_event)
         try:
             if exchange.status != 200:
                 raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
@@ -4944,7 +5112,8 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
         self.wfile.write(encode_chunk(render_event(data)))
 
     def send_failure(self, status, code, message):
-        self.send_json(status, {"error": error_object(ErrorResponse(status, code, message))})
+        error = ErrorResponse(status, code, message)
+        self.send_json(status, OPENAI_ERRORS.body(error, ""))
 
     def send_json(self, status, data):
         body = json.dumps(data).encode()

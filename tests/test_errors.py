@@ -11,7 +11,7 @@ import threading
 import pytest
 
 import aiproxy
-from support import CHAT, OK, PATIENCE, Received, chunk
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, Received, chunk, event
 
 KEY = b"Authorization: Bearer ck-alice"
 POST = b"POST /v1/chat/completions HTTP/1.1"
@@ -148,6 +148,170 @@ def test_every_refusal_has_the_form_of_an_openai_error(
         assert "POST" in reply.get("allow") or "GET" in reply.get("allow")
 
 
+# -- the forms of other APIs
+
+MESSAGES = "/v1/messages"
+GENERATE = "/v1beta/models/gemini-x:streamGenerateContent"
+RESPONSES = "/v1/responses"
+CLIENT = [("x-api-key", "ck-alice")]
+WRONG = [("x-api-key", "ck-mallory")]
+HELD = {"KEY": "sk-hidden-key", "CLIENT_KEYS": "ck-alice", "MODELS": "small"}
+PATHS = "%s,%s,/v1/responses,/v1beta/models/*" % (MESSAGES, CHAT)
+
+# The path, the fields and the body of a request, its status, and what Anthropic calls that.
+ANTHROPIC = [
+    pytest.param(MESSAGES, WRONG, b"{}", 401, "authentication_error", id="wrong key"),
+    pytest.param(MESSAGES, CLIENT, b"{", 400, "invalid_request_error", id="no JSON"),
+    pytest.param(
+        MESSAGES + "?beta=true", CLIENT, b'{"model":"x"}', 403, "permission_error", id="model"),
+    pytest.param(MESSAGES + "/batches", CLIENT, b"{}", 404, "not_found_error", id="path"),
+    pytest.param("/v1" + MESSAGES, WRONG, b"{}", 401, "authentication_error", id="/v1/v1"),
+    pytest.param(MESSAGES, CLIENT, b"x" * 99, 413, "request_too_large", id="size"),
+    pytest.param(MESSAGES, CLIENT, b'{"model":"small"}', 502, "api_error", id="unreachable"),
+]
+
+
+@pytest.mark.parametrize("path,fields,body,status,kind", ANTHROPIC)
+def test_an_error_on_the_messages_api_has_anthropics_form(
+    relay, nobody, path, fields, body, status, kind
+):
+    running = relay(UPSTREAM=nobody, PATHS=PATHS, MAX_BODY="50", **HELD)
+    reply = running.ask("POST", path, body, fields)
+
+    assert reply.status == status
+    assert reply.get("content-type") == "application/json"
+    assert set(reply.json) == {"type", "error", "request_id"}
+    assert reply.json["type"] == "error"
+    assert reply.json["request_id"] == reply.get("x-request-id")
+    assert set(reply.json["error"]) == {"type", "message"}
+    assert reply.json["error"]["type"] == kind
+
+
+GOOGLE = [
+    pytest.param(GENERATE, WRONG, b"{}", 401, "UNAUTHENTICATED", id="wrong key"),
+    pytest.param(GENERATE + "?key=x", CLIENT, b"{}", 400, "INVALID_ARGUMENT", id="key in query"),
+    pytest.param("/v1beta/files", CLIENT, b"{}", 404, "NOT_FOUND", id="path"),
+    pytest.param(GENERATE, CLIENT, b"{}", 502, "UNAVAILABLE", id="unreachable"),
+]
+
+
+@pytest.mark.parametrize("path,fields,body,status,kind", GOOGLE)
+def test_an_error_on_geminis_own_api_has_googles_form(
+    relay, nobody, path, fields, body, status, kind
+):
+    settings = dict(HELD, MODELS="")
+    reply = relay(UPSTREAM=nobody, PATHS=PATHS, **settings).ask("POST", path, body, fields)
+
+    assert reply.status == status
+    assert set(reply.json) == {"error"}
+    assert set(reply.json["error"]) == {"code", "message", "status"}
+    assert reply.json["error"]["code"] == status
+    assert reply.json["error"]["status"] == kind
+
+
+@pytest.mark.parametrize("path", [
+    RESPONSES, "/v1/models", "/v1/threads/t/messages", "/v1/messagesx", "/v1/xmessages", "/x"])
+def test_an_error_anywhere_else_has_openais_form(hidden, path):
+    assert hidden.ask("POST", path, b"{}").code == "invalid_api_key"
+
+
+@pytest.mark.parametrize("field", ["x-api-key", "api-key", "x-goog-api-key", "Authorization"])
+def test_a_wrong_client_key_is_called_incorrect_wherever_it_stands(hidden, field):
+    value = "Bearer ck-mallory" if field == "Authorization" else "ck-mallory"
+    reply = hidden.ask("POST", CHAT, b"{}", [(field, value)])
+    assert "Incorrect" in reply.json["error"]["message"]
+
+
+def last_event_of_a_cut_stream(upstream, running, path):
+    """The name and the data of the event that ends a stream whose upstream dies."""
+    def answer(received):
+        received.send(EVENT_HEAD + chunk(event("one")))
+        received.close()
+
+    upstream.answer = answer
+    reply = running.ask("POST", path, b"{}")
+    assert not reply.complete
+    first, last, end = reply.body.split(b"\n\n")
+    assert (first, end) == (b"data: one", b"")
+    name, _, data = last.rpartition(b"data: ")
+    return name, json.loads(data)
+
+
+def test_a_cut_stream_of_the_messages_api_ends_in_anthropics_event(upstream, relay):
+    name, data = last_event_of_a_cut_stream(upstream, relay(), MESSAGES)
+    assert name == b"event: error\n"
+    assert data["type"] == "error"
+    assert data["error"]["type"] == "api_error"
+    assert data["error"]["message"]
+
+
+def test_a_cut_stream_of_geminis_own_api_ends_in_googles_object(upstream, relay):
+    name, data = last_event_of_a_cut_stream(upstream, relay(), GENERATE + "?alt=sse")
+    assert name == b""
+    # google-genai looks at how the JSON begins, and compares the code with numbers
+    assert list(data) == ["error"]
+    assert data["error"]["code"] == 502
+    assert data["error"]["status"] == "UNAVAILABLE"
+
+
+def test_a_cut_stream_of_the_responses_api_ends_in_an_event_that_its_clients_know(upstream, relay):
+    name, data = last_event_of_a_cut_stream(upstream, relay(), RESPONSES)
+    assert name == b"event: error\n"
+    assert data["type"] == "error"
+    assert data["code"] == data["error"]["code"] == "upstream_died"
+    assert data["message"] == data["error"]["message"]
+    assert isinstance(data["sequence_number"], int)
+
+
+# -- who is refused for want of room
+
+REFUSED_PAGES = [  # the origins allowed, and what the page of APP is told
+    ("https://app.example", "https://app.example"), ("https://other.example", None), ("*", "*")]
+
+
+@pytest.fixture
+def crowded(relay):
+    """start(**settings) returns a relay whose one place is taken."""
+    clients = []
+
+    def start(**settings):
+        running = relay(MAX_CONNECTIONS=1, **settings)
+        clients.append(running.client())
+        clients[0].send(b"POST ")
+        return running
+
+    yield start
+    clients[0].sock.close()
+
+
+@pytest.mark.parametrize("origins,allowed", REFUSED_PAGES)
+def test_a_page_can_read_that_there_is_no_room(crowded, origins, allowed):
+    running = crowded(ORIGINS=origins, **HELD)
+    reply = running.chat(fields=[("Origin", "https://app.example")])
+
+    check_form(reply, 503, "server_busy")
+    assert reply.get("access-control-allow-origin") == allowed
+    record = running.wait_for_record()
+    assert (record["status"], record["outcome"]) == (503, "server_busy")
+    assert (record["method"], record["path"]) == ("POST", CHAT)
+
+
+def test_an_sdk_can_read_that_there_is_no_room(crowded):
+    reply = crowded(**HELD).ask("POST", MESSAGES, b"{}", CLIENT)
+    assert reply.json["error"]["type"] == "overloaded_error"
+
+
+NOT_WHOLE = [b"", b"POST /v1/messages HTTP/1.1\r\nHost: x", b"rubbish\r\n\r\n", b"x" * 70000]
+
+
+@pytest.mark.parametrize("data", NOT_WHOLE, ids=["nothing", "a part", "rubbish", "no end"])
+def test_whoever_sends_no_head_is_told_as_well(crowded, monkeypatch, data):
+    monkeypatch.setattr(aiproxy, "BUSY_SECONDS", 0.05)
+    with crowded(**HELD).client() as client:
+        client.send(data)
+        check_form(client.read_reply(), 503, "server_busy")
+
+
 @pytest.mark.parametrize("name", ["AIPROXY_OPEN", "AIPROXY_CLIENT_KEYS"])
 def test_the_refusal_of_a_host_says_which_settings_would_help(relay, name):
     running = relay(KEY="sk-hidden-key")
@@ -193,7 +357,8 @@ def test_a_connection_above_the_limit_receives_503(upstream, relay):
 
         gate.set()
         assert first.read_reply().status == 200
-    assert running.wait_for_record()["outcome"] == "ok"
+    assert running.wait_for_record()["outcome"] == "server_busy"
+    assert running.wait_for_record(2)["outcome"] == "ok"
 
 
 # -- upstreams that are broken or not there

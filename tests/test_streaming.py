@@ -84,6 +84,33 @@ def test_event_streams_tell_proxies_in_front_not_to_buffer_them(
     assert reply.complete
 
 
+# The head of a response besides its first line, and what the one that comes down adds to it.
+UNBUFFERED = ["x-accel-buffering: no"]
+LENGTHS = [
+    pytest.param("application/x-ndjson", "Transfer-Encoding: chunked", UNBUFFERED, id="NDJSON"),
+    pytest.param("application/json", "Transfer-Encoding: chunked", UNBUFFERED, id="JSON"),
+    pytest.param("audio/mpeg", "Connection: close", UNBUFFERED, id="until close"),
+    pytest.param("application/x-ndjson", "Content-Length: 0", [], id="declared"),
+]
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+@pytest.mark.parametrize("media_type,framing,added", LENGTHS)
+def test_no_proxy_in_front_should_buffer_a_response_without_a_declared_length(
+    upstream, hidden, media_type, framing, added, version
+):
+    def answer(received):
+        head = "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n%s\r\n\r\n" % (media_type, framing)
+        received.send(head.encode() + (b"0\r\n\r\n" if "chunked" in framing else b""))
+        if "close" in framing:
+            received.close()
+
+    upstream.answer = answer
+    reply = hidden.ask("POST", CHAT, b"{}", AUTH, version)
+    names = ("x-accel-buffering", "cache-control")
+    assert ["%s: %s" % field for field in reply.fields if field[0] in names] == added
+
+
 def test_a_compressed_response_is_relayed_unchanged(upstream, hidden):
     coded = b"\x1f\x8b\x08 not really gzip, and nobody looks"
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
