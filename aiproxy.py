@@ -359,6 +359,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.refuse = self.send_busy        # (socket, record), where there is no room
         self.error_form = openai_form       # (path): the form of errors in the API there
+        self.response_checks = []           # (handler, exchange), before its head goes down
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
@@ -369,6 +370,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_cors(self)                  # part two: CORS
         install_error_forms(self)           # part two: Errors in the form of other APIs
         install_busy_refusals(self)         # part two: Refusals in the right form
+        install_redirects(self)             # part two: Redirects
         install_rates(self)                 # part two: Rates
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
@@ -813,6 +815,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         try:
             secret_filter = check_for_key(exchange, self.settings)      # 502
+            for check in self.server.response_checks:
+                check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
@@ -3359,6 +3363,50 @@ class RefusedClient(Job):
         super().finish(outcome)
         self.send_busy(self.client.sock, self.record, self.request)
         self.client.close()                 # unless it lingers
+
+# ---- Redirects -----------------------------------------------------------------------------------
+# Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
+# redirect to another host is refused if clients would repeat a body there.
+# Touches: the Location of a response, where a provider key is configured.
+# Entered: `install_redirects` in Server.install_features adds a check.
+
+def install_redirects(server):
+    if server.settings.provider_keys:
+        server.response_checks.append(check_location)
+
+def check_location(handler, exchange):
+    """Rewrite the response's Location. ErrorResponse 502 for a body that would go elsewhere."""
+    if b"location" not in exchange.headers:
+        return
+    upload = handler.upload
+    may_lead_elsewhere = exchange.status // 100 != 3 or (upload.done and not upload.received)
+    fields = []
+    for name, value in exchange.headers.fields:
+        if name.lower() == b"location":
+            path = map_location(value, exchange.request.full_url, handler.settings.upstream)
+            if path is None and not may_lead_elsewhere:
+                raise upstream_error(
+                    "upstream_bad_response", "The upstream redirects this request to another "
+                    "host, where its body must not go. AIPROXY_UPSTREAM may be out of date.",
+                    [NO_RETRY])
+            value = value if path is None else path
+        fields.append((name, value))
+    exchange.headers = Headers(fields)
+
+def map_location(location, asked, upstream):
+    """The path of ours for a Location in the answer to `asked`; None if it leads elsewhere."""
+    try:
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(asked, location.decode("latin-1")))
+        port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    except (ValueError, KeyError):
+        return None
+    host = (parts.hostname or "").rstrip(".")
+    path = parts.path or "/"
+    if (host, port) != (upstream.host.rstrip("."), upstream.port) or not is_plain_path(path):
+        return None
+    if upstream.base and (path + "/").startswith(upstream.base + "/"):
+        path = "/v1" + path[len(upstream.base):]
+    return urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment)).encode("latin-1")
 
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
