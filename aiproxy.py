@@ -1797,11 +1797,10 @@ class Exchange:
 
     def drop_fields_with(self, secrets):
         """Take out of the head what holds a secret: an upstream may repeat our key."""
-        found = [secret for secret in secrets if secret in self.headers.raw]
-        if found:
+        if holds_secret(self.headers.raw, secrets):
             self.reason = b""
             fields = [field for field in self.headers.fields
-                      if not any(secret in b"\n".join(field) for secret in found)]
+                      if not holds_secret(b"\n".join(field), secrets)]
             self.headers = Headers(fields)
 
     def read(self):
@@ -1842,20 +1841,48 @@ class Exchange:
             connection.close()
 
 
+# How JSON may have a letter (RFC 8259 section 7), and such a thing cut off. A key is visible ASCII.
+JSON_ESCAPE = re.compile(rb'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
+PART_OF_ESCAPE = re.compile(rb"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
+
+def unescape(data):
+    return JSON_ESCAPE.sub(lambda match: match[2] or bytes.fromhex(match[1].decode()), data)
+
+def holds_secret(data, secrets):
+    """Does a head or a field hold a secret, as it is or as URLs or JSON may have it?"""
+    texts = [data]
+    if b"%" in data:
+        texts.append(urllib.parse.unquote_to_bytes(data))
+    if b"\\" in data:
+        texts.append(unescape(data))
+    return any(secret in text for secret in secrets for text in texts)
+
+def escaped_pattern(secret):
+    """What finds a secret, however JSON has it."""
+    letters = [rb"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
+               for place in range(len(secret))]
+    return re.compile(b"".join(letters))
+
+
 class SecretFilter:
     """Looks for secrets, as they are and as JSON may have them, in bytes as they pass."""
 
     def __init__(self, secrets):
-        escaped = [json.dumps(secret.decode())[1:-1].encode() for secret in secrets]
-        escaped += [word.replace(b"/", b"\\/") for word in escaped]
-        self.words = set(secrets + escaped)
-        self.longest = max(map(len, self.words))
+        self.secrets = secrets
+        self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
+        first = b"|".join(re.escape(secret[:1]) for secret in secrets)
+        self.beginning = re.compile(rb"\\(?:u|\Z)|\\?(?:%b)" % first)
         self.waiting = b""                  # the end of what came, if a secret may begin in it
         self.found = False
 
     def find(self, data):
         """Where the first secret begins; -1 if there is none."""
-        return min((data.index(word) for word in self.words if word in data), default=-1)
+        starts = [data.index(secret) for secret in self.secrets if secret in data]
+        if b"\\" in data:
+            text = unescape(data)
+            starts += [escaped_pattern(secret).search(data).start()
+                       for secret in self.secrets if secret in text]
+        return min(starts, default=-1)
 
     def feed(self, data, is_end=False):
         """What may pass of `data` and of what was waiting. `found` is set at the first secret."""
@@ -1873,9 +1900,11 @@ class SecretFilter:
 
     def find_beginning(self, data):
         """Where the end of `data` could be the beginning of a secret; its length if nowhere."""
-        for start in range(max(0, len(data) - self.longest + 1), len(data)):
-            if any(word.startswith(data[start:]) for word in self.words):
-                return start
+        for match in self.beginning.finditer(data, max(0, len(data) - self.longest + 1)):
+            rest = data[match.start():]
+            text = unescape(PART_OF_ESCAPE.sub(b"", rest))
+            if any(secret.startswith((rest, text)) for secret in self.secrets):
+                return match.start()
         return len(data)
 
 # ---- The relay loop ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import gzip
 import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -682,6 +683,75 @@ def test_an_internal_error_while_relaying_is_logged_as_one(
     assert "sk-hidden" not in output
 
 
+SPELLINGS = [  # a secret, and how JSON may have it
+    ("sk-hidden-key", b"sk-hidden-key"),
+    ("sk-hidden-key", b"sk\\u002dhidden\\u002Dkey"),
+    ("sk-hidden-key", b"\\u0073k-hidden-ke\\u0079"),
+    ("sk/hidden/key", b"sk\\u002Fhidden\\/key"),
+    ('sk"hidden', b'sk\\"hidden'),
+    ("sk\\hidden", b"sk\\\\hidden"),
+    ("sk\\hidden", b"sk\\u005chidden"),
+    ("sk\\hidden", b"sk\\hidden"),
+]
+
+
+@pytest.mark.parametrize("secret,text", SPELLINGS, ids=ascii)
+def test_a_secret_is_found_wherever_it_is_cut_in_pieces(secret, text):
+    harmless = text[:-1] + b"?" + text[:2]
+    for cut in range(len(text)):
+        pieces = aiproxy.SecretFilter([b"other", secret.encode()])
+        passed = pieces.feed(harmless + text[:cut]) + pieces.feed(text[cut:] + b" ", is_end=True)
+        assert pieces.found
+        assert passed == harmless
+
+    alone = aiproxy.SecretFilter([b"other", secret.encode()])
+    letters = [harmless[place:place + 1] for place in range(len(harmless))]
+    assert b"".join(map(alone.feed, letters)) + alone.feed(b"", is_end=True) == harmless
+    assert not alone.found
+
+
+FAR = b"x" * 70000
+
+
+@pytest.mark.parametrize("status", [300, 302, 307, 400, 500])
+@pytest.mark.parametrize("begin", [b"", b"x" * 65530, FAR, FAR * 3], ids=len)
+def test_a_provider_key_never_comes_down_in_what_is_no_success(upstream, hidden, status, begin):
+    body = begin + b"sk\\u002dhidden-key " + begin + b"sk-hidden-key"
+    head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n"
+    upstream.answer = head % (status, len(body)) + body
+
+    reply = hidden.chat()
+
+    assert b"hidden-key" not in reply.raw_head + reply.body
+    assert reply.status == 502 or not reply.complete
+    assert hidden.wait_for_record()["outcome"] == "upstream_credentials_rejected"
+
+
+@pytest.mark.parametrize("value", [
+    "https://x.test/?key=sk-hidden-key", "https://x.test/?key=sk%2Dhidden%2dkey",
+    '{"key": "sk\\u002dhidden-key"}', "%73%6b%2d%68idden-key"])
+def test_a_provider_key_never_comes_down_in_a_head(upstream, hidden, value):
+    head = "HTTP/1.1 200 %s\r\nX-Echo: %s\r\nX-Kept: 100%%25\r\nContent-Length: 0\r\n\r\n"
+    upstream.answer = (head % (value, value)).encode()
+
+    reply = hidden.chat()
+
+    assert reply.status_line.strip() == "HTTP/1.1 200"
+    assert reply.get("x-echo") is None
+    assert reply.get("x-kept") == "100%25"
+
+
+def test_looking_for_a_provider_key_takes_linear_time(upstream, hidden):
+    body = b"sk-hidden-ke\\" * 80000 + b"\\" * 100000
+    head = b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n"
+    upstream.answer = head % len(body) + body
+    began = time.process_time()
+
+    assert hidden.chat().body == body
+
+    assert time.process_time() - began < 1
+
+
 # -- an error response that trickles
 
 
@@ -719,8 +789,11 @@ KEYS_IN_PIECES = [  # a provider key, how an error has it, and where that is cut
 
 
 @pytest.mark.parametrize("key,text,place", KEYS_IN_PIECES)
-def test_a_provider_key_late_in_an_error_is_cut_off(upstream, relay, key, text, place):
+def test_a_provider_key_late_in_an_error_is_cut_off(
+    upstream, relay, monkeypatch, key, text, place
+):
     """The head has gone down: what is left is to end the response where the key begins."""
+    monkeypatch.setattr(aiproxy, "PREFETCH_SECONDS", 0.05)
     gate = threading.Event()
     running = relay(KEY=key, CLIENT_KEYS="ck-alice")
     upstream.answer = trickle(b"Your key " + text[:place], text[place:] + b" is bad", gate)
