@@ -2764,11 +2764,16 @@ def printable(value):
         return text
     return json.dumps(value).replace(" ", "\\u0020")
 
+# A word that may be a key which we do not know: a caller's own.
+LIKE_A_KEY = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
+
 def format_traceback(error):
-    """Where a fault of ours is, without the values in it: those may be secret."""
+    """What a fault of ours is, and where, without what may be secret in its message."""
     places = ["%s:%d" % (frame.f_code.co_name, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]
-    return "%s at %s" % (type(error).__name__, " > ".join(places))
+    message = traceback.format_exception_only(type(error), error)[-1].strip()
+    message = LIKE_A_KEY.sub("***", message[:1000])
+    return "%s at %s" % (message[:200], " > ".join(places))
 
 # ---- Reading the settings ------------------------------------------------------------------------
 

@@ -630,7 +630,7 @@ def test_a_transparent_relay_relays_errors_about_the_clients_key(upstream, relay
 
 def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, monkeypatch, capfd):
     def fail(self):
-        raise ValueError("sk-hidden-key")
+        raise ValueError("no place for sk-hidden-key")
 
     monkeypatch.setattr(aiproxy.Handler, "check_path", fail)
     running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
@@ -639,7 +639,7 @@ def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, mo
 
     assert running.wait_for_record()["outcome"] == "internal_error"
     output = capfd.readouterr().err
-    assert "ValueError at " in output
+    assert "ValueError: no place for *** at " in output
     assert "fail:" in output
     assert "sk-hidden" not in output
     assert "Traceback" not in output
@@ -679,8 +679,22 @@ def test_an_internal_error_while_relaying_is_logged_as_one(
     assert record["status"] == reply.status == (200 if in_the_loop else 500)
     assert not (in_the_loop and reply.complete)
     output = capfd.readouterr().err
-    assert "ValueError at " in output
+    assert "ValueError: *** at " in output
     assert "sk-hidden" not in output
+
+
+@pytest.mark.parametrize("error,message", [
+    (OSError(24, "Too many open files"), "OSError: [Errno 24] Too many open files at "),
+    (RuntimeError("can't start new thread"), "RuntimeError: can't start new thread at "),
+    (KeyError("sk-proj-0123456789abcdef"), "KeyError: '***' at "),
+    (ValueError("Bearer\tAIzaSyA0123 x"), "ValueError: Bearer\t*** x at "),
+    (ValueError("\n" + "x" * 10 ** 6), "ValueError: "),
+    (ValueError(), "ValueError at "),
+])
+def test_a_fault_has_a_message_without_what_may_be_a_key(error, message):
+    text = aiproxy.format_traceback(error)
+    assert text.startswith(message)
+    assert len(text) < 300
 
 
 SPELLINGS = [  # a secret, and how JSON may have it
