@@ -363,7 +363,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
-        self.observe_response = no_observer     # (record): what to call with each piece of a body
+        # (record): what to call with each piece of a body that no rule reads
+        self.observe_request = no_observer
+        self.observe_response = no_observer
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
@@ -375,6 +377,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
+        install_model_names(self)           # part two: Model names for the log
         install_token_counts(self)          # part two: Token counts
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
@@ -757,6 +760,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.is_inspected:
             return self.apply_body_rules(upload.read_up_to(math.inf))       # 400 403
+        upload.observe = self.server.observe_request(self.record)
         return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
 
     def apply_body_rules(self, body):
@@ -947,7 +951,7 @@ def use_first_key(send, may_repeat):
     return send(0)
 
 def no_observer(record):
-    """No one looks at the bytes of a response. See "Token counts"."""
+    """No one looks at the bytes. See "Token counts" and "Model names for the log"."""
     return None
 
 # ---- The checks ----------------------------------------------------------------------------------
@@ -1212,6 +1216,7 @@ class Upload:
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
         self.waited = 0.0                   # seconds spent waiting for the client
+        self.observe = None                 # called with each piece
 
     def check_limit(self):
         if self.limit is not None and max(self.received, self.length or 0) > self.limit:
@@ -1232,6 +1237,8 @@ class Upload:
             raise ClientGone()
         self.done = self.reader.done
         self.received += len(piece)
+        if self.observe:
+            self.observe(piece)
         if self.length is None:             # else it has been checked before the first byte
             self.check_limit()
         return piece
@@ -2655,6 +2662,10 @@ def render_event(data, name=""):
 
 # ---- The log -------------------------------------------------------------------------------------
 
+def shorten(text, most):
+    return text[:most]
+
+
 class Record:
     """What the log says of one request."""
 
@@ -2672,21 +2683,24 @@ class Record:
         self.outcome = ""                   # "ok", an error's code, or how it was cut
         self.id = make_request_id()         # or the upstream's, if it sends one
 
-    def as_dict(self, redact=str):
-        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown."""
+    def as_dict(self, redact=shorten):
+        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown.
+
+        Clients choose most of the texts: `redact(text, most)` cuts each to its length.
+        """
         prompt_tokens, completion_tokens = None, None
         if self.count_tokens:
             prompt_tokens, completion_tokens = self.count_tokens()
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "client": redact(self.client),
-            "method": redact(self.method) or "-", "path": redact(self.path)[:256],
-            "model": redact(self.model)[:100], "status": self.status,
+            "client": redact(self.client, 100),
+            "method": redact(self.method, 32) or "-", "path": redact(self.path, 256),
+            "model": redact(self.model, 100), "status": self.status,
             "upstream_status": self.upstream_status,
             "first_byte": self.first_byte and round(self.first_byte, 4),
             "total": round(time.monotonic() - self.began, 4), "bytes": self.bytes,
             "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "request_id": redact(self.id), "outcome": self.outcome or "client_gone"}
+            "request_id": redact(self.id, 200), "outcome": self.outcome or "client_gone"}
 
 
 LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
@@ -2702,6 +2716,8 @@ class Log(threading.Thread):
         super().__init__(daemon=True, name="log")
         self.format = format                   # text, json or off
         self.secrets = [secret.decode() for secret in secrets]
+        # Characters that the longest may take, percent-encoded.
+        self.longest = 3 * max(map(len, secrets), default=1)
         self.lines = queue.SimpleQueue()    # of (stream, line); the stream None is the end
         self.lost = 0                       # lines that nobody read in time
 
@@ -2715,7 +2731,7 @@ class Log(threading.Thread):
         self.put(sys.stdout, line)
 
     def warn(self, text):
-        self.put(sys.stderr, "aiproxy: " + self.redact(text))
+        self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
 
     def put(self, stream, line):
         if self.lines.qsize() < MAX_LOG_LINES:
@@ -2723,13 +2739,24 @@ class Log(threading.Thread):
         else:
             self.lost += 1
 
-    def redact(self, text):
-        """Without our keys: a client may put one into a path or a model's name, encoded or not."""
+    def redact(self, text, most):
+        """At most so many characters of a text, without our keys, encoded or not.
+
+        It is cut before anything else is done with it: it may have millions of characters.
+        """
+        readable = text[:most + self.longest]
+        masked = self.mask(readable)
+        if "%" in masked:
+            decoded = urllib.parse.unquote(masked)
+            if any(secret in decoded for secret in self.secrets):
+                masked = self.mask(decoded)
+        if len(readable) < len(text):
+            masked = masked[:-self.longest]     # it may end in a part of a key
+        return masked[:most]
+
+    def mask(self, text):
         for secret in self.secrets:
             text = text.replace(secret, "***")
-            decoded = urllib.parse.unquote(text)
-            if secret in decoded:
-                text = decoded.replace(secret, "***")
         return text
 
     def run(self):
@@ -3747,6 +3774,54 @@ class UpstreamProxy(urllib.request.BaseHandler):
             raise OSError("the proxy refused the tunnel with status %s" % status.decode())
         if connection.buffer:       # it would be taken for something that came through TLS
             raise ProtocolError("the proxy sent bytes behind its response")
+
+# ---- Model names for the log ---------------------------------------------------------------------
+# Does: finds the name of the model in a request that no rule reads, for the log.
+# Touches: nothing; it sees the bytes of each such body as they pass.
+# Entered: `install_model_names` in Server.install_features takes the place of `no_observer`.
+
+MODEL_IN_PATH = re.compile(r"/v1beta/models/([^/:]+)|/deployments/([^/]+)|/v1/models/(.+)")
+# Of a JSON object, wherever in it, or of a form (RFC 7578).
+MODEL_IN_JSON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.){1,200}")')
+MODEL_IN_FORM = re.compile(
+    rb'name="model"\r\n(?:(?i:content-)[^\r\n]{1,99}\r\n){0,2}\r\n([^\r\n]{1,200})\r\n')
+MODEL_BYTES = 1024      # more than any of these takes
+
+def install_model_names(server):
+    if server.settings.log != "off":
+        server.observe_request = observe_model
+
+def observe_model(record):
+    in_path = MODEL_IN_PATH.search(record.path)
+    if in_path:
+        record.model = urllib.parse.unquote(in_path[in_path.lastindex][:1000])
+        return None
+    return ModelFinder(record).observe
+
+
+class ModelFinder:
+    """The first thing in a body that looks like the name of the model."""
+
+    def __init__(self, record):
+        self.record = record
+        self.tail = b""         # of what has passed: the name may be cut in two
+
+    def observe(self, data):
+        if self.record.model:
+            return
+        window = self.tail + data
+        self.tail = window[-MODEL_BYTES:]
+        if b'model"' in window:
+            self.look(window)
+
+    def look(self, window):
+        match = MODEL_IN_JSON.search(window)
+        with contextlib.suppress(ValueError):
+            if match:
+                self.record.model = json.loads(match[1].decode("utf-8", "replace"))
+        match = MODEL_IN_FORM.search(window)
+        if match and not self.record.model:
+            self.record.model = match[1].decode("utf-8", "replace")
 
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
