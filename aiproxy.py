@@ -130,6 +130,7 @@ AIPROXY_MAX_CONNECTIONS = "1024"  # clients served at once
 AIPROXY_MAX_PER_CLIENT = "64"   # connections from one client address
 AIPROXY_CONNECT_TIMEOUT = "10"  # seconds to connect to the upstream
 AIPROXY_TIMEOUT = "600"         # seconds of upstream silence
+AIPROXY_HEARTBEAT = "0"         # seconds between comments in a silent event stream; 0: none
 AIPROXY_GRACE = "8"             # seconds that running requests get at SIGTERM
 AIPROXY_LOG = "text"            # text, json or off
 
@@ -363,6 +364,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
+        self.add_heartbeats = no_heartbeats     # (wait, send): what to wait with
+        self.on_silence = do_nothing        # (job): called while an event stream is silent
         # (record): what to call with each piece of a body that no rule reads
         self.observe_request = no_observer
         self.observe_response = no_observer
@@ -377,6 +380,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
+        install_heartbeats(self)            # part two: Heartbeats
         install_model_names(self)           # part two: Model names for the log
         install_token_counts(self)          # part two: Token counts
         install_websocket(self)             # part two: WebSocket
@@ -949,6 +953,13 @@ def no_cors_headers(request, settings, names=()):
 def use_first_key(send, may_repeat):
     """Send a request with the one provider key. See "Several provider keys" for more."""
     return send(0)
+
+def no_heartbeats(wait, send):
+    """A silent stream stays silent. See "Heartbeats"."""
+    return wait
+
+def do_nothing(job):
+    """See "Heartbeats"."""
 
 def no_observer(record):
     """No one looks at the bytes. See "Token counts" and "Model names for the log"."""
@@ -2056,6 +2067,7 @@ class ResponseJob(Job):
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.server.observe_response(handler.record)
         self.render_error_event = handler.render_error_event
+        self.on_silence = handler.server.on_silence
         self.unsent = b""
         self.heard = 0.0                    # when the upstream last sent something,
         self.taken = 0.0                    # and the client last took something
@@ -2138,10 +2150,14 @@ class ResponseJob(Job):
             self.tail = (self.tail + data[-4:])[-4:]
         return encode_chunk(data, self.is_chunked)
 
+    def is_between_events(self):
+        """Is this where an event of our own can go down?"""
+        return self.can_tell_cut and self.tail.endswith(EVENT_ENDS)
+
     def cut(self, outcome):
         """The body ends before its end. An event says so, if it can; never a last chunk."""
         self.outcome = outcome
-        if not self.can_tell_cut or not self.tail.endswith(EVENT_ENDS):
+        if not self.is_between_events():
             return b""
         reasons = {"upstream_timeout": "The upstream timed out",
                    "shutdown": "The proxy was stopped"}
@@ -2180,6 +2196,8 @@ class ResponseJob(Job):
                 self.finish("client_stalled")
         elif self.loop.now - self.heard > self.timeout:
             self.send(self.cut("upstream_timeout"))
+        elif self.is_between_events():
+            self.on_silence(self)
 
 
 class LingeringClose(Job):
@@ -3022,6 +3040,9 @@ OPTIONS = (
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
            "seconds of upstream silence, also between events; there is no limit in total"),
+    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT, number(float, 0, 86400, "seconds, 0 for none"),
+           "seconds between the comments that a silent event stream gets, so that no load balancer "
+           "cuts it; 0: none"),
     Option("AIPROXY_GRACE", AIPROXY_GRACE, number(float, 0, 86400, "seconds"),
            "seconds that running requests get at SIGTERM"),
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
@@ -3774,6 +3795,39 @@ class UpstreamProxy(urllib.request.BaseHandler):
             raise OSError("the proxy refused the tunnel with status %s" % status.decode())
         if connection.buffer:       # it would be taken for something that came through TLS
             raise ProtocolError("the proxy sent bytes behind its response")
+
+# ---- Heartbeats ----------------------------------------------------------------------------------
+# Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
+# Touches: event streams, between two events. The upstream's silence counts on meanwhile.
+# Entered: `install_heartbeats` in Server.install_features takes the places of functions that do
+# nothing.
+
+HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
+
+def install_heartbeats(server):
+    seconds = server.settings.heartbeat
+    if seconds:
+        server.on_silence = functools.partial(send_heartbeat, seconds)
+        server.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
+
+def send_heartbeat(seconds, job):
+    """Called by the relay loop twice a second."""
+    if job.loop.now - max(job.heard, job.taken) >= seconds:
+        job.send(job.frame(HEARTBEAT))
+
+def wait_with_heartbeats(seconds, wait, send):
+    """A `wait(connection, mask, seconds)` that calls `send` with a heartbeat every so often."""
+    def wait_in_parts(connection, mask, patience):
+        deadline = time.monotonic() + patience
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return wait(connection, mask, min(left, seconds))
+            except socket.timeout:
+                if left <= seconds:
+                    raise
+                send(HEARTBEAT)
+    return wait_in_parts
 
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
@@ -4931,13 +4985,20 @@ class WorkersHandler(Handler):
         headers = self.translated_headers(exchange, b"text/event-stream; charset=utf-8")
         self.start_response(200, b"OK", headers, is_chunked=is_chunked)
         self.record.count_tokens = translator.count_tokens
+
+        def send(events):
+            self.record.bytes += len(events)
+            self.send_to_client(encode_chunk(events, is_chunked))
+
+        wait = exchange.request.wait
+        exchange.request.wait = self.server.add_heartbeats(wait, send)
         while not translator.done:
             events = self.next_events(exchange, translator)
             if exchange.body.done:
                 exchange.close()            # the connection is free for others
             if events:
-                self.record.bytes += len(events)
-                self.send_to_client(encode_chunk(events, is_chunked))
+                send(events)
+        exchange.request.wait = wait
 
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
