@@ -12,9 +12,10 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   CORS . Rates . Token and prompt limits . Several provider keys .
-               Proxies on the way up . Token counts . WebSocket . Banner . Tuning of the process .
-               Workers AI . Start page . Demo
+    Part two   CORS . Errors in the form of other APIs . Refusals in the right form . Redirects .
+               Rates . Token and prompt limits . Several provider keys . Proxies on the way up .
+               Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
+               Tuning of the process . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -1079,7 +1080,8 @@ def check_client_key(request, settings):
         if hmac.compare_digest(carried, client_key):
             request.client_name = name
     if not request.client_name:
-        message = "A client key is needed: send it as Authorization: Bearer."
+        message = ("A client key is needed: send it as Authorization: Bearer, or in x-api-key, "
+                   "api-key or x-goog-api-key.")
         if carried:
             message = "Incorrect client key."
         raise ErrorResponse(401, "invalid_api_key", message,
