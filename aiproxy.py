@@ -12,9 +12,10 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   CORS . Rates . Token and prompt limits . Several provider keys .
-               Proxies on the way up . Token counts . WebSocket . Banner . Tuning of the process .
-               Workers AI . Start page . Demo
+    Part two   CORS . Errors in the form of other APIs . Refusals in the right form . Redirects .
+               Rates . Token and prompt limits . Several provider keys . Proxies on the way up .
+               Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
+               Tuning of the process . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -130,6 +131,7 @@ AIPROXY_MAX_CONNECTIONS = "1024"  # clients served at once
 AIPROXY_MAX_PER_CLIENT = "64"   # connections from one client address
 AIPROXY_CONNECT_TIMEOUT = "10"  # seconds to connect to the upstream
 AIPROXY_TIMEOUT = "600"         # seconds of upstream silence
+AIPROXY_HEARTBEAT = "0"         # seconds between comments in a silent event stream; 0: none
 AIPROXY_GRACE = "8"             # seconds that running requests get at SIGTERM
 AIPROXY_LOG = "text"            # text, json or off
 
@@ -143,7 +145,8 @@ HEAD_SECONDS = 30       # for a whole head, from its first byte or from connecti
 BODY_GRACE = 30         # seconds in which a request's body may be as slow as it likes
 BODY_RATE = 1024        # bytes a second that it must reach after that: the minimum data rate,
                         # also of a client that is behind with its response
-IDLE_SECONDS = 75       # for a kept-alive client to send its next request: nginx's default
+IDLE_SECONDS = 910      # for a kept-alive client to send its next request: load balancers keep a
+                        # connection for up to 15 minutes, and answer 502 if we close first
 STALL_SECONDS = 60      # for a client that takes no byte of its response: nginx's send_timeout
 LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
 LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
@@ -221,7 +224,7 @@ HOP_BY_HOP = frozenset(
 
 # Host, framing and Expect are ours to write or to answer; the rest tells who the caller is.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
-    b"host content-length expect forwarded x-real-ip x-client-ip true-client-ip via cdn-loop "
+    b"host content-length expect forwarded x-real-ip x-client-ip true-client-ip via cdn-loop proxy "
     b"cf-connecting-ip cf-ipcountry cf-ray cf-visitor cf-worker cf-ew-via x-amzn-trace-id "
     b"cookie origin referer".split())
 DROPPED_REQUEST_PREFIXES = (
@@ -237,7 +240,7 @@ DROPPED_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
     b"content-length set-cookie alt-svc strict-transport-security nel report-to".split())
 # With a provider key these go, too: they name the account.
 DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | {
-    b"server", b"openai-organization", b"openai-project"}
+    b"server", b"openai-organization", b"openai-project", b"anthropic-organization-id"}
 
 # A repeated one would be ambiguous.
 SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-type",
@@ -361,18 +364,30 @@ class Server(http.server.ThreadingHTTPServer):
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
+        self.refuse = self.send_busy        # (socket, record), where there is no room
+        self.error_form = openai_form       # (path): the form of errors in the API there
+        self.response_checks = []           # (handler, exchange), before its head goes down
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
-        self.observe_response = no_observer     # (record): what to call with each piece of a body
+        self.add_heartbeats = no_heartbeats     # (wait, send): what to wait with
+        self.on_silence = do_nothing        # (job): called while an event stream is silent
+        # (record): what to call with each piece of a body that no rule reads
+        self.observe_request = no_observer
+        self.observe_response = no_observer
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
         install_cors(self)                  # part two: CORS
+        install_error_forms(self)           # part two: Errors in the form of other APIs
+        install_busy_refusals(self)         # part two: Refusals in the right form
+        install_redirects(self)             # part two: Redirects
         install_rates(self)                 # part two: Rates
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
+        install_heartbeats(self)            # part two: Heartbeats
+        install_model_names(self)           # part two: Model names for the log
         install_token_counts(self)          # part two: Token counts
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
@@ -398,10 +413,10 @@ class Server(http.server.ThreadingHTTPServer):
             addresses = [*self.clients.values(), *self.lingering.values()]
             count = addresses.count(address)
         over_client_limit = count > self.settings.max_per_client and not is_loopback(address)
-        if self.count_clients() > self.capacity:
+        if self.is_crowded():
             self.evict_lingering()
         if over_client_limit or not (has_room or self.evict_idle(1)):
-            self.refuse_busy(request)
+            self.refuse_busy(request, client_address)
             return
         try:
             self.threads.submit(self.process_request_thread, request, client_address)
@@ -410,43 +425,70 @@ class Server(http.server.ThreadingHTTPServer):
             # closed, and its count of idle threads is wrong from now on.
             self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
-            self.refuse_busy(request)
+            self.refuse_busy(request, client_address)
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
         return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
-    def refuse_busy(self, request):
-        """503 from the accepting thread: one write that cannot block, then a lingering close."""
-        error = ErrorResponse(503, "server_busy", "Too many clients. Try again.",
-                              headers=[(b"Retry-After", b"1")])
-        content = render_error(error)
-        headers = error.headers + [JSON_TYPE]
-        headers += own_headers(headers, make_request_id())
-        headers += self.cors_headers(None, self.settings)
-        headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(render_head(b"HTTP/1.1 503 Service Unavailable", headers) + content)
-            if self.count_clients() < self.capacity + SPARE_FILES // 2:
-                self.linger(request)
+    def refuse_busy(self, request, client_address):
+        """503 for a client without a place. None of this may block the accepting thread."""
+        record = Record(client_address[0])
+        if self.is_crowded():
+            self.send_busy(request, record)
+        else:
+            self.refuse(request, record)
         self.shutdown_request(request)
 
-    def count_clients(self):
-        return len(self.clients) + len(self.lingering)
+    def is_crowded(self):
+        """Are there so many connections, with the lingering ones, that no more may linger?"""
+        return len(self.clients) + len(self.lingering) >= self.capacity + SPARE_FILES // 2
 
-    def linger(self, request):
-        """Leave a connection that has been answered to a lingering close; until then it counts."""
-        address = self.clients.get(request)
-        job = LingeringClose(request, lambda: self.lingering.pop(job))
+    def send_busy(self, sock, record, request=None):
+        """503 in one write, then a lingering close, if there is room for one."""
+        error = ErrorResponse(503, "server_busy", "Too many clients. Try again.",
+                              headers=[(b"Retry-After", b"1")])
+        record.status = error.status
+        record.outcome = error.code
+        self.log.write(record)
+        content = self.render_error(error, record)
+        headers = error.headers + [JSON_TYPE]
+        headers = self.complete_headers(headers, request, record.id)
+        headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
+        head = render_head(b"HTTP/1.1 503 Service Unavailable", headers)
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            sock.send(head if record.method == "HEAD" else head + content)
+            if not self.is_crowded():
+                self.linger(sock, network_of(record.client))
+
+    def render_error(self, error, record):
+        """The body of an error response, in the form of the API that was called."""
+        form = self.error_form(record.path)
+        return json.dumps(form.body(error, record.id)).encode()
+
+    def complete_headers(self, headers, request, request_id, is_open_ended=False):
+        """`headers` with what every response gets. `request` is None if it could not be read."""
+        headers = headers + own_headers(headers, request_id, is_open_ended)
+        names = [name.lower() for name, _ in headers]
+        return headers + self.cors_headers(request, self.settings, names)
+
+    def linger(self, sock, address):
+        """Leave a connection that has been answered to a lingering close."""
+        self.take_over(LingeringClose(sock), address)
+
+    def take_over(self, job, address):
+        """Leave a connection to a job of the relay loop; until the job's end it counts."""
         self.lingering[job] = address
+        job.on_end = lambda: self.lingering.pop(job, None)
         self.relay_loop.submit(job)
 
     def evict_lingering(self):
         """Hang up on the client that lingers longest, if there is one."""
-        for job in list(self.lingering):
-            if job.hang_up():
-                return
+        with contextlib.suppress(IndexError, OSError):
+            job = list(self.lingering)[0]
+            del self.lingering[job]         # the loop will see its end, and close it
+            job.client.sock.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
@@ -644,7 +686,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
-        if request.path == "*" or is_preflight(request):
+        if is_preflight(request) or is_probe(request):
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
@@ -748,6 +790,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.is_inspected:
             return self.apply_body_rules(upload.read_up_to(math.inf))       # 400 403
+        upload.observe = self.server.observe_request(self.record)
         return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
 
     def apply_body_rules(self, body):
@@ -808,6 +851,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         try:
             secret_filter = check_for_key(exchange, self.settings)      # 502
+            for check in self.server.response_checks:
+                check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
@@ -841,9 +886,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
         self.ends_by_close = length is None and self.request.is_http10
-        headers = headers + own_headers(headers, self.record.id)
-        names = [name.lower() for name, _ in headers]
-        headers += self.server.cors_headers(self.request, self.settings, names)
+        headers = self.server.complete_headers(headers, self.request, self.record.id,
+                                               is_chunked or self.ends_by_close)
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
@@ -885,9 +929,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head_sent:
             return
         try:
-            self.send_response(error.status, error.headers + [JSON_TYPE], render_error(error))
+            self.send_response(error.status, error.headers + [JSON_TYPE],
+                               self.server.render_error(error, self.record))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
+
+    def render_error_event(self, error):
+        """The event that tells of an error in a stream that has begun."""
+        form = self.server.error_form(self.record.path)
+        return render_error_event(error, form, self.record.id)
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
@@ -899,7 +949,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             has_unread = self.client.buffer or self.client.receive()
             may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
             if has_unread or may_send_on:
-                self.server.linger(self.client.sock)
+                self.server.linger(self.client.sock, self.address)
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -941,8 +991,15 @@ def use_first_key(send, may_repeat):
     """Send a request with the one provider key. See "Several provider keys" for more."""
     return send(0)
 
+def no_heartbeats(wait, send):
+    """A silent stream stays silent. See "Heartbeats"."""
+    return wait
+
+def do_nothing(job):
+    """See "Heartbeats"."""
+
 def no_observer(record):
-    """No one looks at the bytes of a response. See "Token counts"."""
+    """No one looks at the bytes. See "Token counts" and "Model names for the log"."""
     return None
 
 # ---- The checks ----------------------------------------------------------------------------------
@@ -1059,7 +1116,8 @@ def check_client_key(request, settings):
         if hmac.compare_digest(carried, client_key):
             request.client_name = name
     if not request.client_name:
-        message = "A client key is needed: send it as Authorization: Bearer."
+        message = ("A client key is needed: send it as Authorization: Bearer, or in x-api-key, "
+                   "api-key or x-goog-api-key.")
         if carried:
             message = "Incorrect client key."
         raise ErrorResponse(401, "invalid_api_key", message,
@@ -1081,6 +1139,12 @@ def is_preflight(request):
     headers = request.headers
     return (request.method == "OPTIONS" and b"origin" in headers
             and b"access-control-request-method" in headers)
+
+def is_probe(request):
+    """A balancer's question whether we are there, or what browsers ask every server for."""
+    if request.method == "OPTIONS":
+        return request.path in ("*", "/")
+    return request.is_read_only and request.path == "/favicon.ico"
 
 # -- for what: paths and models
 
@@ -1158,17 +1222,33 @@ def check_model(model, settings):
 
 # -- the form of our own errors
 
+class OpenAIErrors:
+    """How our errors look in OpenAI's API. See "Errors in the form of other APIs" for more."""
+
+    def body(self, error, request_id):
+        """What the body of an error response is the JSON of."""
+        return {"error": error_object(error)}
+
+    def event(self, error, request_id):
+        """The data of the event that tells of a cut stream, and its name."""
+        return self.body(error, request_id), ""
+
+
+OPENAI_ERRORS = OpenAIErrors()
+
+def openai_form(path):
+    return OPENAI_ERRORS
+
+def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
+    return render_event(*form.event(error, request_id))
+
 def error_object(error):
-    """OpenAI's form of an error, in a body or as an event."""
     kind = "invalid_request_error"
     if error.status == 429:
         kind = "rate_limit_error"
     elif error.status >= 500:
         kind = "server_error"
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-
-def render_error(error):
-    return json.dumps({"error": error_object(error)}).encode()
 
 # ---- The body's rules ----------------------------------------------------------------------------
 # A request's body on its way in, and what the settings make of it. What they do not change goes up
@@ -1185,6 +1265,7 @@ class Upload:
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
         self.waited = 0.0                   # seconds spent waiting for the client
+        self.observe = None                 # called with each piece
 
     def check_limit(self):
         """413 as soon as its length, or that of the chunk that is coming, is over the limit."""
@@ -1206,6 +1287,8 @@ class Upload:
             raise ClientGone()
         self.done = self.reader.done
         self.received += len(piece)
+        if self.observe:
+            self.observe(piece)
         self.check_limit()
         return piece
 
@@ -1431,13 +1514,15 @@ def downstream_headers(headers, settings):
             fields.append((name, value))
     return fields
 
-def own_headers(headers, request_id):
-    """What every response gets where `headers` has none."""
+def own_headers(headers, request_id, is_open_ended):
+    """What every response gets where `headers` has none; more if its length is not declared."""
     present = {name.lower(): value for name, value in headers}
     fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
-    if present.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
-        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold events back
+    is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+    if is_event_stream or is_open_ended:
+        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold it back
+    if is_event_stream:
         fields.append((b"Cache-Control", b"no-cache"))
     return [field for field in fields if field[0].lower() not in present]
 
@@ -1817,11 +1902,10 @@ class Exchange:
 
     def drop_fields_with(self, secrets):
         """Take out of the head what holds a secret: an upstream may repeat our key."""
-        found = [secret for secret in secrets if secret in self.headers.raw]
-        if found:
+        if holds_secret(self.headers.raw, secrets):
             self.reason = b""
             fields = [field for field in self.headers.fields
-                      if not any(secret in b"\n".join(field) for secret in found)]
+                      if not holds_secret(b"\n".join(field), secrets)]
             self.headers = Headers(fields)
 
     def read(self):
@@ -1868,20 +1952,48 @@ class Exchange:
         return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
 
 
+# How JSON may have a letter (RFC 8259 section 7), and such a thing cut off. A key is visible ASCII.
+JSON_ESCAPE = re.compile(rb'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
+PART_OF_ESCAPE = re.compile(rb"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
+
+def unescape(data):
+    return JSON_ESCAPE.sub(lambda match: match[2] or bytes.fromhex(match[1].decode()), data)
+
+def holds_secret(data, secrets):
+    """Does a head or a field hold a secret, as it is or as URLs or JSON may have it?"""
+    texts = [data]
+    if b"%" in data:
+        texts.append(urllib.parse.unquote_to_bytes(data))
+    if b"\\" in data:
+        texts.append(unescape(data))
+    return any(secret in text for secret in secrets for text in texts)
+
+def escaped_pattern(secret):
+    """What finds a secret, however JSON has it."""
+    letters = [rb"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
+               for place in range(len(secret))]
+    return re.compile(b"".join(letters))
+
+
 class SecretFilter:
     """Looks for secrets, as they are and as JSON may have them, in bytes as they pass."""
 
     def __init__(self, secrets):
-        escaped = [json.dumps(secret.decode())[1:-1].encode() for secret in secrets]
-        escaped += [word.replace(b"/", b"\\/") for word in escaped]
-        self.words = set(secrets + escaped)
-        self.longest = max(map(len, self.words))
+        self.secrets = secrets
+        self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
+        first = b"|".join(re.escape(secret[:1]) for secret in secrets)
+        self.beginning = re.compile(rb"\\(?:u|\Z)|\\?(?:%b)" % first)
         self.waiting = b""                  # the end of what came, if a secret may begin in it
         self.found = False
 
     def find(self, data):
         """Where the first secret begins; -1 if there is none."""
-        return min((data.index(word) for word in self.words if word in data), default=-1)
+        starts = [data.index(secret) for secret in self.secrets if secret in data]
+        if b"\\" in data:
+            text = unescape(data)
+            starts += [escaped_pattern(secret).search(data).start()
+                       for secret in self.secrets if secret in text]
+        return min(starts, default=-1)
 
     def feed(self, data, is_end=False):
         """What may pass of `data` and of what was waiting. `found` is set at the first secret."""
@@ -1899,9 +2011,11 @@ class SecretFilter:
 
     def find_beginning(self, data):
         """Where the end of `data` could be the beginning of a secret; its length if nowhere."""
-        for start in range(max(0, len(data) - self.longest + 1), len(data)):
-            if any(word.startswith(data[start:]) for word in self.words):
-                return start
+        for match in self.beginning.finditer(data, max(0, len(data) - self.longest + 1)):
+            rest = data[match.start():]
+            text = unescape(PART_OF_ESCAPE.sub(b"", rest))
+            if any(secret.startswith((rest, text)) for secret in self.secrets):
+                return match.start()
         return len(data)
 
 # ---- The relay loop ------------------------------------------------------------------------------
@@ -2003,6 +2117,7 @@ class Job:
         self.outcome = None
         self.bytes = 0                      # that went down to the client
         self.ended = None                   # an Event, if a client thread waits for it
+        self.on_end = None                  # called at the end, if anybody counts
         self.loop = None                    # set when the loop takes the job over
 
     def stop(self):
@@ -2018,6 +2133,8 @@ class Job:
         for connection in self.connections:
             self.loop.watch(connection, 0)
         self.loop.jobs.discard(self)
+        if self.on_end:
+            self.on_end()
         if self.ended:
             self.ended.set()
 
@@ -2068,7 +2185,10 @@ class ResponseJob(Job):
         self.is_chunked = is_chunked
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.server.observe_response(handler.record)
+        self.render_error_event = handler.render_error_event
+        self.on_silence = handler.server.on_silence
         self.unsent = b""
+        self.taken = 0.0                    # when the client last took something
         self.pace = None                    # of the client, while it is behind
         self.heard = 0.0                    # when the upstream last sent or took something
         self.up_waits_for = None            # while a request's body goes up: see `move_up`
@@ -2186,17 +2306,21 @@ class ResponseJob(Job):
             self.last_event.feed(data)
         return encode_chunk(data, self.is_chunked)
 
+    def is_between_events(self):
+        """Is this where an event of our own can go down?"""
+        return self.can_tell_cut and self.tail.endswith(EVENT_ENDS)
+
     def cut(self, outcome):
         """The body ends before its end. An event says so, if it can; never a last chunk."""
         self.outcome = outcome
-        if not self.can_tell_cut or not self.tail.endswith(EVENT_ENDS):
+        if not self.is_between_events():
             return b""
         reasons = {"upstream_timeout": "The upstream timed out",
                    "shutdown": "The proxy was stopped",
                    "request_timeout": "The request's body came too slowly"}
         reason = reasons.get(outcome, "The upstream closed the connection")
         error = upstream_error(outcome, reason + " in the middle of this response.")
-        return self.frame(render_event({"error": error_object(error)}))
+        return self.frame(self.render_error_event(error))
 
     def send(self, data):
         """Send at once what the client takes, and keep the rest: nothing is collected."""
@@ -2205,6 +2329,8 @@ class ResponseJob(Job):
             sent = self.client.send_some(data) if data else 0
         except OSError:
             return self.finish("client_gone")
+        if sent:
+            self.taken = self.loop.now
         self.unsent = data[sent:]
         if self.unsent:
             self.pace = self.pace or Pace(self.loop.now)
@@ -2239,6 +2365,8 @@ class ResponseJob(Job):
                 self.end_early(error.code)
         elif self.state == self.RELAYING and self.loop.now - self.heard > self.timeout:
             self.end_early("upstream_timeout")
+        elif self.state == self.RELAYING and self.is_between_events():
+            self.on_silence(self)
 
 
 class LastEvent:
@@ -2265,15 +2393,12 @@ class LingeringClose(Job):
     """A client that was answered may still be sending: read on for a while, so that it can read.
 
     Closed with unread bytes, its connection would be reset, and the reset would eat our response
-    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it. `on_end` is called
-    when it has been closed.
+    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it.
     """
 
-    def __init__(self, sock, on_end):
+    def __init__(self, sock):
         self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
         super().__init__(self.client)
-        self.on_end = on_end
-        self.is_hanging_up = False
         self.began = 0.0
         self.heard = 0.0
 
@@ -2286,14 +2411,6 @@ class LingeringClose(Job):
             self.client.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self.finish("client_gone")
-
-    def hang_up(self):
-        """From another thread: the loop will see its end. False if that has been done before."""
-        was_asked = self.is_hanging_up
-        self.is_hanging_up = True
-        with contextlib.suppress(OSError):
-            self.client.sock.shutdown(socket.SHUT_RDWR)
-        return not was_asked
 
     def on_client(self, mask):
         self.heard = self.loop.now
@@ -2310,11 +2427,8 @@ class LingeringClose(Job):
             self.finish("timeout")
 
     def finish(self, outcome):
-        if self.state == self.ENDED:
-            return
         super().finish(outcome)
         self.client.sock.close()
-        self.on_end()
 
 
 def is_worth_watching(client):
@@ -2770,6 +2884,10 @@ def render_event(data, name=""):
 
 # ---- The log -------------------------------------------------------------------------------------
 
+def shorten(text, most):
+    return text[:most]
+
+
 class Record:
     """What the log says of one request."""
 
@@ -2787,21 +2905,24 @@ class Record:
         self.outcome = ""                   # "ok", an error's code, or how it was cut
         self.id = make_request_id()         # or the upstream's, if it sends one
 
-    def as_dict(self, redact=str):
-        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown."""
+    def as_dict(self, redact=shorten):
+        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown.
+
+        Clients choose most of the texts: `redact(text, most)` cuts each to its length.
+        """
         prompt_tokens, completion_tokens = None, None
         if self.count_tokens:
             prompt_tokens, completion_tokens = self.count_tokens()
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "client": redact(self.client),
-            "method": redact(self.method) or "-", "path": redact(self.path)[:256],
-            "model": redact(self.model)[:100], "status": self.status,
+            "client": redact(self.client, 100),
+            "method": redact(self.method, 32) or "-", "path": redact(self.path, 256),
+            "model": redact(self.model, 100), "status": self.status,
             "upstream_status": self.upstream_status,
             "first_byte": self.first_byte and round(self.first_byte, 4),
             "total": round(time.monotonic() - self.began, 4), "bytes": self.bytes,
             "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "request_id": redact(self.id), "outcome": self.outcome or "client_gone"}
+            "request_id": redact(self.id, 200), "outcome": self.outcome or "client_gone"}
 
 
 LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
@@ -2817,6 +2938,8 @@ class Log(threading.Thread):
         super().__init__(daemon=True, name="log")
         self.format = format                   # text, json or off
         self.secrets = [secret.decode() for secret in secrets]
+        # Characters that the longest may take, percent-encoded.
+        self.longest = 3 * max(map(len, secrets), default=1)
         self.lines = queue.SimpleQueue()    # of (stream, line); the stream None is the end
         self.lost = 0                       # lines that nobody read in time
 
@@ -2830,7 +2953,7 @@ class Log(threading.Thread):
         self.put(sys.stdout, line)
 
     def warn(self, text):
-        self.put(sys.stderr, "aiproxy: " + self.redact(text))
+        self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
 
     def put(self, stream, line):
         if self.lines.qsize() < MAX_LOG_LINES:
@@ -2838,13 +2961,24 @@ class Log(threading.Thread):
         else:
             self.lost += 1
 
-    def redact(self, text):
-        """Without our keys: a client may put one into a path or a model's name, encoded or not."""
+    def redact(self, text, most):
+        """At most so many characters of a text, without our keys, encoded or not.
+
+        It is cut before anything else is done with it: it may have millions of characters.
+        """
+        readable = text[:most + self.longest]
+        masked = self.mask(readable)
+        if "%" in masked:
+            decoded = urllib.parse.unquote(masked)
+            if any(secret in decoded for secret in self.secrets):
+                masked = self.mask(decoded)
+        if len(readable) < len(text):
+            masked = masked[:-self.longest]     # it may end in a part of a key
+        return masked[:most]
+
+    def mask(self, text):
         for secret in self.secrets:
             text = text.replace(secret, "***")
-            decoded = urllib.parse.unquote(text)
-            if secret in decoded:
-                text = decoded.replace(secret, "***")
         return text
 
     def run(self):
@@ -2879,11 +3013,16 @@ def printable(value):
         return text
     return json.dumps(value).replace(" ", "\\u0020")
 
+# A word that may be a key which we do not know: a caller's own.
+LIKE_A_KEY = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
+
 def format_traceback(error):
-    """Where a fault of ours is, without the values in it: those may be secret."""
+    """What a fault of ours is, and where, without what may be secret in its message."""
     places = ["%s:%d" % (frame.f_code.co_name, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]
-    return "%s at %s" % (type(error).__name__, " > ".join(places))
+    message = traceback.format_exception_only(type(error), error)[-1].strip()
+    message = LIKE_A_KEY.sub("***", message[:1000])
+    return "%s at %s" % (message[:200], " > ".join(places))
 
 # ---- Reading the settings ------------------------------------------------------------------------
 
@@ -3108,6 +3247,9 @@ OPTIONS = (
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
            "seconds of upstream silence, also between events; there is no limit in total"),
+    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT, number(float, 0, 86400, "seconds, 0 for none"),
+           "seconds between the comments that a silent event stream gets, so that no load balancer "
+           "cuts it; 0: none"),
     Option("AIPROXY_GRACE", AIPROXY_GRACE, number(float, 0, 86400, "seconds"),
            "seconds that running requests get at SIGTERM"),
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
@@ -3368,7 +3510,9 @@ def cors_headers(request, settings, names=()):
         fields = [(b"Access-Control-Allow-Origin", b"*")]
     elif origin is not None and is_origin_allowed(request.headers, settings):
         # Reflected, since a list decides: a cache must not give it to another origin.
-        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin")]
+        fields = [(b"Access-Control-Allow-Origin", origin), (b"Vary", b"Origin"),
+                  # We use no cookies, but some pages always ask with `credentials: include`.
+                  (b"Access-Control-Allow-Credentials", b"true")]
     else:
         return [(b"Vary", b"Origin")] if settings.origins else []
     rate_limits = sorted(name for name in names if b"ratelimit-" in name)
@@ -3389,6 +3533,170 @@ def preflight_headers(headers, settings):
     if is_listed and headers.get(b"access-control-request-private-network") == b"true":
         fields.append((b"Access-Control-Allow-Private-Network", b"true"))
     return fields
+
+# ---- Errors in the form of other APIs ------------------------------------------------------------
+# Does: gives our errors the form of the API that was called, so that its SDK can show them.
+# Touches: nothing; it makes other objects of the same errors.
+# Entered: `install_error_forms` in Server.install_features takes the place of `openai_form`.
+
+ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error"}
+GOOGLE_STATUSES = {     # google/rpc/code.proto; any other is UNAVAILABLE or INVALID_ARGUMENT
+    401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
+    408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 501: "UNIMPLEMENTED",
+    504: "DEADLINE_EXCEEDED"}
+
+
+class ResponsesErrors(OpenAIErrors):
+    """OpenAI's Responses API: its own kind of event, whose name says what it is.
+
+    `error` is what OpenAI's SDKs raise, the rest is what the API documents. Some clients pass over
+    an event without its number, which nobody here has counted.
+    """
+
+    def event(self, error, request_id):
+        details = error_object(error)
+        return dict(details, type="error", sequence_number=0, error=details), "error"
+
+
+class AnthropicErrors(OpenAIErrors):
+    """The Messages API. Its SDKs pass over events without a name."""
+
+    def body(self, error, request_id):
+        kind = "api_error" if error.status >= 500 else "invalid_request_error"
+        details = {"type": ANTHROPIC_TYPES.get(error.status, kind), "message": error.message}
+        return {"type": "error", "error": details, "request_id": request_id}
+
+    def event(self, error, request_id):
+        return self.body(error, request_id), "error"
+
+
+class GoogleErrors(OpenAIErrors):
+    """Gemini's own API. Its SDKs compare `code` with numbers, in an event as well."""
+
+    def body(self, error, request_id):
+        status = "UNAVAILABLE" if error.status >= 500 else "INVALID_ARGUMENT"
+        return {"error": {"code": error.status, "message": error.message,
+                          "status": GOOGLE_STATUSES.get(error.status, status)}}
+
+
+ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
+    (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
+    (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
+    (re.compile("/+v1beta/"), GoogleErrors()),
+)
+
+def install_error_forms(server):
+    server.error_form = find_error_form
+
+def find_error_form(path):
+    for pattern, form in ERROR_FORMS:
+        if pattern.match(path):
+            return form
+    return OPENAI_ERRORS
+
+# ---- Refusals in the right form ------------------------------------------------------------------
+# Does: reads the head of a request for which there is no room, so that the page that sent it may
+# read the 503 (CORS), and the SDK understands it.
+# Touches: the sockets of refused clients, until their 503 is sent.
+# Entered: `install_busy_refusals` in Server.install_features takes the place of `send_busy`.
+
+BUSY_SECONDS = 1        # for the head
+
+def install_busy_refusals(server):
+    def refuse(sock, record):
+        job = RefusedClient(sock, record, server.send_busy)
+        server.take_over(job, network_of(record.client))
+    server.refuse = refuse
+
+
+class RefusedClient(Job):
+    """The accepting thread cannot wait for a head. The socket is taken over."""
+
+    def __init__(self, sock, record, send_busy):
+        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
+        super().__init__(self.client)
+        self.record = record
+        self.send_busy = send_busy          # (socket, record, request)
+        self.deadline = time.monotonic() + BUSY_SECONDS
+        self.request = None                 # what could be read
+
+    def start(self):
+        self.state = "reading"
+        self.loop.watch(self.client, READ, self.on_client)
+
+    def on_client(self, mask):
+        try:
+            if not self.client.fill():
+                raise ClosedEarly()
+            first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more)
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError):
+            return self.finish("server_busy")
+        self.request = Request(first_line, headers, self.record.client)
+        self.record.method = self.request.method
+        self.record.path = self.request.path
+        self.finish("server_busy")
+
+    def read_more(self):
+        """What `read_head` calls if the head is not all here."""
+        raise BlockingIOError()
+
+    def on_tick(self):
+        if self.loop.now > self.deadline:
+            self.finish("server_busy")
+
+    def finish(self, outcome):
+        super().finish(outcome)
+        self.send_busy(self.client.sock, self.record, self.request)
+        self.client.close()                 # unless it lingers
+
+# ---- Redirects -----------------------------------------------------------------------------------
+# Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
+# redirect to another host is refused if clients would repeat a body there.
+# Touches: the Location of a response, where a provider key is configured.
+# Entered: `install_redirects` in Server.install_features adds a check.
+
+def install_redirects(server):
+    if server.settings.provider_keys:
+        server.response_checks.append(check_location)
+
+def check_location(handler, exchange):
+    """Rewrite the response's Location. ErrorResponse 502 for a body that would go elsewhere."""
+    if b"location" not in exchange.headers:
+        return
+    upload = handler.upload
+    may_lead_elsewhere = exchange.status // 100 != 3 or (upload.done and not upload.received)
+    fields = []
+    for name, value in exchange.headers.fields:
+        if name.lower() == b"location":
+            path = map_location(value, exchange.request.full_url, handler.settings.upstream)
+            if path is None and not may_lead_elsewhere:
+                raise upstream_error(
+                    "upstream_bad_response", "The upstream redirects this request to another "
+                    "host, where its body must not go. AIPROXY_UPSTREAM may be out of date.",
+                    [NO_RETRY])
+            value = value if path is None else path
+        fields.append((name, value))
+    exchange.headers = Headers(fields)
+
+def map_location(location, asked, upstream):
+    """The path of ours for a Location in the answer to `asked`; None if it leads elsewhere."""
+    try:
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(asked, location.decode("latin-1")))
+        port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    except (ValueError, KeyError):
+        return None
+    host = (parts.hostname or "").rstrip(".")
+    path = parts.path or "/"
+    if (host, port) != (upstream.host.rstrip("."), upstream.port) or not is_plain_path(path):
+        return None
+    if upstream.base and (path + "/").startswith(upstream.base + "/"):
+        path = "/v1" + path[len(upstream.base):]
+    return urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment)).encode("latin-1")
 
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
@@ -3695,6 +4003,87 @@ class UpstreamProxy(urllib.request.BaseHandler):
             raise OSError("the proxy refused the tunnel with status %s" % status.decode())
         if connection.buffer:       # it would be taken for something that came through TLS
             raise ProtocolError("the proxy sent bytes behind its response")
+
+# ---- Heartbeats ----------------------------------------------------------------------------------
+# Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
+# Touches: event streams, between two events. The upstream's silence counts on meanwhile.
+# Entered: `install_heartbeats` in Server.install_features takes the places of functions that do
+# nothing.
+
+HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
+
+def install_heartbeats(server):
+    seconds = server.settings.heartbeat
+    if seconds:
+        server.on_silence = functools.partial(send_heartbeat, seconds)
+        server.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
+
+def send_heartbeat(seconds, job):
+    """Called by the relay loop twice a second."""
+    if job.loop.now - max(job.heard, job.taken) >= seconds:
+        job.send(job.frame(HEARTBEAT))
+
+def wait_with_heartbeats(seconds, wait, send):
+    """A `wait(connection, mask, seconds)` that calls `send` with a heartbeat every so often."""
+    def wait_in_parts(connection, mask, patience):
+        deadline = time.monotonic() + patience
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return wait(connection, mask, min(left, seconds))
+            except socket.timeout:
+                if left <= seconds:
+                    raise
+                send(HEARTBEAT)
+    return wait_in_parts
+
+# ---- Model names for the log ---------------------------------------------------------------------
+# Does: finds the name of the model in a request that no rule reads, for the log.
+# Touches: nothing; it sees the bytes of each such body as they pass.
+# Entered: `install_model_names` in Server.install_features takes the place of `no_observer`.
+
+MODEL_IN_PATH = re.compile(r"/v1beta/models/([^/:]+)|/deployments/([^/]+)|/v1/models/(.+)")
+# Of a JSON object, wherever in it, or of a form (RFC 7578).
+MODEL_IN_JSON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.){1,200}")')
+MODEL_IN_FORM = re.compile(
+    rb'name="model"\r\n(?:(?i:content-)[^\r\n]{1,99}\r\n){0,2}\r\n([^\r\n]{1,200})\r\n')
+MODEL_BYTES = 1024      # more than any of these takes
+
+def install_model_names(server):
+    if server.settings.log != "off":
+        server.observe_request = observe_model
+
+def observe_model(record):
+    in_path = MODEL_IN_PATH.search(record.path)
+    if in_path:
+        record.model = urllib.parse.unquote(in_path[in_path.lastindex][:1000])
+        return None
+    return ModelFinder(record).observe
+
+
+class ModelFinder:
+    """The first thing in a body that looks like the name of the model."""
+
+    def __init__(self, record):
+        self.record = record
+        self.tail = b""         # of what has passed: the name may be cut in two
+
+    def observe(self, data):
+        if self.record.model:
+            return
+        window = self.tail + data
+        self.tail = window[-MODEL_BYTES:]
+        if b'model"' in window:
+            self.look(window)
+
+    def look(self, window):
+        match = MODEL_IN_JSON.search(window)
+        with contextlib.suppress(ValueError):
+            if match:
+                self.record.model = json.loads(match[1].decode("utf-8", "replace"))
+        match = MODEL_IN_FORM.search(window)
+        if match and not self.record.model:
+            self.record.model = match[1].decode("utf-8", "replace")
 
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
@@ -4399,8 +4788,9 @@ class EventReader:
 class StreamTranslator:
     """Cloudflare's events in, OpenAI's out, each as soon as it is there."""
 
-    def __init__(self, call):
+    def __init__(self, call, render_error=render_error_event):
         self.call = call
+        self.render_error = render_error    # the event for an ErrorResponse
         self.events = EventReader()
         self.tool_calls = {}    # index_tool_calls' `seen` of each choice that began, by its index
         self.finish_reasons = {}    # those that have been sent, likewise
@@ -4493,7 +4883,7 @@ class StreamTranslator:
         # Both official SDKs raise this one, while they swallow Cloudflare's own.
         self.done = True
         self.failed = error_response.code
-        return render_event({"error": error_object(error_response)})
+        return self.render_error(error_response)
 
 
 class ResponsesTranslator(StreamTranslator):
@@ -4506,12 +4896,6 @@ class ResponsesTranslator(StreamTranslator):
         self.usage = openai_usage(as_dict(event.get("response")).get("usage")) or self.usage
         self.done = event["type"] in self.LAST
         yield render_event(event, name)
-
-    def fail(self, error_response):
-        super().fail(error_response)
-        # `error` is what the SDKs raise, the rest is the form that the Responses API has
-        error = error_object(error_response)
-        return render_event(dict(error, type="error", error=error), "error")
 
     def whole(self, body):
         """A whole response as the events without which no client can follow."""
@@ -4757,7 +5141,7 @@ class WorkersHandler(Handler):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
         call = self.call
         kind = ResponsesTranslator if call.kind == "responses" else StreamTranslator
-        translator = kind(call)
+        translator = kind(call, self.render_error_event)
         try:
             if exchange.status != 200:
                 raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
@@ -4811,13 +5195,20 @@ class WorkersHandler(Handler):
         headers = self.translated_headers(exchange, b"text/event-stream; charset=utf-8")
         self.start_response(200, b"OK", headers, is_chunked=is_chunked)
         self.record.count_tokens = translator.count_tokens
+
+        def send(events):
+            self.record.bytes += len(events)
+            self.send_to_client(encode_chunk(events, is_chunked))
+
+        wait = exchange.request.wait
+        exchange.request.wait = self.server.add_heartbeats(wait, send)
         while not translator.done:
             events = self.next_events(exchange, translator)
             if exchange.body.done:
                 exchange.close()            # the connection is free for others
             if events:
-                self.record.bytes += len(events)
-                self.send_to_client(encode_chunk(events, is_chunked))
+                send(events)
+        exchange.request.wait = wait
 
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
@@ -5149,7 +5540,8 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
         self.wfile.write(encode_chunk(render_event(data)))
 
     def send_failure(self, status, code, message):
-        self.send_json(status, {"error": error_object(ErrorResponse(status, code, message))})
+        error = ErrorResponse(status, code, message)
+        self.send_json(status, OPENAI_ERRORS.body(error, ""))
 
     def send_json(self, status, data):
         body = json.dumps(data).encode()

@@ -68,6 +68,10 @@ def test_origins_are_compared_exactly(upstream, relay, settings, origin, allowed
     assert (second.status, len(upstream.received)) == ((200, 1) if allowed else (403, 0))
     assert first.get("access-control-allow-headers") == (SDK if allowed else None)
 
+    for reply in (first, second):
+        credentials = reply.get("access-control-allow-credentials")
+        assert credentials == ("true" if allowed not in ("", "*") else None)
+
     if allowed:
         assert first.get("access-control-max-age") == "86400"
         assert "POST" in first.get("access-control-allow-methods")
@@ -171,10 +175,19 @@ def test_a_preflight_needs_no_key_and_is_never_sent_upstream(upstream, hidden, p
     assert not upstream.received
 
 
-def test_an_options_for_the_server_is_answered_by_the_relay(upstream, relay):
-    running = relay(ORIGINS="*")
+PROBES = [("OPTIONS", "*", 204), ("OPTIONS", "*?a=1", 400), ("OPTIONS", "/", 204),
+          ("GET", "/favicon.ico", 204), ("HEAD", "/favicon.ico", 204)]
 
-    assert [running.ask("OPTIONS", target).status for target in ("*", "*?a=1")] == [204, 400]
+
+@pytest.mark.parametrize("settings", [KEY, dict(KEY, **CLIENTS), {}], ids=["key", "client", "none"])
+def test_what_balancers_and_browsers_ask_is_answered_by_the_relay(upstream, relay, settings):
+    running = relay(**settings)
+    for method, target, status in PROBES:
+        reply = running.ask(method, target, None, [("Host", "10.0.0.7")])
+        assert (reply.status, reply.body) == (status, reply.body if status == 400 else b"")
+    with running.client() as client:
+        client.send(b"OPTIONS / HTTP/1.0\r\n\r\n")
+        assert client.read_reply().status == 204
     assert not upstream.received
 
 

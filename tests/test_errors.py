@@ -7,11 +7,12 @@ import gzip
 import json
 import socket
 import threading
+import time
 
 import pytest
 
 import aiproxy
-from support import CHAT, OK, PATIENCE, Received, chunk
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, Received, chunk, event
 
 KEY = b"Authorization: Bearer ck-alice"
 POST = b"POST /v1/chat/completions HTTP/1.1"
@@ -148,6 +149,170 @@ def test_every_refusal_has_the_form_of_an_openai_error(
         assert "POST" in reply.get("allow") or "GET" in reply.get("allow")
 
 
+# -- the forms of other APIs
+
+MESSAGES = "/v1/messages"
+GENERATE = "/v1beta/models/gemini-x:streamGenerateContent"
+RESPONSES = "/v1/responses"
+CLIENT = [("x-api-key", "ck-alice")]
+WRONG = [("x-api-key", "ck-mallory")]
+HELD = {"KEY": "sk-hidden-key", "CLIENT_KEYS": "ck-alice", "MODELS": "small"}
+PATHS = "%s,%s,/v1/responses,/v1beta/models/*" % (MESSAGES, CHAT)
+
+# The path, the fields and the body of a request, its status, and what Anthropic calls that.
+ANTHROPIC = [
+    pytest.param(MESSAGES, WRONG, b"{}", 401, "authentication_error", id="wrong key"),
+    pytest.param(MESSAGES, CLIENT, b"{", 400, "invalid_request_error", id="no JSON"),
+    pytest.param(
+        MESSAGES + "?beta=true", CLIENT, b'{"model":"x"}', 403, "permission_error", id="model"),
+    pytest.param(MESSAGES + "/batches", CLIENT, b"{}", 404, "not_found_error", id="path"),
+    pytest.param("/v1" + MESSAGES, WRONG, b"{}", 401, "authentication_error", id="/v1/v1"),
+    pytest.param(MESSAGES, CLIENT, b"x" * 99, 413, "request_too_large", id="size"),
+    pytest.param(MESSAGES, CLIENT, b'{"model":"small"}', 502, "api_error", id="unreachable"),
+]
+
+
+@pytest.mark.parametrize("path,fields,body,status,kind", ANTHROPIC)
+def test_an_error_on_the_messages_api_has_anthropics_form(
+    relay, nobody, path, fields, body, status, kind
+):
+    running = relay(UPSTREAM=nobody, PATHS=PATHS, MAX_BODY="50", **HELD)
+    reply = running.ask("POST", path, body, fields)
+
+    assert reply.status == status
+    assert reply.get("content-type") == "application/json"
+    assert set(reply.json) == {"type", "error", "request_id"}
+    assert reply.json["type"] == "error"
+    assert reply.json["request_id"] == reply.get("x-request-id")
+    assert set(reply.json["error"]) == {"type", "message"}
+    assert reply.json["error"]["type"] == kind
+
+
+GOOGLE = [
+    pytest.param(GENERATE, WRONG, b"{}", 401, "UNAUTHENTICATED", id="wrong key"),
+    pytest.param(GENERATE + "?key=x", CLIENT, b"{}", 400, "INVALID_ARGUMENT", id="key in query"),
+    pytest.param("/v1beta/files", CLIENT, b"{}", 404, "NOT_FOUND", id="path"),
+    pytest.param(GENERATE, CLIENT, b"{}", 502, "UNAVAILABLE", id="unreachable"),
+]
+
+
+@pytest.mark.parametrize("path,fields,body,status,kind", GOOGLE)
+def test_an_error_on_geminis_own_api_has_googles_form(
+    relay, nobody, path, fields, body, status, kind
+):
+    settings = dict(HELD, MODELS="")
+    reply = relay(UPSTREAM=nobody, PATHS=PATHS, **settings).ask("POST", path, body, fields)
+
+    assert reply.status == status
+    assert set(reply.json) == {"error"}
+    assert set(reply.json["error"]) == {"code", "message", "status"}
+    assert reply.json["error"]["code"] == status
+    assert reply.json["error"]["status"] == kind
+
+
+@pytest.mark.parametrize("path", [
+    RESPONSES, "/v1/models", "/v1/threads/t/messages", "/v1/messagesx", "/v1/xmessages", "/x"])
+def test_an_error_anywhere_else_has_openais_form(hidden, path):
+    assert hidden.ask("POST", path, b"{}").code == "invalid_api_key"
+
+
+@pytest.mark.parametrize("field", ["x-api-key", "api-key", "x-goog-api-key", "Authorization"])
+def test_a_wrong_client_key_is_called_incorrect_wherever_it_stands(hidden, field):
+    value = "Bearer ck-mallory" if field == "Authorization" else "ck-mallory"
+    reply = hidden.ask("POST", CHAT, b"{}", [(field, value)])
+    assert "Incorrect" in reply.json["error"]["message"]
+
+
+def last_event_of_a_cut_stream(upstream, running, path):
+    """The name and the data of the event that ends a stream whose upstream dies."""
+    def answer(received):
+        received.send(EVENT_HEAD + chunk(event("one")))
+        received.close()
+
+    upstream.answer = answer
+    reply = running.ask("POST", path, b"{}")
+    assert not reply.complete
+    first, last, end = reply.body.split(b"\n\n")
+    assert (first, end) == (b"data: one", b"")
+    name, _, data = last.rpartition(b"data: ")
+    return name, json.loads(data)
+
+
+def test_a_cut_stream_of_the_messages_api_ends_in_anthropics_event(upstream, relay):
+    name, data = last_event_of_a_cut_stream(upstream, relay(), MESSAGES)
+    assert name == b"event: error\n"
+    assert data["type"] == "error"
+    assert data["error"]["type"] == "api_error"
+    assert data["error"]["message"]
+
+
+def test_a_cut_stream_of_geminis_own_api_ends_in_googles_object(upstream, relay):
+    name, data = last_event_of_a_cut_stream(upstream, relay(), GENERATE + "?alt=sse")
+    assert name == b""
+    # google-genai looks at how the JSON begins, and compares the code with numbers
+    assert list(data) == ["error"]
+    assert data["error"]["code"] == 502
+    assert data["error"]["status"] == "UNAVAILABLE"
+
+
+def test_a_cut_stream_of_the_responses_api_ends_in_an_event_that_its_clients_know(upstream, relay):
+    name, data = last_event_of_a_cut_stream(upstream, relay(), RESPONSES)
+    assert name == b"event: error\n"
+    assert data["type"] == "error"
+    assert data["code"] == data["error"]["code"] == "upstream_died"
+    assert data["message"] == data["error"]["message"]
+    assert isinstance(data["sequence_number"], int)
+
+
+# -- who is refused for want of room
+
+REFUSED_PAGES = [  # the origins allowed, and what the page of APP is told
+    ("https://app.example", "https://app.example"), ("https://other.example", None), ("*", "*")]
+
+
+@pytest.fixture
+def crowded(relay):
+    """start(**settings) returns a relay whose one place is taken."""
+    clients = []
+
+    def start(**settings):
+        running = relay(MAX_CONNECTIONS=1, **settings)
+        clients.append(running.client())
+        clients[0].send(b"POST ")
+        return running
+
+    yield start
+    clients[0].sock.close()
+
+
+@pytest.mark.parametrize("origins,allowed", REFUSED_PAGES)
+def test_a_page_can_read_that_there_is_no_room(crowded, origins, allowed):
+    running = crowded(ORIGINS=origins, **HELD)
+    reply = running.chat(fields=[("Origin", "https://app.example")])
+
+    check_form(reply, 503, "server_busy")
+    assert reply.get("access-control-allow-origin") == allowed
+    record = running.wait_for_record()
+    assert (record["status"], record["outcome"]) == (503, "server_busy")
+    assert (record["method"], record["path"]) == ("POST", CHAT)
+
+
+def test_an_sdk_can_read_that_there_is_no_room(crowded):
+    reply = crowded(**HELD).ask("POST", MESSAGES, b"{}", CLIENT)
+    assert reply.json["error"]["type"] == "overloaded_error"
+
+
+NOT_WHOLE = [b"", b"POST /v1/messages HTTP/1.1\r\nHost: x", b"rubbish\r\n\r\n", b"x" * 70000]
+
+
+@pytest.mark.parametrize("data", NOT_WHOLE, ids=["nothing", "a part", "rubbish", "no end"])
+def test_whoever_sends_no_head_is_told_as_well(crowded, monkeypatch, data):
+    monkeypatch.setattr(aiproxy, "BUSY_SECONDS", 0.05)
+    with crowded(**HELD).client() as client:
+        client.send(data)
+        check_form(client.read_reply(), 503, "server_busy")
+
+
 @pytest.mark.parametrize("name", ["AIPROXY_OPEN", "AIPROXY_CLIENT_KEYS"])
 def test_the_refusal_of_a_host_says_which_settings_would_help(relay, name):
     running = relay(KEY="sk-hidden-key")
@@ -193,7 +358,8 @@ def test_a_connection_above_the_limit_receives_503(upstream, relay):
 
         gate.set()
         assert first.read_reply().status == 200
-    assert running.wait_for_record()["outcome"] == "ok"
+    assert running.wait_for_record()["outcome"] == "server_busy"
+    assert running.wait_for_record(2)["outcome"] == "ok"
 
 
 # -- upstreams that are broken or not there
@@ -258,7 +424,7 @@ BROKEN_UPSTREAMS = [
         502, "upstream_bad_response", id="another protocol",
     ),
     pytest.param(
-        b"HTTP/1.1 100 Continue\r\n\r\n" * 100,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 101,
         502, "upstream_bad_response", id="interim responses only",
     ),
 ]
@@ -464,7 +630,7 @@ def test_a_transparent_relay_relays_errors_about_the_clients_key(upstream, relay
 
 def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, monkeypatch, capfd):
     def fail(self):
-        raise ValueError("sk-hidden-key")
+        raise ValueError("no place for sk-hidden-key")
 
     monkeypatch.setattr(aiproxy.Handler, "check_path", fail)
     running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
@@ -473,7 +639,7 @@ def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, mo
 
     assert running.wait_for_record()["outcome"] == "internal_error"
     output = capfd.readouterr().err
-    assert "ValueError at " in output
+    assert "ValueError: no place for *** at " in output
     assert "fail:" in output
     assert "sk-hidden" not in output
     assert "Traceback" not in output
@@ -513,8 +679,91 @@ def test_an_internal_error_while_relaying_is_logged_as_one(
     assert record["status"] == reply.status == (200 if in_the_loop else 500)
     assert not (in_the_loop and reply.complete)
     output = capfd.readouterr().err
-    assert "ValueError at " in output
+    assert "ValueError: *** at " in output
     assert "sk-hidden" not in output
+
+
+@pytest.mark.parametrize("error,message", [
+    (OSError(24, "Too many open files"), "OSError: [Errno 24] Too many open files at "),
+    (RuntimeError("can't start new thread"), "RuntimeError: can't start new thread at "),
+    (KeyError("sk-proj-0123456789abcdef"), "KeyError: '***' at "),
+    (ValueError("Bearer\tAIzaSyA0123 x"), "ValueError: Bearer\t*** x at "),
+    (ValueError("\n" + "x" * 10 ** 6), "ValueError: "),
+    (ValueError(), "ValueError at "),
+])
+def test_a_fault_has_a_message_without_what_may_be_a_key(error, message):
+    text = aiproxy.format_traceback(error)
+    assert text.startswith(message)
+    assert len(text) < 300
+
+
+SPELLINGS = [  # a secret, and how JSON may have it
+    ("sk-hidden-key", b"sk-hidden-key"),
+    ("sk-hidden-key", b"sk\\u002dhidden\\u002Dkey"),
+    ("sk-hidden-key", b"\\u0073k-hidden-ke\\u0079"),
+    ("sk/hidden/key", b"sk\\u002Fhidden\\/key"),
+    ('sk"hidden', b'sk\\"hidden'),
+    ("sk\\hidden", b"sk\\\\hidden"),
+    ("sk\\hidden", b"sk\\u005chidden"),
+    ("sk\\hidden", b"sk\\hidden"),
+]
+
+
+@pytest.mark.parametrize("secret,text", SPELLINGS, ids=ascii)
+def test_a_secret_is_found_wherever_it_is_cut_in_pieces(secret, text):
+    harmless = text[:-1] + b"?" + text[:2]
+    for cut in range(len(text)):
+        pieces = aiproxy.SecretFilter([b"other", secret.encode()])
+        passed = pieces.feed(harmless + text[:cut]) + pieces.feed(text[cut:] + b" ", is_end=True)
+        assert pieces.found
+        assert passed == harmless
+
+    alone = aiproxy.SecretFilter([b"other", secret.encode()])
+    letters = [harmless[place:place + 1] for place in range(len(harmless))]
+    assert b"".join(map(alone.feed, letters)) + alone.feed(b"", is_end=True) == harmless
+    assert not alone.found
+
+
+FAR = b"x" * 70000
+
+
+@pytest.mark.parametrize("status", [300, 302, 307, 400, 500])
+@pytest.mark.parametrize("begin", [b"", b"x" * 65530, FAR, FAR * 3], ids=len)
+def test_a_provider_key_never_comes_down_in_what_is_no_success(upstream, hidden, status, begin):
+    body = begin + b"sk\\u002dhidden-key " + begin + b"sk-hidden-key"
+    head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n"
+    upstream.answer = head % (status, len(body)) + body
+
+    reply = hidden.chat()
+
+    assert b"hidden-key" not in reply.raw_head + reply.body
+    assert reply.status == 502 or not reply.complete
+    assert hidden.wait_for_record()["outcome"] == "upstream_credentials_rejected"
+
+
+@pytest.mark.parametrize("value", [
+    "https://x.test/?key=sk-hidden-key", "https://x.test/?key=sk%2Dhidden%2dkey",
+    '{"key": "sk\\u002dhidden-key"}', "%73%6b%2d%68idden-key"])
+def test_a_provider_key_never_comes_down_in_a_head(upstream, hidden, value):
+    head = "HTTP/1.1 200 %s\r\nX-Echo: %s\r\nX-Kept: 100%%25\r\nContent-Length: 0\r\n\r\n"
+    upstream.answer = (head % (value, value)).encode()
+
+    reply = hidden.chat()
+
+    assert reply.status_line.strip() == "HTTP/1.1 200"
+    assert reply.get("x-echo") is None
+    assert reply.get("x-kept") == "100%25"
+
+
+def test_looking_for_a_provider_key_takes_linear_time(upstream, hidden):
+    body = b"sk-hidden-ke\\" * 80000 + b"\\" * 100000
+    head = b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n"
+    upstream.answer = head % len(body) + body
+    began = time.process_time()
+
+    assert hidden.chat().body == body
+
+    assert time.process_time() - began < 1
 
 
 # -- an error response that trickles
@@ -554,8 +803,11 @@ KEYS_IN_PIECES = [  # a provider key, how an error has it, and where that is cut
 
 
 @pytest.mark.parametrize("key,text,place", KEYS_IN_PIECES)
-def test_a_provider_key_late_in_an_error_is_cut_off(upstream, relay, key, text, place):
+def test_a_provider_key_late_in_an_error_is_cut_off(
+    upstream, relay, monkeypatch, key, text, place
+):
     """The head has gone down: what is left is to end the response where the key begins."""
+    monkeypatch.setattr(aiproxy, "PREFETCH_SECONDS", 0.05)
     gate = threading.Event()
     running = relay(KEY=key, CLIENT_KEYS="ck-alice")
     upstream.answer = trickle(b"Your key " + text[:place], text[place:] + b" is bad", gate)

@@ -2,9 +2,12 @@
 
 import json
 import threading
+import time
+import urllib.parse
 
 import pytest
 
+import aiproxy
 from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, Upstream, chunk, event
 
 AUTH = [("Authorization", "Bearer ck-alice")]
@@ -215,6 +218,91 @@ PLACES = {
     "long path": lambda key: ("/v1/" + "a" * (252 - len(key) + 1) + key, "m"),
     "long model": lambda key: (CHAT, "m" * (100 - len(key) + 1) + key),
 }
+
+
+# What a text has, besides harmless letters, so that the keys in it are hard to see.
+HARD = {
+    "many": ("ck-alice " * 40, 256),
+    "many encoded": ("%63k%2Dalice " * 40, 256),
+    "one of each": ("ck-alice%63k-alice" * 20, 256),
+    "cut in two": ("x" * 252 + "ck-alice", 256),
+    "cut after many": ("ck-alice" * 99 + "x" * 252 + "ck-alice", 100),
+    "at the end": ("x" * 248 + "ck-alice", 256),
+}
+
+
+@pytest.mark.parametrize("text,most", list(HARD.values()), ids=list(HARD))
+@pytest.mark.parametrize("rest", ["", "x" * 1000])
+def test_a_key_is_masked_before_a_text_is_cut_for_the_log(text, most, rest):
+    log = aiproxy.Log("text", [b"ck-alice", b"another-key", b"sk-hidden-key"])
+    for shift in range(9):
+        shown = log.redact("x" * shift + text + rest, most)
+        assert len(shown) <= most
+        assert "ck-ali" not in shown
+        assert "ck-ali" not in urllib.parse.unquote(shown)
+
+
+def test_short_texts_are_logged_as_they_are():
+    log = aiproxy.Log("text", [b"ck-alice"])
+    assert log.redact("/v1/%41%", 256) == "/v1/%41%"
+    assert log.redact("x" * 256, 256) == log.redact("x" * 999, 256) == "x" * 256
+
+
+def test_to_mask_a_huge_text_costs_nothing():
+    """Compared with one pass over it."""
+    log = aiproxy.Log("text", [b"client-key-%d" % number for number in range(1000)])
+    record = aiproxy.Record("127.0.0.1")
+    record.path = "%41" * 5000
+    record.model = "%41" * 10 ** 7
+    began = time.process_time()
+    record.model.count("x")
+    one_pass = time.process_time() - began
+
+    began = time.process_time()
+    values = record.as_dict(log.redact)
+    assert time.process_time() - began < one_pass
+    assert len(values["model"]) == 100
+
+
+# The path and the body of a request, where no rule reads it, and the model that is logged.
+OUTBOUND = "/v1/audio/transcriptions"
+FORM = (b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n%b\r\n--b\r\n'
+        b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--b--\r\n')
+UNREAD = {
+    "JSON": (CHAT, b'{"messages":[],"model" : "gpt-x"}', "gpt-x"),
+    "quoted in a text": (CHAT, b'{"messages":["\\"model\\":\\"y\\""],"model":"gpt-x"}', "gpt-x"),
+    "in a schema": (CHAT, b'{"tools":{"model":{"type":1}},"model":"\\u901a"}', "\u901a"),
+    "far back": (CHAT, b'{"x":"' + b"y" * 200000 + b'","model":"gpt-x"}', "gpt-x"),
+    "at a boundary": (CHAT, b'{"x":"' + b"y" * 65525 + b'","model":"gpt-x"}', "gpt-x"),
+    "none": (CHAT, b'{"x":"model"}', ""),
+    "too long": (CHAT, b'{"model":"' + b"y" * 3000 + b'"}', ""),
+    "form": (OUTBOUND, FORM % b"RIFF", "whisper-1"),
+    "form with a file": (OUTBOUND, FORM % (b"\xff\r\n" * 99999), "whisper-1"),
+    "Gemini's path": ("/v1beta/models/gemini-x:generateContent", b'{"model":"y"}', "gemini-x"),
+    "Azure's path": ("/openai/deployments/gpt%2Dx/chat/completions", b"{}", "gpt-x"),
+    "a model of the list": ("/v1/models/a/b:c", b"", "a/b:c"),
+}
+
+
+@pytest.mark.parametrize("path,body,model", list(UNREAD.values()), ids=list(UNREAD))
+def test_the_model_is_logged_where_no_rule_reads_the_body(relay, path, body, model):
+    running = relay()
+    assert running.ask("POST", path, body).status == 200
+    assert running.wait_for_record()["model"] == model
+
+
+@pytest.mark.parametrize("piece", [
+    b'"model":', b'"model" ', b'"model":"' + b"y" * 190 + b'\n', b'name="model"\r\n'])
+def test_to_look_for_the_model_takes_linear_time(piece):
+    finder = aiproxy.ModelFinder(aiproxy.Record("x"))
+    data = piece * (65536 // len(piece))
+    spent = []
+    for rounds in (2, 2, 8):
+        began = time.process_time()
+        for _ in range(rounds):
+            finder.observe(data)
+        spent.append(time.process_time() - began)
+    assert spent[-1] < 1
 
 
 @pytest.mark.parametrize("key", KEYS)

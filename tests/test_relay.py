@@ -313,6 +313,7 @@ ABOUT_THE_OWNER = [
     ("Server", "about-the-owner"),
     ("openai-organization", "about-the-owner"),
     ("OpenAI-Project", "about-the-owner"),
+    ("anthropic-organization-id", "about-the-owner"),
 ]
 
 

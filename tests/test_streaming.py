@@ -84,6 +84,96 @@ def test_event_streams_tell_proxies_in_front_not_to_buffer_them(
     assert reply.complete
 
 
+# The head of a response besides its first line, and what the one that comes down adds to it.
+UNBUFFERED = ["x-accel-buffering: no"]
+LENGTHS = [
+    pytest.param("application/x-ndjson", "Transfer-Encoding: chunked", UNBUFFERED, id="NDJSON"),
+    pytest.param("application/json", "Transfer-Encoding: chunked", UNBUFFERED, id="JSON"),
+    pytest.param("audio/mpeg", "Connection: close", UNBUFFERED, id="until close"),
+    pytest.param("application/x-ndjson", "Content-Length: 0", [], id="declared"),
+]
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+@pytest.mark.parametrize("media_type,framing,added", LENGTHS)
+def test_no_proxy_in_front_should_buffer_a_response_without_a_declared_length(
+    upstream, hidden, media_type, framing, added, version
+):
+    def answer(received):
+        head = "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n%s\r\n\r\n" % (media_type, framing)
+        received.send(head.encode() + (b"0\r\n\r\n" if "chunked" in framing else b""))
+        if "close" in framing:
+            received.close()
+
+    upstream.answer = answer
+    reply = hidden.ask("POST", CHAT, b"{}", AUTH, version)
+    names = ("x-accel-buffering", "cache-control")
+    assert ["%s: %s" % field for field in reply.fields if field[0] in names] == added
+
+
+HEARTBEAT = b": keep-alive\n\n"
+GZIP = EVENT_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+# The head of a response, the beginning of its body and the rest.
+NO_HEARTBEATS = {
+    "inside an event": (EVENT_HEAD, chunk(b"data: 1\n"), chunk(b"data: 2\n\n") + b"0\r\n\r\n"),
+    "compressed": (GZIP, chunk(b"\x1f\x8b\n\n"), b"0\r\n\r\n"),
+    "JSON": (CHUNKED_HEAD, chunk(b"\n\n"), b"0\r\n\r\n"),
+    "with a length": (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 10\r\n\r\n",
+        b"data: 1\n\n", b"\n"),
+}
+
+
+def test_a_silent_stream_gets_comments_between_its_events_and_no_other_response_does(
+    upstream, relay
+):
+    gate = threading.Event()
+    beats = [threading.Event(), threading.Event()]
+
+    def answer(received):
+        name = received.field("x-name")
+        if name:
+            head, begin, rest = NO_HEARTBEATS[name]
+            received.send(head + begin)
+            assert gate.wait(PATIENCE)
+            received.send(rest)
+            return
+        received.send(EVENT_HEAD)
+        assert beats[0].wait(PATIENCE)
+        received.send(chunk(event("1")))
+        assert beats[1].wait(PATIENCE)
+        received.send(b"0\r\n\r\n")
+
+    upstream.answer = answer
+    running = relay(HEARTBEAT="0.05")
+    clients = {name: running.client() for name in NO_HEARTBEATS}
+    replies = {}
+    for name, client in clients.items():
+        client.request("POST", CHAT, b"{}", [("X-Name", name)])
+        replies[name] = client.read_head()
+
+    with running.client() as client:
+        client.request("POST", CHAT, b"{}", AUTH)
+        client.read_head()
+        assert client.read_chunk() == HEARTBEAT
+        beats[0].set()
+        pieces = [client.read_chunk()]
+        while event("1") not in pieces or pieces[-1] != HEARTBEAT:
+            pieces.append(client.read_chunk())
+        beats[1].set()
+        while pieces[-1]:
+            pieces.append(client.read_chunk())
+        assert set(pieces) == {HEARTBEAT, event("1"), b""}
+
+    gate.set()
+    for name, client in clients.items():
+        client.read_body(replies[name])
+        assert replies[name].complete
+        assert HEARTBEAT not in replies[name].body
+        client.sock.close()
+    assert not upstream.errors
+
+
 def test_a_compressed_response_is_relayed_unchanged(upstream, hidden):
     coded = b"\x1f\x8b\x08 not really gzip, and nobody looks"
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"

@@ -4,15 +4,16 @@ The mark after each name says how far its shape is to be trusted, as in WIRE_FOR
 [O] official, [R] recorded, [T] third party, [A] assumed. The shapes that fake_cloudflare.py has
 are the literal ones.
 """
+import functools
 import json
 
 import pytest
 
 import aiproxy
 from aiproxy import (Call, ErrorResponse, EventReader, ResponsesTranslator, StreamTranslator,
-                     WORKERS_ALIASES, check_prompt_length, edit_members, error_object, parse_object,
-                     read_catalogue_page, translate_response, translate_catalogue, translate_error,
-                     translate_request)
+                     WORKERS_ALIASES, check_prompt_length, edit_members, error_object,
+                     find_error_form, parse_object, read_catalogue_page, render_error_event,
+                     translate_response, translate_catalogue, translate_error, translate_request)
 from fake_cloudflare import (ACCOUNT, DUAL, FUNCTION_CALL, GPT_OSS, ITEM, KIMI, LEGACY,
                              LEGACY_ROWS, LLAMA_31, LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW,
                              OPENAI_ROWS, PACKED, QWEN_3, RESPONSE_EVENTS, ROWS, TOKEN, TOOL_ID,
@@ -755,7 +756,8 @@ def test_response_events_pass_with_the_name_that_the_client_used():
         (None, "upstream_bad_response")],
     ids=["envelope", "OpenAI's event", "error object", "cut"])
 def test_an_error_in_a_response_stream_is_one_that_the_sdks_raise(event, code):
-    translator = ResponsesTranslator(call("responses"))
+    render_error = functools.partial(render_error_event, form=find_error_form("/v1/responses"))
+    translator = ResponsesTranslator(call("responses"), render_error)
     made = EventReader().feed(
         translator.feed(named(RESPONSE_EVENTS[:2]) + (sse(event) if event else b"")) +
         translator.end())

@@ -286,19 +286,108 @@ def test_an_upload_that_the_upstream_interrupted_is_not_sent_again(either, relay
     assert either.connections == 1
 
 
+def redirect(location, status=302):
+    head = "HTTP/1.1 %d Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n"
+    return (head % (status, location)).encode("latin-1")
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_relayed_and_not_followed(upstream, hidden, status):
     with Upstream() as elsewhere:
         location = elsewhere.url + "/x"
-        head = "HTTP/1.1 %d Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n"
-        upstream.answer = (head % (status, location)).encode()
+        upstream.answer = redirect(location, status)
 
-        reply = hidden.chat()
+        reply = hidden.ask("GET", "/v1/models", None, [("x-api-key", "ck-alice")])
 
         assert reply.status == status
         assert reply.get("location") == location
         assert not elsewhere.connections
         assert len(upstream.received) == 1
+
+
+# The path of the base URL, the upstream's Location where %s is its own URL, and ours.
+LOCATIONS = [
+    ("", "%s/v1/models/m", "/v1/models/m"),
+    ("", "%s/v1/models/m?x=1#y", "/v1/models/m?x=1#y"),
+    ("", "%s", "/"),
+    ("", "%s?x", "/?x"),
+    ("", "HTTP://u:p@LOCALHOST:%d/x", "/x"),
+    ("", "//localhost:%d/x", "/x"),
+    ("", "//localhost.:%d/x", "/x"),
+    ("", "/v1/models/m", "/v1/models/m"),
+    ("", "m?x", "/v1/m?x"),
+    ("", "../m", "/m"),
+    ("", "?x", "/v1/models?x"),
+    ("", "\xe4", "/v1/\xe4"),
+    ("/api/v4", "%s/api/v4/models/m", "/v1/models/m"),
+    ("/api/v4", "/api/v4/models/m", "/v1/models/m"),
+    ("/api/v4", "m", "/v1/m"),
+    ("/api/v4", "/api/v4", "/v1"),
+    ("/api/v4", "%s/api/v44/x", "/api/v44/x"),
+]
+ELSEWHERE = [
+    "https://elsewhere.test/x", "//elsewhere.test/x", "http://localhost:1/x", "https://localhost/x",
+    "http://localhost@elsewhere.test/", "mailto:a@b.test", "%s//elsewhere.test/x", "http://[/x",
+    "/\\elsewhere.test/x", "http://localhost:x/",
+]
+
+
+@pytest.fixture
+def by_name(upstream, relay):
+    """start(base) returns a relay with a provider key whose upstream is called localhost."""
+    def start(base=""):
+        url = upstream.url.replace("127.0.0.1", "localhost") + base
+        return relay(UPSTREAM=url, KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
+    return start
+
+
+def fill_in(location, upstream):
+    if "%d" in location:
+        return location % upstream.port
+    return location.replace("%s", "http://localhost:%d" % upstream.port)
+
+
+@pytest.mark.parametrize("base,location,expected", LOCATIONS)
+def test_a_location_on_the_upstreams_host_becomes_a_path_of_ours(
+    upstream, by_name, base, location, expected
+):
+    upstream.answer = redirect(fill_in(location, upstream), 307)
+    running = by_name(base)
+    client_key = [("x-api-key", "ck-alice")]
+
+    for method, body in (("GET", None), ("POST", b"{}")):
+        path = "/v1/models" if method == "GET" else CHAT
+        if path == CHAT and not location.startswith(("%", "/", "H")):
+            continue                # relative to another path
+        reply = running.ask(method, path, body, client_key)
+        assert reply.status == 307
+        assert reply.all("location") == [expected]
+
+
+@pytest.mark.parametrize("location", ELSEWHERE)
+def test_a_redirect_elsewhere_is_refused_if_it_would_take_a_body_there(upstream, by_name, location):
+    upstream.answer = redirect(fill_in(location, upstream))
+    running = by_name()
+
+    reply = running.chat()
+
+    assert (reply.status, reply.code) == (502, "upstream_bad_response")
+    assert reply.get("location") is None
+    assert reply.get("x-should-retry") == "false"
+    assert b"elsewhere" not in reply.body
+
+    reply = running.ask("GET", "/v1/models", None, [("x-api-key", "ck-alice")])
+    assert (reply.status, reply.get("location")) == (302, fill_in(location, upstream))
+
+
+def test_a_location_in_a_success_is_no_redirect(upstream, by_name):
+    upstream.answer = redirect("https://elsewhere.test/x", 201)
+    assert by_name().chat().get("location") == "https://elsewhere.test/x"
+
+
+def test_a_transparent_relay_leaves_redirects_alone(upstream, relay):
+    upstream.answer = redirect(upstream.url + "/v1/x")
+    assert relay().chat().get("location") == upstream.url + "/v1/x"
 
 
 def test_only_http_and_https_urls_can_be_opened(relay):
