@@ -3380,7 +3380,9 @@ class GoogleErrors(OpenAIErrors):
 ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
     (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
     (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
-    (re.compile("/+v1beta/"), GoogleErrors()),
+    (re.compile("/+v1(?:alpha|beta)/"), GoogleErrors()),
+    # google-genai 3 calls /v1/models/MODEL:generateContent. OpenAI-style names have tags (m:8b).
+    (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
 )
 
 def install_error_forms(server):
@@ -3836,7 +3838,8 @@ def wait_with_heartbeats(seconds, wait, send):
 # Touches: nothing; it sees the bytes of each such body as they pass.
 # Entered: `install_model_names` in Server.install_features takes the place of `no_observer`.
 
-MODEL_IN_PATH = re.compile(r"/v1beta/models/([^/:]+)|/deployments/([^/]+)|/v1/models/(.+)")
+MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
+                           r"|/v1/models/(.+)")
 # Of a JSON object, wherever in it, or of a form (RFC 7578).
 MODEL_IN_JSON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.){1,200}")')
 MODEL_IN_FORM = re.compile(
