@@ -1891,7 +1891,8 @@ class SecretFilter:
         self.secrets = secrets
         self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
         first = b"|".join(re.escape(secret[:1]) for secret in secrets)
-        self.beginning = re.compile(rb"\\(?:u|\Z)|\\?(?:%b)" % first)
+        # A look ahead: what begins in the middle of another is not passed over.
+        self.beginning = re.compile(rb"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
         self.waiting = b""                  # the end of what came, if a secret may begin in it
         self.found = False
 
@@ -2818,7 +2819,7 @@ def format_traceback(error):
     """What a fault of ours is, and where, without what may be secret in its message."""
     places = ["%s:%d" % (frame.f_code.co_name, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]
-    message = traceback.format_exception_only(type(error), error)[-1].strip()
+    message = traceback.format_exception_only(type(error), error)[0].strip()
     message = LIKE_A_KEY.sub("***", message[:1000])
     return "%s at %s" % (message[:200], " > ".join(places))
 
