@@ -1982,7 +1982,8 @@ class SecretFilter:
         self.secrets = secrets
         self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
         first = b"|".join(re.escape(secret[:1]) for secret in secrets)
-        self.beginning = re.compile(rb"\\(?:u|\Z)|\\?(?:%b)" % first)
+        # A look ahead: what begins in the middle of another is not passed over.
+        self.beginning = re.compile(rb"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
         self.waiting = b""                  # the end of what came, if a secret may begin in it
         self.found = False
 
@@ -3020,7 +3021,7 @@ def format_traceback(error):
     """What a fault of ours is, and where, without what may be secret in its message."""
     places = ["%s:%d" % (frame.f_code.co_name, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]
-    message = traceback.format_exception_only(type(error), error)[-1].strip()
+    message = traceback.format_exception_only(type(error), error)[0].strip()
     message = LIKE_A_KEY.sub("***", message[:1000])
     return "%s at %s" % (message[:200], " > ".join(places))
 
@@ -3585,7 +3586,9 @@ class GoogleErrors(OpenAIErrors):
 ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
     (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
     (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
-    (re.compile("/+v1beta/"), GoogleErrors()),
+    (re.compile("/+v1(?:alpha|beta)/"), GoogleErrors()),
+    # google-genai 3 calls /v1/models/MODEL:generateContent. OpenAI-style names have tags (m:8b).
+    (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
 )
 
 def install_error_forms(server):
@@ -4042,7 +4045,8 @@ def wait_with_heartbeats(seconds, wait, send):
 # Touches: nothing; it sees the bytes of each such body as they pass.
 # Entered: `install_model_names` in Server.install_features takes the place of `no_observer`.
 
-MODEL_IN_PATH = re.compile(r"/v1beta/models/([^/:]+)|/deployments/([^/]+)|/v1/models/(.+)")
+MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
+                           r"|/v1/models/(.+)")
 # Of a JSON object, wherever in it, or of a form (RFC 7578).
 MODEL_IN_JSON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.){1,200}")')
 MODEL_IN_FORM = re.compile(

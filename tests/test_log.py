@@ -279,6 +279,7 @@ UNREAD = {
     "form": (OUTBOUND, FORM % b"RIFF", "whisper-1"),
     "form with a file": (OUTBOUND, FORM % (b"\xff\r\n" * 99999), "whisper-1"),
     "Gemini's path": ("/v1beta/models/gemini-x:generateContent", b'{"model":"y"}', "gemini-x"),
+    "Gemini's new path": ("/v1/models/gemini-x:countTokens", b"{}", "gemini-x"),
     "Azure's path": ("/openai/deployments/gpt%2Dx/chat/completions", b"{}", "gpt-x"),
     "a model of the list": ("/v1/models/a/b:c", b"", "a/b:c"),
 }

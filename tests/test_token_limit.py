@@ -75,7 +75,8 @@ def test_a_request_above_the_limit_is_refused_and_not_sent_upstream(
     reply = ask(frugal, body, path)
 
     assert reply.status == 400
-    assert reply.json["error"]["param"] == param
+    if path != MESSAGES:        # Anthropic's form has no place for it
+        assert reply.json["error"]["param"] == param
     assert reply.json["error"]["type"] == "invalid_request_error"
     assert upstream.all_bytes == b""
 
