@@ -58,6 +58,11 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
 
 RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
+import sys
+
+if sys.version_info < (3, 8):       # the whole file compiles on those, so that they get here
+    sys.exit("aiproxy needs Python 3.8 or newer, and this is %d.%d" % sys.version_info[:2])
+
 import argparse
 import base64
 import collections
@@ -85,7 +90,6 @@ import socket
 import socketserver
 import ssl
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -93,9 +97,6 @@ import urllib.parse
 import urllib.request
 
 __version__ = "1.0"
-
-if sys.version_info < (3, 8):
-    sys.exit("aiproxy needs Python 3.8 or newer, and this is %d.%d" % sys.version_info[:2])
 
 # ==== Part one: the relay =========================================================================
 
