@@ -396,14 +396,20 @@ class Server(http.server.ThreadingHTTPServer):
         if over_client_limit or not (has_room or self.evict_idle(1)):
             self.refuse_busy(request)
             return
+        taken = threading.Lock()            # by whoever answers this client
         try:
-            self.threads.submit(self.process_request_thread, request, client_address)
+            self.threads.submit(self.serve_client, taken, request, client_address)
         except RuntimeError:
-            # No thread can be started. The executor keeps the call, which will find the socket
-            # closed, and its count of idle threads is wrong from now on.
+            # No thread can be started. The executor keeps the call, so that another thread may
+            # take it, and its count of idle threads is wrong from now on.
             self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
-            self.refuse_busy(request)
+            if taken.acquire(blocking=False):
+                self.refuse_busy(request)
+
+    def serve_client(self, taken, request, client_address):
+        if taken.acquire(blocking=False):
+            self.process_request_thread(request, client_address)
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
@@ -460,7 +466,7 @@ class Server(http.server.ThreadingHTTPServer):
                 break               # those that follow have been idle for less time
             # It may leave by itself at any moment: ValueError is a socket that has been closed.
             with contextlib.suppress(OSError, ValueError):
-                if not wait_ready(0, handler.client, READ) and self.mark_busy(handler):
+                if has_nothing_to_say(handler.client) and self.mark_busy(handler):
                     evicted += 1
                     handler.client.sock.shutdown(socket.SHUT_RDWR)      # this wakes its thread
         return evicted
@@ -490,6 +496,15 @@ class Server(http.server.ThreadingHTTPServer):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
+
+def has_nothing_to_say(client):
+    """Is an idle client silent, or has it hung up? False if its next request has come."""
+    if not wait_ready(0, client, READ):
+        return True
+    try:
+        return client.sock.recv(1, socket.MSG_PEEK) == b""
+    except OSError:
+        return True
 
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
