@@ -160,6 +160,11 @@ MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far belo
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
 MAX_DIGITS = 400        # of a number in a JSON body
 
+LOOP_SECONDS = 5        # without a sign from the relay loop: /health calls it dead
+
+BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
+LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
+
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
 PREFETCH_BYTES = 65536  # of a request's body, read before connecting; of an error's, searched
@@ -711,6 +716,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.request.path == "/":
             return self.send_json(describe_api(self.settings))
         health = {"status": "healthy", "timestamp": int(time.time())}
+        if not self.server.relay_loop.is_working():
+            health["status"] = "unhealthy"
+            return self.send_json(health, 503)
         with contextlib.suppress(ErrorResponse, ProtocolError):
             self.check_caller()
             health["models"] = self.settings.models_shown
@@ -855,8 +863,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.outcome = self.record.outcome or "ok"
         self.close_connection = self.must_close()
 
-    def send_json(self, value):
-        self.send_response(200, [JSON_TYPE], json.dumps(value).encode())
+    def send_json(self, value, status=200):
+        self.send_response(status, [JSON_TYPE], json.dumps(value).encode())
 
     def send_error_response(self, error):
         """Our own error. The connection closes: what follows is never read as a request."""
@@ -1849,6 +1857,7 @@ class RelayLoop(threading.Thread):
         self.jobs = set()
         self.submitted = collections.deque()
         self.now = time.monotonic()         # once for all that is ready
+        self.selected = self.now            # when the selector last worked
         # A byte into the one socket wakes the loop, which waits for the other (self-pipe).
         self.wakeup_reader, self.wakeup_writer = socket.socketpair()
         self.wakeup_reader.setblocking(False)
@@ -1856,12 +1865,13 @@ class RelayLoop(threading.Thread):
         self.selector.register(self.wakeup_reader, READ, self.read_wakeup)
 
     def read_wakeup(self, mask):
-        self.wakeup_reader.recv(4096)
+        with contextlib.suppress(BlockingIOError):
+            self.wakeup_reader.recv(4096)
 
     def submit(self, job):
         """Hand a job to the loop: from now on its sockets and buffers are the loop's."""
         self.submitted.append(job)
-        with contextlib.suppress(BlockingIOError):      # it has been woken already
+        with contextlib.suppress(OSError):      # it has been woken already
             self.wakeup_writer.send(b"!")
 
     def run_and_wait(self, job):
@@ -1873,9 +1883,7 @@ class RelayLoop(threading.Thread):
     def run(self):
         last_tick = 0
         while True:
-            ready = self.selector.select(0.5)
-            self.now = time.monotonic()
-            for key, mask in ready:
+            for key, mask in self.select():
                 self.guard(key.data, mask)
             while self.submitted:
                 job = self.submitted.popleft()
@@ -1888,6 +1896,26 @@ class RelayLoop(threading.Thread):
                     self.guard(job.stop if self.stopping else job.on_tick)
                 self.guard(self.every_tick, self.now)
 
+    def select(self):
+        """What is ready within half a second.
+
+        If the selector fails, the jobs with a bad descriptor end, and the others go on.
+        """
+        try:
+            ready = self.selector.select(0.5)
+            self.now = self.selected = time.monotonic()
+            return ready
+        except Exception as error:
+            self.warn("fault in the relay loop: " + format_traceback(error))
+        for key in list(self.selector.get_map().values()):
+            self.guard(key.data, READ)      # none minds being called for nothing
+        time.sleep(0.5)                     # it may fail again: never spin
+        self.now = time.monotonic()
+        return []
+
+    def is_working(self):
+        return self.is_alive() and time.monotonic() - self.selected < LOOP_SECONDS
+
     def guard(self, step, *arguments):
         """Call a step of a job. A fault of ours ends the job, not the loop that all share."""
         try:
@@ -1896,22 +1924,23 @@ class RelayLoop(threading.Thread):
             self.warn("fault in the relay loop: " + format_traceback(error))
             job = getattr(step, "__self__", None)
             if job in self.jobs:
-                job.finish("internal_error")
+                self.jobs.discard(job)
+                self.guard(job.finish, "internal_error")
 
     def watch(self, connection, mask, callback=None):
         """From now on call `callback(mask)` when `connection` is ready for `mask`; 0: never."""
         current = self.masks.get(connection, 0)
         if mask == current:
             return
-        if not current:
-            self.selector.register(connection, mask, callback)
-        elif mask:
-            self.selector.modify(connection, mask, callback)
-        else:
-            self.selector.unregister(connection)
-        self.masks[connection] = mask
         if not mask:
             del self.masks[connection]
+            with contextlib.suppress(KeyError, ValueError, OSError):    # it may be bad by now
+                self.selector.unregister(connection)
+            return
+        # OSError for a bad descriptor, or a selector that is full.
+        change = self.selector.modify if current else self.selector.register
+        change(connection, mask, callback)
+        self.masks[connection] = mask
 
 
 class Job:
