@@ -778,9 +778,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         target = self.settings.upstream.map_path(self.request.path) + self.request.query
         return self.open_exchange(self.request.method, target, body)
 
-    def open_exchange(self, method, target, body):
+    def open_exchange(self, method, target, body, wait=None):
         """Send a request up with a provider key, if there is one, and read the response's head."""
         settings = self.settings
+        wait = wait or functools.partial(wait_for_upstream, self.client)
         headers = upstream_headers(self.request, settings)
 
         def send(key_index):
@@ -788,7 +789,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
                                       body, self.upload)
             request.upgrade = self.request.upgrade
-            request.wait = functools.partial(wait_for_upstream, self.client)
+            request.wait = wait
             exchange = self.server.opener.open(request, timeout=settings.timeout)
             exchange.drop_fields_with(settings.upstream_secrets)
             self.record.upstream_status = exchange.status
@@ -4488,6 +4489,7 @@ def model_object(item, today):
 
 CATALOGUE_SECONDS = 600     # a model list is good for so long,
 CATALOGUE_RETRY = 30        # and one that could not be read is tried again after
+CATALOGUE_TIMEOUT = 10      # seconds for all of its pages
 CATALOGUE_PAGES = 50        # at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 
@@ -4519,14 +4521,26 @@ class Catalogue:
         self.last = None
         self.valid_until = 0
         self.failure = None
-        self.lock = threading.Lock()
+        self.is_refreshing = False          # by one thread; the condition guards it
+        self.refreshed = threading.Condition()
 
     def items(self, read):
-        """The items of OpenAI's list, or None; `read` asks Cloudflare."""
-        with self.lock:
-            if time.monotonic() >= self.valid_until:
-                self.refresh(read)
+        """The items of OpenAI's list, or None; `read` asks Cloudflare.
+
+        One client waits for it, and the others only if there is no list yet.
+        """
+        with self.refreshed:
+            self.refreshed.wait_for(lambda: self.last is not None or not self.is_refreshing)
+            if self.is_refreshing or time.monotonic() < self.valid_until:
+                return self.last
+            self.is_refreshing = True
+        try:
+            self.refresh(read)
             return self.last
+        finally:
+            with self.refreshed:
+                self.is_refreshing = False
+                self.refreshed.notify_all()
 
     def refresh(self, read):
         today = time.strftime("%Y-%m-%d", time.gmtime())
@@ -4559,10 +4573,24 @@ class WorkersHandler(Handler):
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list. ErrorResponse 502 or 504."""
+        deadline = time.monotonic() + CATALOGUE_TIMEOUT
+
+        def wait(connection, mask, seconds):
+            remaining = deadline - time.monotonic()
+            if remaining > 0:
+                try:
+                    return wait_for_upstream(self.client, connection, mask,
+                                             min(seconds, remaining))
+                except socket.timeout:
+                    if seconds < remaining:
+                        raise
+            raise upstream_error("upstream_timeout", "Cloudflare's model list did not come within "
+                                 "%d seconds." % CATALOGUE_TIMEOUT)
+
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
             target = "/ai/models/search?per_page=50&page=%d" % number
-            exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"")
+            exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"", wait)
             try:
                 body = self.read_whole(exchange)
                 page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
