@@ -3889,6 +3889,7 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
 
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 end in mid-sentence
 MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
+MAX_CHOICES = 128               # in one response, as OpenAI allows: each becomes several events
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
@@ -3934,7 +3935,7 @@ MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
 # What no client needs of an error's message: the names of Cloudflare's classes, and uuids.
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
-BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+BLANK_LINE = re.compile(rb"\r?\n(?:\r?\n)+")
 
 Call = collections.namedtuple("Call", (    # one request
     "kind", "path", "body",         # a kind and a path of WORKERS_PATHS; bytes
@@ -3991,7 +3992,7 @@ def invalid_parameter(name, rule):
 def parse_cloudflare(data):
     """The object in Cloudflare's JSON. ValueError if it is none."""
     check_nesting(data)
-    value = json.loads(data.decode(), parse_constant=refuse_constant)
+    value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse_constant)
     if not isinstance(value, dict):
         raise ValueError("it is no object")
     return value
@@ -4034,6 +4035,8 @@ def read_response(body, secrets):
         choices = [read_output(data)]
     elif not choices and {"response", "tool_calls", "finish_reason"} & set(data):
         choices = [{}]
+    if len(choices) > MAX_CHOICES:
+        raise unreadable()
     choices = [read_choice(choice, index, data) for index, choice in enumerate(choices)]
     return choices, openai_usage(data.get("usage"))
 
@@ -4191,10 +4194,13 @@ def relabel_response(data, call):
 # -- streams
 
 def read_event(block):
-    """One event as (name, data), with line ends LF or CRLF; comments and ids are skipped."""
+    """One event as (name, data), with line ends LF or CRLF; comments and ids are skipped.
+
+    A byte order mark may stand before the first one.
+    """
     name = ""
     data = []
-    for line in block.decode("utf-8", "replace").split("\n"):
+    for line in block.decode("utf-8-sig", "replace").split("\n"):
         field, _, value = line.partition(":")
         if field == "event":
             name = value.strip()
