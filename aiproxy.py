@@ -1328,6 +1328,8 @@ def named_model(members, settings):
                             "model")
     return model
 
+# A body that is edited has been parsed strictly before.
+JSON = json.JSONDecoder()
 # What stands between names and values: RFC 8259 section 2.
 JSON_GAP = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
 
@@ -1335,9 +1337,9 @@ def find_members(text):
     """The members of a JSON object: for each its name, where that and its value begin, its end."""
     start = JSON_GAP.match(text).end()
     while text[start] != "}":
-        name, name_end = STRICT_JSON.raw_decode(text, start)
+        name, name_end = JSON.raw_decode(text, start)
         value_start = JSON_GAP.match(text, name_end).end()
-        _, end = STRICT_JSON.raw_decode(text, value_start)
+        end = JSON.raw_decode(text, value_start)[1]
         yield name, start, value_start, end
         start = JSON_GAP.match(text, end).end()
 
@@ -1348,7 +1350,7 @@ def edit_members(body, changes, renames=None):
     """
     if not changes:
         return body
-    text = body.decode()
+    text = body.decode("latin-1")           # a byte a character: of an emoji, all would take four
     added = dict(changes)
     inside = text.index("{") + 1
     copied = inside                         # up to here, `edited` has the text
@@ -1367,7 +1369,7 @@ def edit_members(body, changes, renames=None):
     is_empty = text[JSON_GAP.match(text).end()] == "}"
     if front and not is_empty:
         front += ", "
-    return (text[:inside] + front + edited + text[copied:]).encode()
+    return "".join((text[:inside], front, edited, text[copied:])).encode("latin-1")
 
 # ---- Header fields up and down -------------------------------------------------------------------
 
