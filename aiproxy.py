@@ -27,7 +27,7 @@ Threads, and who owns which buffer when:
                    head of the response; owns both sockets and their buffers meanwhile
     relay loop     moves the bodies of all responses and watches their clients; owns both sockets
                    from `submit` until the job's `ended` is set, and a lingering close for good
-    log            writes the lines that the others put into its queue
+    log            one each for stdout and stderr: writes what the others put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
 
@@ -323,6 +323,10 @@ class ClientGone(Exception):
         super().__init__(outcome)
         self.outcome = outcome
 
+
+class CannotListen(Exception):
+    """The address or the port cannot be had."""
+
 # ---- Server: accepting clients -------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
@@ -353,9 +357,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
 
         self.install_features()
-        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
-        self.address_family = found[0]
-        super().__init__(found[4], settings.upstream.provider.handler or Handler)
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+            self.address_family = found[0]
+            super().__init__(found[4], settings.upstream.provider.handler or Handler)
+        except (OSError, UnicodeError) as error:
+            raise CannotListen("cannot listen on %s port %d: %s" % (
+                settings.host, settings.port, getattr(error, "strerror", None) or error))
         self.log.start()
         self.relay_loop.start()
 
@@ -2646,18 +2654,18 @@ class Record:
 LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
 
 
-class Log(threading.Thread):
-    """One line per request on stdout, warnings on stderr.
-
-    A thread of its own writes them: a reader that stalls must not stall requests.
-    """
+class Log:
+    """One line per request on stdout, warnings on stderr."""
 
     def __init__(self, format, secrets):
-        super().__init__(daemon=True, name="log")
         self.format = format                   # text, json or off
         self.secrets = [secret.decode() for secret in secrets]
-        self.lines = queue.SimpleQueue()    # of (stream, line); the stream None is the end
-        self.lost = 0                       # lines that nobody read in time
+        streams = (sys.stdout, sys.stderr)
+        self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
+
+    def start(self):
+        for writer in self.writers.values():
+            writer.start()
 
     def write(self, record):
         if self.format == "off":
@@ -2671,11 +2679,8 @@ class Log(threading.Thread):
     def warn(self, text):
         self.put(sys.stderr, "aiproxy: " + self.redact(text))
 
-    def put(self, stream, line):
-        if self.lines.qsize() < MAX_LOG_LINES:
-            self.lines.put((stream, line + "\n"))
-        else:
-            self.lost += 1
+    def put(self, stream, line, end="\n"):
+        self.writers[stream].put(line + end)
 
     def redact(self, text):
         """Without our keys: a client may put one into a path or a model's name, encoded or not."""
@@ -2686,28 +2691,69 @@ class Log(threading.Thread):
                 text = decoded.replace(secret, "***")
         return text
 
+    def close(self, seconds):
+        """Wait until all lines are written, or for `seconds`."""
+        for writer in self.writers.values():    # stderr is the last: it tells what stdout lost
+            writer.queue.put(None)
+            writer.join(seconds / 2)
+
+
+class LogWriter(threading.Thread):
+    """Writes lines to one stream, so that a reader that stalls holds up nobody else."""
+
+    def __init__(self, stream, warn):
+        super().__init__(daemon=True, name="log")
+        self.stream = stream
+        self.warn = warn
+        self.queue = queue.SimpleQueue()    # of lines; None is the end
+        self.lost = 0                       # lines that nobody read in time
+
+    def put(self, line):
+        if self.queue.qsize() < MAX_LOG_LINES:
+            self.queue.put(line)
+        else:
+            self.lost += 1
+
     def run(self):
         ended = False
         while not ended:
-            batch = [self.lines.get()]
-            time.sleep(LOG_SECONDS)         # what comes meanwhile goes with it: one write for many
-            while not self.lines.empty():
-                batch.append(self.lines.get())
+            batch = [self.queue.get()]
+            while not self.queue.empty():
+                batch.append(self.queue.get())
+            ended = None in batch
+            write_all(self.stream, "".join(filter(None, batch)))
             if self.lost:
-                lost = "aiproxy: %d lines of the log were lost: nobody read them in time\n"
-                batch.append((sys.stderr, lost % self.lost))
+                self.warn("%d lines of the log were lost: nobody read them in time" % self.lost)
                 self.lost = 0
-            for stream in (sys.stderr, sys.stdout):
-                with contextlib.suppress(OSError, ValueError):      # nobody listens any more
-                    stream.write("".join(line for target, line in batch if target is stream))
-                    stream.flush()
-            ended = (None, "") in batch
+            if not ended:
+                time.sleep(LOG_SECONDS)     # what comes meanwhile is one write
 
-    def close(self, seconds):
-        """Wait until all lines are written, or for `seconds`."""
-        self.lines.put((None, ""))
-        self.join(seconds)
 
+def write_all(stream, text):
+    """Write text to stdout or stderr, in whatever state it is: full, non-blocking or closed.
+
+    Past Python's own buffers: they lose text where the stream is non-blocking, and where it is
+    closed they fail once more at the exit.
+    """
+    number = None
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+    with contextlib.suppress(OSError, ValueError):      # nobody listens any more
+        if number is None or os.name != "posix":        # Windows' console has its own coding
+            stream.write(text)
+            stream.flush()
+            return
+        data = text.encode(stream.encoding, "backslashreplace")
+        while data:
+            select.select([], [number], [])
+            with contextlib.suppress(BlockingIOError):  # somebody else was faster
+                data = data[os.write(number, data[:select.PIPE_BUF]):]
+
+def open_standard_streams():
+    """The null device for each that is closed: else a socket would get its number, and its text."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 def printable(value):
     """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
@@ -3132,21 +3178,23 @@ def read_env_file(path, environ):
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
+    open_standard_streams()
     try:
         parser = make_parser()
         options = parser.parse_args()
         if options.help or options.version:
-            print(parser.format_help() if options.help else "aiproxy " + __version__)
+            text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
+            write_all(sys.stdout, text)
             return 0
         read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
         on_start += start_demo(options, os.environ)     # part two: Demo
         settings = Settings(os.environ)
     except SettingError as error:
-        print("aiproxy: %s" % error, file=sys.stderr)
+        write_all(sys.stderr, "aiproxy: %s\n" % error)
         return 2
     if options.check:
-        print("\n".join("%s=%s" % pair for pair in settings.shown.items()))
+        write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
         return 0
     return serve(settings, on_start)
 
@@ -3154,30 +3202,33 @@ def serve(settings, on_start):
     """Serve until a signal comes."""
     tune_process()                                      # part two: Tuning of the process
     threading.stack_size(1 << 20)       # musl's 128 KiB is too little for JSON; more is never used
-    try:
-        server = Server(settings)
-    except OSError as error:
-        print("aiproxy: cannot listen on %s port %d: %s"
-              % (settings.host, settings.port, error.strerror or error), file=sys.stderr)
-        return 1
+    server = None
 
     def on_signal(number, frame):
-        if server.closing:
-            os._exit(0)                 # the second one: at once
+        if server is None or server.closing:
+            os._exit(0)                 # before there is anything to end; or the second one
         server.closing = True
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    print("aiproxy %s on %s" % (__version__, server.url()), file=sys.stderr, flush=True)
+    try:
+        server = Server(settings)
+    except (CannotListen, OSError, RuntimeError) as error:      # no descriptors, or no threads
+        reason = getattr(error, "strerror", None) or error
+        write_all(sys.stderr, "aiproxy: %s\n" % reason)
+        return 1
+    server.log.put(sys.stderr, "aiproxy %s on %s" % (__version__, server.url()))
     print_banner(server)                                # part two: Banner
     for function in on_start:
         threading.Thread(target=function, args=(server,), daemon=True).start()
     while not server.closing:
         server.handle_request()
-    server.stop()
-    # The log is written. An ordinary exit would wait for the client threads, and some of them may
-    # still be busy with streams that have just been cut.
-    os._exit(0)
+    # An ordinary exit would wait for the client threads, and some of them may still be busy with
+    # streams that have just been cut.
+    try:
+        server.stop()
+    finally:
+        os._exit(0)
 
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
@@ -3785,7 +3836,7 @@ def print_banner(server):
         *("warning: " + warning for warning in warnings(server)),
         "try          " + curl_command(server),
     ]
-    print("\n".join("  " + line for line in lines), file=sys.stderr, flush=True)
+    server.log.put(sys.stderr, "\n".join("  " + line for line in lines))
 
 def describe_upstream(server):
     settings = server.settings
@@ -5055,7 +5106,7 @@ def show_demo(server):
     headers = {"Content-Type": "application/json", "Host": "localhost"}
     for _, client_key in server.settings.client_keys[:1]:
         headers["Authorization"] = "Bearer " + client_key.decode()
-    show = functools.partial(print, end="", file=sys.stderr, flush=True)
+    show = functools.partial(server.log.put, sys.stderr, end="")
     show("\nOne chat request through the relay, its answer as it comes:\n\n  ")
     begin = time.monotonic()
     delay = 0
