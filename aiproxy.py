@@ -355,6 +355,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
+        self.body_budget = BodyBudget()
 
         self.install_features()
         try:
@@ -373,6 +374,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
+        self.needs_whole_bodies = False     # must a body be here before it goes up?
         self.observe_response = no_observer     # (record): what to call with each piece of a body
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
@@ -614,6 +616,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error_response(ErrorResponse(
                 500, "internal_error", "The proxy failed on this request. Its log says where."))
         finally:
+            if self.upload:
+                self.server.body_budget.let_go(self.upload)
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
 
@@ -667,10 +671,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             upgrade.check(request, settings)                # 400 403
         for check in self.server.checks:
             check(self)                                     # 429
-        body = self.read_body()                             # 408 413 415 400 403
+        body = self.read_body()                             # 408 413 415 503 400 403
         if upgrade:
             return upgrade.relay(self)                      # 502 504
-        return self.relay(self.ask_upstream(body))          # 502 504
+        exchange = self.ask_upstream(body)                  # 502 504
+        del body                # it has gone up: nothing of it stays while the response streams
+        return self.relay(exchange)                         # 502
 
     def check_head(self):
         """Is it well formed, and do we speak its version and its method?"""
@@ -754,9 +760,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expects = b"expect" in request.headers and not request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if request.is_inspected:
-            return self.apply_body_rules(upload.read_up_to(math.inf))       # 400 403
-        return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
+        if not (request.is_inspected or self.server.needs_whole_bodies):
+            return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
+        budget = self.server.body_budget
+        body = join_pieces(budget.count(upload, BODIES_HELD * self.settings.max_body))      # 503
+        if not request.is_inspected:
+            return body
+        with budget.one_at_a_time(len(body)):
+            return self.apply_body_rules(body)              # 400 403
 
     def apply_body_rules(self, body):
         """The body to send up: only what a setting changes differs."""
@@ -807,7 +818,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
-        return self.server.use_key(send, may_repeat=self.upload.done)
+        exchange = self.server.use_key(send, may_repeat=self.upload.done)
+        if exchange.request_sent:
+            self.server.body_budget.let_go(self.upload)
+        return exchange
 
     # -- and back
 
@@ -1182,6 +1196,7 @@ class Upload:
         self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
+        self.held = 0                       # those that the BodyBudget counts
         self.waited = 0.0                   # seconds spent waiting for the client
 
     def check_limit(self):
@@ -1209,7 +1224,7 @@ class Upload:
 
     def read_up_to(self, most, seconds=math.inf):
         """All of the body if it is small and comes soon enough, else its beginning."""
-        return b"".join(read_pieces(self, self.wait, most, seconds))
+        return join_pieces(read_pieces(self, self.wait, most, seconds))
 
     def wait(self, seconds=math.inf, other=None):
         """Wait for more, for `seconds` at most, or until `other` can be read.
@@ -1224,6 +1239,36 @@ class Upload:
         if not ready and waited >= patience:
             raise ErrorResponse(408, "request_timeout",
                                 "The body came more slowly than %d bytes a second." % BODY_RATE)
+
+
+class BodyBudget:
+    """The memory of all bodies that are held as a whole, each until it has gone up."""
+
+    def __init__(self):
+        self.held = 0                       # bytes
+        self.lock = threading.Lock()        # guards it
+        self.parsing = threading.Lock()     # held while a large body is parsed
+
+    def count(self, upload, most):
+        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes."""
+        for piece in read_pieces(upload, upload.wait, math.inf):
+            with self.lock:
+                if self.held + len(piece) > most:
+                    raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
+                                        "requests as it can. Try again.",
+                                        headers=[(b"Retry-After", b"1")])
+                self.held += len(piece)
+                upload.held += len(piece)
+            yield piece
+
+    def let_go(self, upload):
+        with self.lock:
+            self.held -= upload.held
+            upload.held = 0
+
+    def one_at_a_time(self, length):
+        """What to hold while a body is parsed: its values take several times its size."""
+        return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
 
 
 def needs_body_inspection(request, settings):
@@ -1520,6 +1565,8 @@ class UpstreamHandler(urllib.request.BaseHandler):
         try:
             exchange.send_request()
             exchange.read_response_head()
+            if exchange.request_sent:
+                request.prefix = b""        # not to be kept while the response streams
             return exchange
         except (OSError, ProtocolError) as error:
             exchange.close()
@@ -1684,8 +1731,13 @@ class Exchange:
         upload = request.upload
         first_line = "%s %s HTTP/1.1" % (request.method, request.selector)
         data = render_head(first_line.encode(), request.fields)
-        data += encode_chunk(request.prefix, request.is_chunked)
+        data += encode_chunk(request.prefix[:READ_SIZE], request.is_chunked)
+        rest = memoryview(request.prefix)[READ_SIZE:]       # large, and so never copied
         while self.send(data):
+            if rest:
+                data = encode_chunk(rest, request.is_chunked)
+                rest = b""
+                continue
             if upload.done:
                 self.request_sent = True
                 return
@@ -1781,7 +1833,7 @@ class Exchange:
 
     def read_all(self, most):
         """All of the body. ValueError if it is larger than `most` bytes."""
-        body = b"".join(read_pieces(self.body, self.wait, most + 1))
+        body = join_pieces(read_pieces(self.body, self.wait, most + 1))
         if len(body) > most:
             raise ValueError("the response is too large")
         return body
@@ -2477,6 +2529,17 @@ def read_pieces(body, wait, most, seconds=math.inf):
             return
         if not piece and not body.done:
             wait(remaining)
+
+
+def join_pieces(pieces):
+    """One body. Not a list, in which a piece of two bytes would take sixty."""
+    body = bytearray()
+    try:
+        for piece in pieces:
+            body += piece
+        return bytes(body)
+    finally:
+        body.clear()        # the traceback of an error may keep this frame for a while
 
 
 class ContentLengthBody(BodyReader):
@@ -4664,9 +4727,10 @@ class WorkersHandler(Handler):
         members, changes = self.check_body(body)
         request = self.request
         model = self.settings.aliases.get(request.model, request.model)
-        self.call = translate_request(request.path, body, members, model, request.model,
-                                      self.settings.workers_secrets, changes)
-        return self.call.body
+        call = translate_request(request.path, body, members, model, request.model,
+                                 self.settings.workers_secrets, changes)
+        self.call = call._replace(body=b"")     # nothing keeps it once it has gone up
+        return call.body
 
     def ask_upstream(self, body):
         return self.open_exchange("POST", self.settings.upstream.base + self.call.path, body)
