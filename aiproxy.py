@@ -818,7 +818,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
-        exchange = self.server.use_key(send, may_repeat=self.upload.done)
+        exchange = self.server.use_key(send)
         if exchange.request_sent:
             self.server.body_budget.let_go(self.upload)
         return exchange
@@ -949,7 +949,7 @@ def no_cors_headers(request, settings, names=()):
     """No page may read a response. See "CORS"."""
     return []
 
-def use_first_key(send, may_repeat):
+def use_first_key(send):
     """Send a request with the one provider key. See "Several provider keys" for more."""
     return send(0)
 
@@ -3503,12 +3503,14 @@ def check_prompt_length(members, most):
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
 KEY_COOLDOWN = 60                           # seconds, after a status that names no time
+REJECTED_COOLDOWN = 600                     # seconds, after a 401
 MAX_COOLDOWN = 86400                        # seconds
 
 def install_key_rotation(server):
     count = len(server.settings.provider_keys)
     if count > 1:
         server.use_key = KeyRotation(count, server.log.warn).use
+        server.needs_whole_bodies = True        # a body that is being streamed is sent only once
 
 
 class KeyRotation:
@@ -3520,21 +3522,26 @@ class KeyRotation:
         self.lock = threading.Lock()
         self.warn = warn
 
-    def use(self, send, may_repeat):
+    def use(self, send):
         """The exchange that `send(index)` makes with the first key that is not refused.
 
-        With the last one if all are. A body that is being streamed cannot be sent twice.
+        With the last one if all are. Then it was the request's fault, or everybody's: a key has a
+        cooldown only after another has done better with the same request. Otherwise one client
+        could take the keys away from all the others.
         """
         indexes = self.order(time.monotonic())
-        if not may_repeat:
-            indexes = indexes[:1]
+        refused = []
         for index in indexes:
             exchange = send(index)
             if exchange.status not in FAILOVER_STATUSES:
-                return exchange
-            self.set_aside(index, exchange.status, exchange.headers, time.monotonic())
+                break
+            refused.append((index, exchange.status, exchange.headers))
             if index != indexes[-1]:
                 exchange.close()
+        # A 5xx says nothing about the key.
+        if exchange.status not in FAILOVER_STATUSES and exchange.status < 500:
+            for index, status, headers in refused:
+                self.set_aside(index, status, headers, time.monotonic())
         return exchange
 
     def order(self, now):
@@ -3548,15 +3555,16 @@ class KeyRotation:
             return ready[start:] + ready[:start]
 
     def set_aside(self, index, status, headers, now):
-        """Leave a key alone: for the response's Retry-After, for ever after a 401."""
+        """Leave a key alone: for the response's Retry-After, after a 401 for ten minutes."""
+        seconds = retry_after(headers.get(b"retry-after", b""))
+        if status == 401:
+            seconds = REJECTED_COOLDOWN
         with self.lock:
-            was_bad = self.cooldowns[index] == math.inf
-            self.cooldowns[index] = now + retry_after(headers.get(b"retry-after", b""))
-            if status == 401:
-                self.cooldowns[index] = math.inf
-        if status == 401 and not was_bad:
-            self.warn("the upstream rejected key %d of %d (401); it is set aside"
-                      % (index + 1, len(self.cooldowns)))
+            was_ready = self.cooldowns[index] <= now
+            self.cooldowns[index] = max(self.cooldowns[index], now + seconds)
+        if status == 401 and was_ready:
+            self.warn("the upstream rejected key %d of %d (401); it is set aside for %d minutes"
+                      % (index + 1, len(self.cooldowns), seconds // 60))
 
 def retry_after(value):
     """The seconds of a Retry-After, a number or a date (RFC 9110 section 10.2.3).
