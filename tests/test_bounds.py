@@ -432,7 +432,6 @@ EDITED = {
     "plain": b"a",
     "an emoji makes the rest four times as large": "a".encode() * 1000 + "\U0001f600".encode(),
     "line ends": b"\\n",
-    "escapes": b"ab\\u4e00",
 }
 
 

@@ -653,7 +653,7 @@ def test_a_selector_that_fails_because_of_one_descriptor_goes_on_without_it(
 
     assert second.read_chunk() == event("2")
     assert second.read_chunk() == b""
-    assert not loop.jobs
+    assert bad.state == bad.ENDED
 
 
 class Caller(aiproxy.Job):
