@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# coding: utf-8
 """aiproxy: one file between people's programs and an AI provider. It hides the provider key.
 
     client --- request ---------> Handler: read it strictly, check it   --- request --> upstream
@@ -60,7 +61,8 @@ RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
 import sys
 
-if sys.version_info < (3, 8):       # the whole file compiles on those, so that they get here
+# The whole file must compile on those (2.7, 3.5), so that they get here.
+if sys.version_info < (3, 8):
     sys.exit("aiproxy needs Python 3.8 or newer, and this is %d.%d" % sys.version_info[:2])
 
 import argparse
@@ -248,25 +250,25 @@ SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 # RFC 9110 section 5.6.2, RFC 9112 sections 3, 4, 5 and 7.1. No folding, no bare CR or LF.
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
+TOKEN = br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+TEXT = br"[\t\x20-\x7e\x80-\xff]*"
 REQUEST_LINE = re.compile(
-    rb"(" + TOKEN + rb") ([\x21-\x3e\x40-\x7e]+)(\?[\x21-\x7e]*)? HTTP/([0-9])\.([0-9])")
-STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: (" + TEXT + rb"))?")
-FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
-FIELD_LINES = re.compile(rb"\r\n" + FIELD_LINE.pattern + rb"(?=\r\n|\Z)")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;" + TEXT + rb")?")
+    br"(" + TOKEN + br") ([\x21-\x3e\x40-\x7e]+)(\?[\x21-\x7e]*)? HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(br"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: (" + TEXT + br"))?")
+FIELD_LINE = re.compile(br"(" + TOKEN + br"):(" + TEXT + br")")
+FIELD_LINES = re.compile(br"\r\n" + FIELD_LINE.pattern + br"(?=\r\n|\Z)")
+CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,16})(?:[ \t]*;" + TEXT + br")?")
 CHUNK_LINE_START = re.compile(
-    rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;" + TEXT + rb")?)?)?\r?")
-BARE_LF = re.compile(rb"(?<!\r)\n")
+    br"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;" + TEXT + br")?)?)?\r?")
+BARE_LF = re.compile(br"(?<!\r)\n")
 LAST_CHUNK = b"0\r\n\r\n"
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 # RFC 9112 section 3.2.2, RFC 9110 section 7.2.
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)
-HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+HOST = re.compile(br"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
-LOOPBACK_HOST = re.compile(rb"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
+LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -1649,7 +1651,8 @@ class Pool:
         def wait_until_deadline(connection, mask):
             wait(connection, mask, deadline - time.monotonic())
 
-        connection = connect_tcp(*self.address, wait, deadline)
+        host, port = self.address
+        connection = connect_tcp(host, port, wait, deadline)
         try:
             if self.open_tunnel:
                 self.open_tunnel(connection, wait_until_deadline)
@@ -2437,7 +2440,8 @@ def parse_head(head, first_line):
 
 def render_head(first_line, fields):
     """The bytes of a head that parse_head would read."""
-    return b"\r\n".join([first_line, *map(b": ".join, fields), b"\r\n"])
+    lines = [first_line] + [b": ".join(field) for field in fields]
+    return b"\r\n".join(lines + [b"\r\n"])
 
 def content_length(headers):
     """The one Content-Length, None without one. RFC 9112 section 6.3, without the leniency."""
@@ -3087,7 +3091,7 @@ class Settings:
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
         others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
-        for name in (option.name, *others):
+        for name in (option.name,) + others:
             text = self.environ.get(name, "").strip()
             if text:
                 return name, text
@@ -3659,7 +3663,7 @@ class UpstreamProxy(urllib.request.BaseHandler):
 # Touches: nothing; it sees the bytes of each response.
 # Entered: `install_token_counts` in Server.install_features takes the place of `no_observer`.
 
-USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
+USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
@@ -3904,9 +3908,9 @@ def print_banner(server):
         "origins      " + (", ".join(origins) or "none: browsers are refused"),
         "limits       %d clients, %d bytes a body, %gs to connect, %gs of silence" % (
             server.capacity, settings.max_body, settings.connect_timeout, settings.timeout),
-        *("warning: " + warning for warning in warnings(server)),
-        "try          " + curl_command(server),
     ]
+    lines += ["warning: " + warning for warning in warnings(server)]
+    lines.append("try          " + curl_command(server))
     server.log.put(sys.stderr, "\n".join("  " + line for line in lines))
 
 def describe_upstream(server):
@@ -4059,7 +4063,7 @@ MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
 # What no client needs of an error's message: the names of Cloudflare's classes, and uuids.
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
-BLANK_LINE = re.compile(rb"\r?\n(?:\r?\n)+")
+BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 
 Call = collections.namedtuple("Call", (    # one request
     "kind", "path", "body",         # a kind and a path of WORKERS_PATHS; bytes
@@ -4529,9 +4533,9 @@ def classify_error(number, status, word):
     if number in (8005, 7009) and status < 500:
         status = 502
     for key in (number, status):
-        for code, (our_status, *numbers) in CLOUDFLARE_ERRORS.items():
-            if key in numbers:
-                return our_status, code
+        for code, numbers in CLOUDFLARE_ERRORS.items():
+            if key in numbers[1:]:
+                return numbers[0], code
     code = {4: "invalid_request", 5: "upstream_error"}.get(status // 100, "upstream_bad_response")
     if word and not word.isdigit():
         code = word
@@ -4677,7 +4681,7 @@ class Catalogue:
         try:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
             self.valid_until = time.monotonic() + CATALOGUE_SECONDS
-        except (ErrorResponse, *WRONG_SHAPE) as error:
+        except (ErrorResponse,) + WRONG_SHAPE as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
             self.valid_until = time.monotonic() + CATALOGUE_RETRY
 
