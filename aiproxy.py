@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# coding: utf-8
 """aiproxy: one file between people's programs and an AI provider. It hides the provider key.
 
     client --- request ---------> Handler: read it strictly, check it   --- request --> upstream
@@ -28,7 +29,7 @@ Threads, and who owns which buffer when:
                    head of the response; owns both sockets and their buffers meanwhile
     relay loop     moves the bodies of all responses and watches their clients; owns both sockets
                    from `submit` until the job's `ended` is set, and a lingering close for good
-    log            writes the lines that the others put into its queue
+    log            one each for stdout and stderr: writes what the others put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
 
@@ -59,6 +60,12 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
 
 RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
+import sys
+
+# The whole file must compile on those (2.7, 3.5), so that they get here.
+if sys.version_info < (3, 8):
+    sys.exit("aiproxy needs Python 3.8 or newer, and this is %d.%d" % sys.version_info[:2])
+
 import argparse
 import base64
 import collections
@@ -86,7 +93,6 @@ import socket
 import socketserver
 import ssl
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -94,9 +100,6 @@ import urllib.parse
 import urllib.request
 
 __version__ = "1.0"
-
-if sys.version_info < (3, 8):
-    sys.exit("aiproxy needs Python 3.8 or newer, and this is %d.%d" % sys.version_info[:2])
 
 # ==== Part one: the relay =========================================================================
 
@@ -162,6 +165,11 @@ MAX_INTERIM = 100       # 1xx interim responses before the real one
 MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
 MAX_DIGITS = 400        # of a number in a JSON body
+
+LOOP_SECONDS = 5        # without a sign from the relay loop: /health calls it dead
+
+BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
+LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
 
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
@@ -248,25 +256,25 @@ SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 # RFC 9110 section 5.6.2, RFC 9112 sections 3, 4, 5 and 7.1. No folding, no bare CR or LF.
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
+TOKEN = br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+TEXT = br"[\t\x20-\x7e\x80-\xff]*"
 REQUEST_LINE = re.compile(
-    rb"(" + TOKEN + rb") ([\x21-\x3e\x40-\x7e]+)(\?[\x21-\x7e]*)? HTTP/([0-9])\.([0-9])")
-STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: (" + TEXT + rb"))?")
-FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
-FIELD_LINES = re.compile(rb"\r\n" + FIELD_LINE.pattern + rb"(?=\r\n|\Z)")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;" + TEXT + rb")?")
+    br"(" + TOKEN + br") ([\x21-\x3e\x40-\x7e]+)(\?[\x21-\x7e]*)? HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(br"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: (" + TEXT + br"))?")
+FIELD_LINE = re.compile(br"(" + TOKEN + br"):(" + TEXT + br")")
+FIELD_LINES = re.compile(br"\r\n" + FIELD_LINE.pattern + br"(?=\r\n|\Z)")
+CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,16})(?:[ \t]*;" + TEXT + br")?")
 CHUNK_LINE_START = re.compile(
-    rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;" + TEXT + rb")?)?)?\r?")
-BARE_LF = re.compile(rb"(?<!\r)\n")
+    br"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;" + TEXT + br")?)?)?\r?")
+BARE_LF = re.compile(br"(?<!\r)\n")
 LAST_CHUNK = b"0\r\n\r\n"
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 # RFC 9112 section 3.2.2, RFC 9110 section 7.2.
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)
-HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+HOST = re.compile(br"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
-LOOPBACK_HOST = re.compile(rb"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
+LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -324,6 +332,10 @@ class ClientGone(Exception):
         super().__init__(outcome)
         self.outcome = outcome
 
+
+class CannotListen(Exception):
+    """The address or the port cannot be had."""
+
 # ---- Server: accepting clients -------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
@@ -353,11 +365,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
+        self.body_budget = BodyBudget()
 
         self.install_features()
-        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
-        self.address_family = found[0]
-        super().__init__(found[4], settings.upstream.provider.handler or Handler)
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+            self.address_family = found[0]
+            super().__init__(found[4], settings.upstream.provider.handler or Handler)
+        except (OSError, UnicodeError) as error:
+            raise CannotListen("cannot listen on %s port %d: %s" % (
+                settings.host, settings.port, getattr(error, "strerror", None) or error))
         self.log.start()
         self.relay_loop.start()
 
@@ -375,6 +392,7 @@ class Server(http.server.ThreadingHTTPServer):
         # (record): what to call with each piece of a body that no rule reads
         self.observe_request = no_observer
         self.observe_response = no_observer
+        self.needs_whole_bodies = False     # must a body be here before it goes up?
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
@@ -418,14 +436,20 @@ class Server(http.server.ThreadingHTTPServer):
         if over_client_limit or not (has_room or self.evict_idle(1)):
             self.refuse_busy(request, client_address)
             return
+        taken = threading.Lock()            # by whoever answers this client
         try:
-            self.threads.submit(self.process_request_thread, request, client_address)
+            self.threads.submit(self.serve_client, taken, request, client_address)
         except RuntimeError:
-            # No thread can be started. The executor keeps the call, which will find the socket
-            # closed, and its count of idle threads is wrong from now on.
+            # No thread can be started. The executor keeps the call, so that another thread may
+            # take it, and its count of idle threads is wrong from now on.
             self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
-            self.refuse_busy(request, client_address)
+            if taken.acquire(blocking=False):
+                self.refuse_busy(request, client_address)
+
+    def serve_client(self, taken, request, client_address):
+        if taken.acquire(blocking=False):
+            self.process_request_thread(request, client_address)
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
@@ -525,7 +549,7 @@ class Server(http.server.ThreadingHTTPServer):
                 break               # those that follow have been idle for less time
             # It may leave by itself at any moment: ValueError is a socket that has been closed.
             with contextlib.suppress(OSError, ValueError):
-                if not wait_ready(0, handler.client, READ) and self.mark_busy(handler):
+                if has_nothing_to_say(handler.client) and self.mark_busy(handler):
                     evicted += 1
                     handler.client.sock.shutdown(socket.SHUT_RDWR)      # this wakes its thread
         return evicted
@@ -555,6 +579,15 @@ class Server(http.server.ThreadingHTTPServer):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
+
+def has_nothing_to_say(client):
+    """Is an idle client silent, or has it hung up? False if its next request has come."""
+    if not wait_ready(0, client, READ):
+        return True
+    try:
+        return client.sock.recv(1, socket.MSG_PEEK) == b""
+    except OSError:
+        return True
 
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
@@ -651,6 +684,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error_response(ErrorResponse(
                 500, "internal_error", "The proxy failed on this request. Its log says where."))
         finally:
+            if self.upload:
+                self.server.body_budget.let_go(self.upload)
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
 
@@ -704,10 +739,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             upgrade.check(request, settings)                # 400 403
         for check in self.server.checks:
             check(self)                                     # 429
-        body = self.read_body()                             # 408 413 415 400 403
+        body = self.read_body()                             # 408 413 415 503 400 403
         if upgrade:
             return upgrade.relay(self)                      # 502 504
-        return self.relay(self.ask_upstream(body))          # 502 504
+        exchange = self.ask_upstream(body)                  # 502 504
+        del body                # it has gone up: nothing of it stays while the response streams
+        return self.relay(exchange)                         # 502
 
     def check_head(self):
         """Is it well formed, and do we speak its version and its method?"""
@@ -761,6 +798,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.request.path == "/":
             return self.send_json(describe_api(self.settings))
         health = {"status": "healthy", "timestamp": int(time.time())}
+        if not self.server.relay_loop.is_working():
+            health["status"] = "unhealthy"
+            return self.send_json(health, 503)
         with contextlib.suppress(ErrorResponse, ProtocolError):
             self.check_caller()
             health["models"] = self.settings.models_shown
@@ -788,10 +828,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expects = b"expect" in request.headers and not request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if request.is_inspected:
-            return self.apply_body_rules(upload.read_up_to(math.inf))       # 400 403
-        upload.observe = self.server.observe_request(self.record)
-        return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
+        if not (request.is_inspected or self.server.needs_whole_bodies):
+            upload.observe = self.server.observe_request(self.record)
+            return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
+        budget = self.server.body_budget
+        if not request.is_inspected:
+            upload.observe = self.server.observe_request(self.record)
+        body = join_pieces(budget.count(upload, BODIES_HELD * self.settings.max_body))      # 503
+        if not request.is_inspected:
+            return body
+        with budget.one_at_a_time(len(body)):
+            return self.apply_body_rules(body)              # 400 403
 
     def apply_body_rules(self, body):
         """The body to send up: only what a setting changes differs."""
@@ -821,9 +868,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         target = self.settings.upstream.map_path(self.request.path) + self.request.query
         return self.open_exchange(self.request.method, target, body)
 
-    def open_exchange(self, method, target, body):
+    def open_exchange(self, method, target, body, wait=None):
         """Send a request up with a provider key, if there is one, and read the response's head."""
         settings = self.settings
+        wait = wait or functools.partial(wait_for_upstream, self.client)
         headers = upstream_headers(self.request, settings)
 
         def send(key_index):
@@ -831,7 +879,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
                                       body, self.upload)
             request.upgrade = self.request.upgrade
-            request.wait = functools.partial(wait_for_upstream, self.client)
+            request.wait = wait
             if not (settings.provider_keys or self.request.is_http10):
                 request.on_early_hints = self.send_early_hints
             exchange = self.server.opener.open(request, timeout=settings.timeout)
@@ -843,7 +891,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
-        return self.server.use_key(send, may_repeat=self.upload.done)
+        exchange = self.server.use_key(send)
+        if exchange.request_sent:
+            self.server.body_budget.let_go(self.upload)
+        return exchange
 
     # -- and back
 
@@ -917,8 +968,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.outcome = self.record.outcome or "ok"
         self.close_connection = self.must_close()
 
-    def send_json(self, value):
-        self.send_response(200, [JSON_TYPE], json.dumps(value).encode())
+    def send_json(self, value, status=200):
+        self.send_response(status, [JSON_TYPE], json.dumps(value).encode())
 
     def send_error_response(self, error):
         """Our own error. The connection closes: what follows is never read as a request."""
@@ -987,7 +1038,7 @@ def no_cors_headers(request, settings, names=()):
     """No page may read a response. See "CORS"."""
     return []
 
-def use_first_key(send, may_repeat):
+def use_first_key(send):
     """Send a request with the one provider key. See "Several provider keys" for more."""
     return send(0)
 
@@ -1264,6 +1315,7 @@ class Upload:
         self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
+        self.held = 0                       # those that the BodyBudget counts
         self.waited = 0.0                   # seconds spent waiting for the client
         self.observe = None                 # called with each piece
 
@@ -1294,7 +1346,7 @@ class Upload:
 
     def read_up_to(self, most, seconds=math.inf):
         """All of the body if it is small and comes soon enough, else its beginning."""
-        return b"".join(read_pieces(self, self.wait, most, seconds))
+        return join_pieces(read_pieces(self, self.wait, most, seconds))
 
     def wait(self, seconds=math.inf, other=None):
         """Wait for more, for `seconds` at most, or until `other` can be read.
@@ -1314,6 +1366,36 @@ class Upload:
         if not has_more and self.patience() <= 0:
             raise ErrorResponse(408, "request_timeout",
                                 "The body came more slowly than %d bytes a second." % BODY_RATE)
+
+
+class BodyBudget:
+    """The memory of all bodies that are held as a whole, each until it has gone up."""
+
+    def __init__(self):
+        self.held = 0                       # bytes
+        self.lock = threading.Lock()        # guards it
+        self.parsing = threading.Lock()     # held while a large body is parsed
+
+    def count(self, upload, most):
+        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes."""
+        for piece in read_pieces(upload, upload.wait, math.inf):
+            with self.lock:
+                if self.held + len(piece) > most:
+                    raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
+                                        "requests as it can. Try again.",
+                                        headers=[(b"Retry-After", b"1")])
+                self.held += len(piece)
+                upload.held += len(piece)
+            yield piece
+
+    def let_go(self, upload):
+        with self.lock:
+            self.held -= upload.held
+            upload.held = 0
+
+    def one_at_a_time(self, length):
+        """What to hold while a body is parsed: its values take several times its size."""
+        return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
 
 
 def needs_body_inspection(request, settings):
@@ -1426,6 +1508,8 @@ def named_model(members, settings):
                             "model")
     return model
 
+# A body that is edited has been parsed strictly before.
+JSON = json.JSONDecoder()
 # What stands between names and values: RFC 8259 section 2.
 JSON_GAP = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
 
@@ -1433,9 +1517,9 @@ def find_members(text):
     """The members of a JSON object: for each its name, where that and its value begin, its end."""
     start = JSON_GAP.match(text).end()
     while text[start] != "}":
-        name, name_end = STRICT_JSON.raw_decode(text, start)
+        name, name_end = JSON.raw_decode(text, start)
         value_start = JSON_GAP.match(text, name_end).end()
-        _, end = STRICT_JSON.raw_decode(text, value_start)
+        end = JSON.raw_decode(text, value_start)[1]
         yield name, start, value_start, end
         start = JSON_GAP.match(text, end).end()
 
@@ -1446,7 +1530,7 @@ def edit_members(body, changes, renames=None):
     """
     if not changes:
         return body
-    text = body.decode()
+    text = body.decode("latin-1")           # a byte a character: of an emoji, all would take four
     added = dict(changes)
     inside = text.index("{") + 1
     copied = inside                         # up to here, `edited` has the text
@@ -1465,7 +1549,7 @@ def edit_members(body, changes, renames=None):
     is_empty = text[JSON_GAP.match(text).end()] == "}"
     if front and not is_empty:
         front += ", "
-    return (text[:inside] + front + edited + text[copied:]).encode()
+    return "".join((text[:inside], front, edited, text[copied:])).encode("latin-1")
 
 # ---- Header fields up and down -------------------------------------------------------------------
 
@@ -1614,6 +1698,8 @@ class UpstreamHandler(urllib.request.BaseHandler):
         try:
             exchange.send_request()
             exchange.read_response_head()
+            if exchange.request_sent:
+                request.prefix = b""        # not to be kept while the response streams
             return exchange
         except (OSError, ProtocolError) as error:
             is_unanswered = exchange.is_unanswered(error)
@@ -1774,7 +1860,8 @@ class Exchange:
         self.pool = pool
         self.connection = connection
         self.request = request
-        self.unsent = None                  # what comes next of the request, a memoryview
+        self.unsent = None                  # what comes next of the request, a memoryview,
+        self.rest = b""                     # and what of its prefix comes behind that
         self.bytes_sent = 0
         self.request_sent = False           # all of it
         self.first_line = None              # of the response, once its head has been read
@@ -1796,7 +1883,9 @@ class Exchange:
         request = self.request
         first_line = "%s %s HTTP/1.1" % (request.method, request.selector)
         head = render_head(first_line.encode(), request.fields)
-        self.unsent = memoryview(head + encode_chunk(request.prefix, request.is_chunked))
+        begin = encode_chunk(request.prefix[:READ_SIZE], request.is_chunked)
+        self.unsent = memoryview(head + begin)
+        self.rest = memoryview(request.prefix)[READ_SIZE:] or b""       # large: never copied
         while True:
             waits_for = self.send_more()
             if waits_for is None:
@@ -1826,7 +1915,7 @@ class Exchange:
                 return None                 # there may be a response in front of the hang-up
             self.bytes_sent += sent
             self.unsent = self.unsent[sent:]
-            self.request_sent = self.request.upload.done and not self.unsent
+            self.request_sent = self.request.upload.done and not (self.unsent or self.rest)
             if sent < len(part):
                 return self.connection
         self.unsent = None                  # an empty view of the body would keep all of it
@@ -1834,6 +1923,10 @@ class Exchange:
 
     def next_piece(self):
         """More of the body, framed; empty if nothing of it is here."""
+        rest = self.rest
+        if rest:
+            self.rest = b""
+            return memoryview(encode_chunk(rest, self.request.is_chunked))
         upload = self.request.upload
         piece = encode_chunk(upload.read(), self.request.is_chunked)
         if upload.done and self.request.is_chunked:
@@ -1914,7 +2007,7 @@ class Exchange:
 
     def read_all(self, most):
         """All of the body. ValueError if it is larger than `most` bytes."""
-        body = b"".join(read_pieces(self.body, self.wait, most + 1))
+        body = join_pieces(read_pieces(self.body, self.wait, most + 1))
         if len(body) > most:
             raise ValueError("the response is too large")
         return body
@@ -2038,6 +2131,7 @@ class RelayLoop(threading.Thread):
         self.jobs = set()
         self.submitted = collections.deque()
         self.now = time.monotonic()         # once for all that is ready
+        self.selected = self.now            # when the selector last worked
         # A byte into the one socket wakes the loop, which waits for the other (self-pipe).
         self.wakeup_reader, self.wakeup_writer = socket.socketpair()
         self.wakeup_reader.setblocking(False)
@@ -2045,12 +2139,13 @@ class RelayLoop(threading.Thread):
         self.selector.register(self.wakeup_reader, READ, self.read_wakeup)
 
     def read_wakeup(self, mask):
-        self.wakeup_reader.recv(4096)
+        with contextlib.suppress(BlockingIOError):
+            self.wakeup_reader.recv(4096)
 
     def submit(self, job):
         """Hand a job to the loop: from now on its sockets and buffers are the loop's."""
         self.submitted.append(job)
-        with contextlib.suppress(BlockingIOError):      # it has been woken already
+        with contextlib.suppress(OSError):      # it has been woken already
             self.wakeup_writer.send(b"!")
 
     def run_and_wait(self, job):
@@ -2062,9 +2157,7 @@ class RelayLoop(threading.Thread):
     def run(self):
         last_tick = 0
         while True:
-            ready = self.selector.select(TICK_SECONDS)
-            self.now = time.monotonic()
-            for key, mask in ready:
+            for key, mask in self.select():
                 self.guard(key.data, mask)
             while self.submitted:
                 job = self.submitted.popleft()
@@ -2077,6 +2170,26 @@ class RelayLoop(threading.Thread):
                     self.guard(job.stop if self.stopping else job.on_tick)
                 self.guard(self.every_tick, self.now)
 
+    def select(self):
+        """What is ready within half a second.
+
+        If the selector fails, the jobs with a bad descriptor end, and the others go on.
+        """
+        try:
+            ready = self.selector.select(TICK_SECONDS)
+            self.now = self.selected = time.monotonic()
+            return ready
+        except Exception as error:
+            self.warn("fault in the relay loop: " + format_traceback(error))
+        for key in list(self.selector.get_map().values()):
+            self.guard(key.data, READ)      # none minds being called for nothing
+        time.sleep(0.5)                     # it may fail again: never spin
+        self.now = time.monotonic()
+        return []
+
+    def is_working(self):
+        return self.is_alive() and time.monotonic() - self.selected < LOOP_SECONDS
+
     def guard(self, step, *arguments):
         """Call a step of a job. A fault of ours ends the job, not the loop that all share."""
         try:
@@ -2085,22 +2198,23 @@ class RelayLoop(threading.Thread):
             self.warn("fault in the relay loop: " + format_traceback(error))
             job = getattr(step, "__self__", None)
             if job in self.jobs:
-                job.finish("internal_error")
+                self.jobs.discard(job)
+                self.guard(job.finish, "internal_error")
 
     def watch(self, connection, mask, callback=None):
         """From now on call `callback(mask)` when `connection` is ready for `mask`; 0: never."""
         current = self.masks.get(connection, 0)
         if mask == current:
             return
-        if not current:
-            self.selector.register(connection, mask, callback)
-        elif mask:
-            self.selector.modify(connection, mask, callback)
-        else:
-            self.selector.unregister(connection)
-        self.masks[connection] = mask
         if not mask:
             del self.masks[connection]
+            with contextlib.suppress(KeyError, ValueError, OSError):    # it may be bad by now
+                self.selector.unregister(connection)
+            return
+        # OSError for a bad descriptor, or a selector that is full.
+        change = self.selector.modify if current else self.selector.register
+        change(connection, mask, callback)
+        self.masks[connection] = mask
 
 
 class Job:
@@ -2649,7 +2763,8 @@ def parse_head(head, first_line):
 
 def render_head(first_line, fields):
     """The bytes of a head that parse_head would read."""
-    return b"\r\n".join([first_line, *map(b": ".join, fields), b"\r\n"])
+    lines = [first_line] + [b": ".join(field) for field in fields]
+    return b"\r\n".join(lines + [b"\r\n"])
 
 def content_length(headers):
     """The one Content-Length, None without one. RFC 9112 section 6.3, without the leniency."""
@@ -2741,6 +2856,17 @@ def read_pieces(body, wait, most, seconds=math.inf):
             return
         if not piece and not body.done:
             wait(remaining)
+
+
+def join_pieces(pieces):
+    """One body. Not a list, in which a piece of two bytes would take sixty."""
+    body = bytearray()
+    try:
+        for piece in pieces:
+            body += piece
+        return bytes(body)
+    finally:
+        body.clear()        # the traceback of an error may keep this frame for a while
 
 
 class ContentLengthBody(BodyReader):
@@ -2929,20 +3055,20 @@ class Record:
 LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
 
 
-class Log(threading.Thread):
-    """One line per request on stdout, warnings on stderr.
-
-    A thread of its own writes them: a reader that stalls must not stall requests.
-    """
+class Log:
+    """One line per request on stdout, warnings on stderr."""
 
     def __init__(self, format, secrets):
-        super().__init__(daemon=True, name="log")
         self.format = format                   # text, json or off
         self.secrets = [secret.decode() for secret in secrets]
         # Characters that the longest may take, percent-encoded.
         self.longest = 3 * max(map(len, secrets), default=1)
-        self.lines = queue.SimpleQueue()    # of (stream, line); the stream None is the end
-        self.lost = 0                       # lines that nobody read in time
+        streams = (sys.stdout, sys.stderr)
+        self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
+
+    def start(self):
+        for writer in self.writers.values():
+            writer.start()
 
     def write(self, record):
         if self.format == "off":
@@ -2956,11 +3082,8 @@ class Log(threading.Thread):
     def warn(self, text):
         self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
 
-    def put(self, stream, line):
-        if self.lines.qsize() < MAX_LOG_LINES:
-            self.lines.put((stream, line + "\n"))
-        else:
-            self.lost += 1
+    def put(self, stream, line, end="\n"):
+        self.writers[stream].put(line + end)
 
     def redact(self, text, most):
         """At most so many characters of a text, without our keys, encoded or not.
@@ -2982,28 +3105,69 @@ class Log(threading.Thread):
             text = text.replace(secret, "***")
         return text
 
+    def close(self, seconds):
+        """Wait until all lines are written, or for `seconds`."""
+        for writer in self.writers.values():    # stderr is the last: it tells what stdout lost
+            writer.queue.put(None)
+            writer.join(seconds / 2)
+
+
+class LogWriter(threading.Thread):
+    """Writes lines to one stream, so that a reader that stalls holds up nobody else."""
+
+    def __init__(self, stream, warn):
+        super().__init__(daemon=True, name="log")
+        self.stream = stream
+        self.warn = warn
+        self.queue = queue.SimpleQueue()    # of lines; None is the end
+        self.lost = 0                       # lines that nobody read in time
+
+    def put(self, line):
+        if self.queue.qsize() < MAX_LOG_LINES:
+            self.queue.put(line)
+        else:
+            self.lost += 1
+
     def run(self):
         ended = False
         while not ended:
-            batch = [self.lines.get()]
-            time.sleep(LOG_SECONDS)         # what comes meanwhile goes with it: one write for many
-            while not self.lines.empty():
-                batch.append(self.lines.get())
+            batch = [self.queue.get()]
+            while not self.queue.empty():
+                batch.append(self.queue.get())
+            ended = None in batch
+            write_all(self.stream, "".join(filter(None, batch)))
             if self.lost:
-                lost = "aiproxy: %d lines of the log were lost: nobody read them in time\n"
-                batch.append((sys.stderr, lost % self.lost))
+                self.warn("%d lines of the log were lost: nobody read them in time" % self.lost)
                 self.lost = 0
-            for stream in (sys.stderr, sys.stdout):
-                with contextlib.suppress(OSError, ValueError):      # nobody listens any more
-                    stream.write("".join(line for target, line in batch if target is stream))
-                    stream.flush()
-            ended = (None, "") in batch
+            if not ended:
+                time.sleep(LOG_SECONDS)     # what comes meanwhile is one write
 
-    def close(self, seconds):
-        """Wait until all lines are written, or for `seconds`."""
-        self.lines.put((None, ""))
-        self.join(seconds)
 
+def write_all(stream, text):
+    """Write text to stdout or stderr, in whatever state it is: full, non-blocking or closed.
+
+    Past Python's own buffers: they lose text where the stream is non-blocking, and where it is
+    closed they fail once more at the exit.
+    """
+    number = None
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+    with contextlib.suppress(OSError, ValueError):      # nobody listens any more
+        if number is None or os.name != "posix":        # Windows' console has its own coding
+            stream.write(text)
+            stream.flush()
+            return
+        data = text.encode(stream.encoding, "backslashreplace")
+        while data:
+            select.select([], [number], [])
+            with contextlib.suppress(BlockingIOError):  # somebody else was faster
+                data = data[os.write(number, data[:select.PIPE_BUF]):]
+
+def open_standard_streams():
+    """The null device for each that is closed: else a socket would get its number, and its text."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 def printable(value):
     """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
@@ -3285,7 +3449,7 @@ class Settings:
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
         others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
-        for name in (option.name, *others):
+        for name in (option.name,) + others:
             text = self.environ.get(name, "").strip()
             if text:
                 return name, text
@@ -3439,21 +3603,23 @@ def read_env_file(path, environ):
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
+    open_standard_streams()
     try:
         parser = make_parser()
         options = parser.parse_args()
         if options.help or options.version:
-            print(parser.format_help() if options.help else "aiproxy " + __version__)
+            text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
+            write_all(sys.stdout, text)
             return 0
         read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
         on_start += start_demo(options, os.environ)     # part two: Demo
         settings = Settings(os.environ)
     except SettingError as error:
-        print("aiproxy: %s" % error, file=sys.stderr)
+        write_all(sys.stderr, "aiproxy: %s\n" % error)
         return 2
     if options.check:
-        print("\n".join("%s=%s" % pair for pair in settings.shown.items()))
+        write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
         return 0
     return serve(settings, on_start)
 
@@ -3461,30 +3627,33 @@ def serve(settings, on_start):
     """Serve until a signal comes."""
     tune_process()                                      # part two: Tuning of the process
     threading.stack_size(1 << 20)       # musl's 128 KiB is too little for JSON; more is never used
-    try:
-        server = Server(settings)
-    except OSError as error:
-        print("aiproxy: cannot listen on %s port %d: %s"
-              % (settings.host, settings.port, error.strerror or error), file=sys.stderr)
-        return 1
+    server = None
 
     def on_signal(number, frame):
-        if server.closing:
-            os._exit(0)                 # the second one: at once
+        if server is None or server.closing:
+            os._exit(0)                 # before there is anything to end; or the second one
         server.closing = True
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    print("aiproxy %s on %s" % (__version__, server.url()), file=sys.stderr, flush=True)
+    try:
+        server = Server(settings)
+    except (CannotListen, OSError, RuntimeError) as error:      # no descriptors, or no threads
+        reason = getattr(error, "strerror", None) or error
+        write_all(sys.stderr, "aiproxy: %s\n" % reason)
+        return 1
+    server.log.put(sys.stderr, "aiproxy %s on %s" % (__version__, server.url()))
     print_banner(server)                                # part two: Banner
     for function in on_start:
         threading.Thread(target=function, args=(server,), daemon=True).start()
     while not server.closing:
         server.handle_request()
-    server.stop()
-    # The log is written. An ordinary exit would wait for the client threads, and some of them may
-    # still be busy with streams that have just been cut.
-    os._exit(0)
+    # An ordinary exit would wait for the client threads, and some of them may still be busy with
+    # streams that have just been cut.
+    try:
+        server.stop()
+    finally:
+        os._exit(0)
 
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
@@ -3864,12 +4033,14 @@ def check_prompt_length(members, most):
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
 KEY_COOLDOWN = 60                           # seconds, after a status that names no time
+REJECTED_COOLDOWN = 600                     # seconds, after a 401
 MAX_COOLDOWN = 86400                        # seconds
 
 def install_key_rotation(server):
     count = len(server.settings.provider_keys)
     if count > 1:
         server.use_key = KeyRotation(count, server.log.warn).use
+        server.needs_whole_bodies = True        # a body that is being streamed is sent only once
 
 
 class KeyRotation:
@@ -3881,21 +4052,26 @@ class KeyRotation:
         self.lock = threading.Lock()
         self.warn = warn
 
-    def use(self, send, may_repeat):
+    def use(self, send):
         """The exchange that `send(index)` makes with the first key that is not refused.
 
-        With the last one if all are. A body that is being streamed cannot be sent twice.
+        With the last one if all are. Then it was the request's fault, or everybody's: a key has a
+        cooldown only after another has done better with the same request. Otherwise one client
+        could take the keys away from all the others.
         """
         indexes = self.order(time.monotonic())
-        if not may_repeat:
-            indexes = indexes[:1]
+        refused = []
         for index in indexes:
             exchange = send(index)
             if exchange.status not in FAILOVER_STATUSES:
-                return exchange
-            self.set_aside(index, exchange.status, exchange.headers, time.monotonic())
+                break
+            refused.append((index, exchange.status, exchange.headers))
             if index != indexes[-1]:
                 exchange.close()
+        # A 5xx says nothing about the key.
+        if exchange.status not in FAILOVER_STATUSES and exchange.status < 500:
+            for index, status, headers in refused:
+                self.set_aside(index, status, headers, time.monotonic())
         return exchange
 
     def order(self, now):
@@ -3909,15 +4085,16 @@ class KeyRotation:
             return ready[start:] + ready[:start]
 
     def set_aside(self, index, status, headers, now):
-        """Leave a key alone: for the response's Retry-After, for ever after a 401."""
+        """Leave a key alone: for the response's Retry-After, after a 401 for ten minutes."""
+        seconds = retry_after(headers.get(b"retry-after", b""))
+        if status == 401:
+            seconds = REJECTED_COOLDOWN
         with self.lock:
-            was_bad = self.cooldowns[index] == math.inf
-            self.cooldowns[index] = now + retry_after(headers.get(b"retry-after", b""))
-            if status == 401:
-                self.cooldowns[index] = math.inf
-        if status == 401 and not was_bad:
-            self.warn("the upstream rejected key %d of %d (401); it is set aside"
-                      % (index + 1, len(self.cooldowns)))
+            was_ready = self.cooldowns[index] <= now
+            self.cooldowns[index] = max(self.cooldowns[index], now + seconds)
+        if status == 401 and was_ready:
+            self.warn("the upstream rejected key %d of %d (401); it is set aside for %d minutes"
+                      % (index + 1, len(self.cooldowns), seconds // 60))
 
 def retry_after(value):
     """The seconds of a Retry-After, a number or a date (RFC 9110 section 10.2.3).
@@ -4094,7 +4271,7 @@ class ModelFinder:
 # Touches: nothing; it sees the bytes of each response.
 # Entered: `install_token_counts` in Server.install_features takes the place of `no_observer`.
 
-USAGE_OBJECT = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
+USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
@@ -4341,10 +4518,10 @@ def print_banner(server):
         "origins      " + (", ".join(origins) or "none: browsers are refused"),
         "limits       %d clients, %d bytes a body, %gs to connect, %gs of silence" % (
             server.capacity, settings.max_body, settings.connect_timeout, settings.timeout),
-        *("warning: " + warning for warning in warnings(server)),
-        "try          " + curl_command(server),
     ]
-    print("\n".join("  " + line for line in lines), file=sys.stderr, flush=True)
+    lines += ["warning: " + warning for warning in warnings(server)]
+    lines.append("try          " + curl_command(server))
+    server.log.put(sys.stderr, "\n".join("  " + line for line in lines))
 
 def describe_upstream(server):
     settings = server.settings
@@ -4450,6 +4627,7 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
 
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 end in mid-sentence
 MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
+MAX_CHOICES = 128               # in one response, as OpenAI allows: each becomes several events
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
@@ -4495,7 +4673,7 @@ MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
 # What no client needs of an error's message: the names of Cloudflare's classes, and uuids.
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
-BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 
 Call = collections.namedtuple("Call", (    # one request
     "kind", "path", "body",         # a kind and a path of WORKERS_PATHS; bytes
@@ -4552,7 +4730,7 @@ def invalid_parameter(name, rule):
 def parse_cloudflare(data):
     """The object in Cloudflare's JSON. ValueError if it is none."""
     check_nesting(data)
-    value = json.loads(data.decode(), parse_constant=refuse_constant)
+    value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse_constant)
     if not isinstance(value, dict):
         raise ValueError("it is no object")
     return value
@@ -4595,6 +4773,8 @@ def read_response(body, secrets):
         choices = [read_output(data)]
     elif not choices and {"response", "tool_calls", "finish_reason"} & set(data):
         choices = [{}]
+    if len(choices) > MAX_CHOICES:
+        raise unreadable()
     choices = [read_choice(choice, index, data) for index, choice in enumerate(choices)]
     return choices, openai_usage(data.get("usage"))
 
@@ -4752,10 +4932,13 @@ def relabel_response(data, call):
 # -- streams
 
 def read_event(block):
-    """One event as (name, data), with line ends LF or CRLF; comments and ids are skipped."""
+    """One event as (name, data), with line ends LF or CRLF; comments and ids are skipped.
+
+    A byte order mark may stand before the first one.
+    """
     name = ""
     data = []
-    for line in block.decode("utf-8", "replace").split("\n"):
+    for line in block.decode("utf-8-sig", "replace").split("\n"):
         field, _, value = line.partition(":")
         if field == "event":
             name = value.strip()
@@ -4955,9 +5138,9 @@ def classify_error(number, status, word):
     if number in (8005, 7009) and status < 500:
         status = 502
     for key in (number, status):
-        for code, (our_status, *numbers) in CLOUDFLARE_ERRORS.items():
-            if key in numbers:
-                return our_status, code
+        for code, numbers in CLOUDFLARE_ERRORS.items():
+            if key in numbers[1:]:
+                return numbers[0], code
     code = {4: "invalid_request", 5: "upstream_error"}.get(status // 100, "upstream_bad_response")
     if word and not word.isdigit():
         code = word
@@ -5045,6 +5228,7 @@ def model_object(item, today):
 
 CATALOGUE_SECONDS = 600     # a model list is good for so long,
 CATALOGUE_RETRY = 30        # and one that could not be read is tried again after
+CATALOGUE_TIMEOUT = 10      # seconds for all of its pages
 CATALOGUE_PAGES = 50        # at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 
@@ -5076,21 +5260,33 @@ class Catalogue:
         self.last = None
         self.valid_until = 0
         self.failure = None
-        self.lock = threading.Lock()
+        self.is_refreshing = False          # by one thread; the condition guards it
+        self.refreshed = threading.Condition()
 
     def items(self, read):
-        """The items of OpenAI's list, or None; `read` asks Cloudflare."""
-        with self.lock:
-            if time.monotonic() >= self.valid_until:
-                self.refresh(read)
+        """The items of OpenAI's list, or None; `read` asks Cloudflare.
+
+        One client waits for it, and the others only if there is no list yet.
+        """
+        with self.refreshed:
+            self.refreshed.wait_for(lambda: self.last is not None or not self.is_refreshing)
+            if self.is_refreshing or time.monotonic() < self.valid_until:
+                return self.last
+            self.is_refreshing = True
+        try:
+            self.refresh(read)
             return self.last
+        finally:
+            with self.refreshed:
+                self.is_refreshing = False
+                self.refreshed.notify_all()
 
     def refresh(self, read):
         today = time.strftime("%Y-%m-%d", time.gmtime())
         try:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
             self.valid_until = time.monotonic() + CATALOGUE_SECONDS
-        except (ErrorResponse, *WRONG_SHAPE) as error:
+        except (ErrorResponse,) + WRONG_SHAPE as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
             self.valid_until = time.monotonic() + CATALOGUE_RETRY
 
@@ -5116,10 +5312,24 @@ class WorkersHandler(Handler):
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list. ErrorResponse 502 or 504."""
+        deadline = time.monotonic() + CATALOGUE_TIMEOUT
+
+        def wait(connection, mask, seconds):
+            remaining = deadline - time.monotonic()
+            if remaining > 0:
+                try:
+                    return wait_for_upstream(self.client, connection, mask,
+                                             min(seconds, remaining))
+                except socket.timeout:
+                    if seconds < remaining:
+                        raise
+            raise upstream_error("upstream_timeout", "Cloudflare's model list did not come within "
+                                 "%d seconds." % CATALOGUE_TIMEOUT)
+
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
             target = "/ai/models/search?per_page=50&page=%d" % number
-            exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"")
+            exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"", wait)
             try:
                 body = self.read_whole(exchange)
                 page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
@@ -5134,9 +5344,10 @@ class WorkersHandler(Handler):
         members, changes = self.check_body(body)
         request = self.request
         model = self.settings.aliases.get(request.model, request.model)
-        self.call = translate_request(request.path, body, members, model, request.model,
-                                      self.settings.workers_secrets, changes)
-        return self.call.body
+        call = translate_request(request.path, body, members, model, request.model,
+                                 self.settings.workers_secrets, changes)
+        self.call = call._replace(body=b"")     # nothing keeps it once it has gone up
+        return call.body
 
     def ask_upstream(self, body):
         return self.open_exchange("POST", self.settings.upstream.base + self.call.path, body)
@@ -5584,7 +5795,7 @@ def show_demo(server):
     headers = {"Content-Type": "application/json", "Host": "localhost"}
     for _, client_key in server.settings.client_keys[:1]:
         headers["Authorization"] = "Bearer " + client_key.decode()
-    show = functools.partial(print, end="", file=sys.stderr, flush=True)
+    show = functools.partial(server.log.put, sys.stderr, end="")
     show("\nOne chat request through the relay, its answer as it comes:\n\n  ")
     begin = time.monotonic()
     delay = 0

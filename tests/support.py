@@ -455,7 +455,6 @@ def clean_environ(env=None):
             continue
         environ[name] = value
 
-    environ["PYTHONUNBUFFERED"] = "1"
     environ["PYTHONIOENCODING"] = "utf-8"
     environ.update(env or {})
     return environ

@@ -4,13 +4,16 @@ Sizes of heads and bodies are in test_requests.py; the number of all clients, id
 connections and the lingering close are in test_limits.py.
 """
 
+import gc
 import socket
+import sys
 import threading
+import tracemalloc
 
 import pytest
 
 import aiproxy
-from support import CHAT, OK, PATIENCE, Client
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, chunk, event
 
 # ---- what is remembered of clients
 
@@ -177,8 +180,9 @@ def test_log_lines_that_cannot_be_written_are_dropped_and_counted():
     for _ in range(aiproxy.MAX_LOG_LINES + 5):
         log.write(aiproxy.Record("192.0.2.1"))
 
-    assert log.lines.qsize() == aiproxy.MAX_LOG_LINES == 10000
-    assert log.lost == 5
+    writer = log.writers[sys.stdout]
+    assert writer.queue.qsize() == aiproxy.MAX_LOG_LINES == 10000
+    assert writer.lost == 5
 
 
 def test_pipelined_bytes_are_buffered_up_to_a_limit(upstream, relay, monkeypatch):
@@ -263,3 +267,190 @@ def test_a_body_in_many_pieces_is_read_in_linear_time(read):
     thread.start()
     thread.join(PATIENCE)
     assert [len(body) for body in bodies] == [64 << 20]
+
+
+# ---- the memory of bodies
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def allocated():
+    """allocated(): the bytes that Python has allocated since the test began."""
+    gc.collect()
+    gc.disable()        # what is only freed by the collector counts as kept
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    gc.enable()
+
+
+def large_body(megabytes, model="m"):
+    text = b"a" * (megabytes * MEGABYTE)
+    return b'{"model": "%b", "messages": [{"content": "%b"}]}' % (model.encode(), text)
+
+
+STREAMS = {
+    "inspected": {"MODELS": "m"},
+    "edited": {"MODELS": "m=other", "MAX_TOKENS": "100"},
+    "several provider keys": {"KEY": "sk-first-key,sk-second-key"},
+    "Workers AI": {
+        "UPSTREAM": "workers-ai", "CLOUDFLARE_ACCOUNT_ID": "acc", "CLOUDFLARE_API_TOKEN": "tok-1",
+        "MODELS": "m=@cf/x/y", "MAX_CHARS": "99999999"},
+}
+
+
+@pytest.mark.parametrize("settings", STREAMS.values(), ids=list(STREAMS))
+def test_nothing_of_a_body_is_kept_while_its_response_streams(
+    upstream, relay, allocated, settings
+):
+    gate = threading.Event()
+
+    def answer(received):
+        received.body = b""
+        received.send(EVENT_HEAD + chunk(event('{"response": "a"}')))
+        assert gate.wait(PATIENCE)
+        received.send(chunk(event("[DONE]")) + b"0\r\n\r\n")
+
+    upstream.answer = answer
+    if settings.get("UPSTREAM"):
+        settings = dict(settings, CLOUDFLARE_API_BASE_URL=upstream.url)
+    running = relay(**settings)
+    body = large_body(8).replace(b"{", b'{"stream": true, ', 1)
+    fields = [("Authorization", "Bearer sk-mine")]
+
+    with running.client() as client:
+        client.request("POST", CHAT, body, fields)
+        body = None
+        assert client.read_head().status == 200
+        assert client.read_chunk()
+        upstream.all_bytes = b""
+        assert allocated() < 4 * MEGABYTE
+        assert running.server.body_budget.held == 0
+        gate.set()
+
+
+def broken_off(client, body):
+    client.request("POST", CHAT, body[:-10], [("Content-Length", str(len(body)))])
+
+
+def malformed(client, body):
+    client.request("POST", CHAT, body[:-1] + b"]")
+
+
+def malformed_chunk(client, body):
+    field = ("Transfer-Encoding", "chunked")
+    client.request("POST", CHAT, chunk(body) + b"x\r\n", [field])
+
+
+def not_allowed(client, body):
+    client.request("POST", CHAT, body.replace(b'"m"', b'"n"', 1))
+
+
+@pytest.mark.parametrize("send", [broken_off, malformed, malformed_chunk, not_allowed])
+def test_nothing_of_a_refused_body_is_kept(relay, allocated, send):
+    running = relay(MODELS="m")
+    for _ in range(2):
+        with running.client() as client:
+            send(client, large_body(8))
+            client.sock.shutdown(socket.SHUT_WR)
+            client.read_reply()
+
+    wait_until_no_client(running)
+    assert allocated() < 4 * MEGABYTE
+    assert running.server.body_budget.held == 0
+
+
+@pytest.mark.parametrize("settings", [
+    {"MODELS": "m"},
+    {"KEY": "sk-first-key,sk-second-key"},
+], ids=["inspected", "several provider keys"])
+def test_all_bodies_that_are_held_share_one_budget(upstream, relay, settings):
+    running = relay(MAX_BODY="1MB", **settings)
+    body = large_body(1)[:MEGABYTE - 2] + b'"}'
+    half = len(body) // 2
+    clients = []
+
+    try:
+        for _ in range(16):
+            client = running.client()
+            clients.append(client)
+            client.request("POST", CHAT, body[:half], [("Content-Length", str(len(body)))])
+        budget = running.server.body_budget
+        while budget.held < 16 * half:
+            threading.Event().wait(0.01)
+
+        with running.client() as late:
+            late.request("POST", CHAT, body)
+            reply = late.read_reply()
+            assert reply.status == 503
+            assert reply.code == "server_busy"
+            assert reply.get("retry-after")
+
+        # a small one, that is not held, is no burden; and what leaves makes room
+        assert running.ask("GET", "/health").status == 200
+        for client in clients:
+            client.sock.close()
+        while budget.held:
+            threading.Event().wait(0.01)
+        assert running.ask("POST", CHAT, b'{"model": "m"}').status == 200
+    finally:
+        for client in clients:
+            client.sock.close()
+
+
+def test_large_bodies_are_parsed_one_at_a_time(relay, monkeypatch):
+    running = relay(MODELS="m")
+    inside = threading.Semaphore(0)
+    gate = threading.Event()
+    parse = aiproxy.parse_object
+    sizes = []
+
+    def parse_object(body):
+        sizes.append(len(body))
+        if len(body) > MEGABYTE:
+            inside.release()
+            assert gate.wait(PATIENCE)
+        return parse(body)
+
+    monkeypatch.setattr(aiproxy, "parse_object", parse_object)
+    with running.client() as first, running.client() as second:
+        for client in (first, second):
+            client.request("POST", CHAT, large_body(2))
+        assert inside.acquire(timeout=PATIENCE)
+        while running.server.body_budget.held < 4 * MEGABYTE:
+            threading.Event().wait(0.01)
+
+        # small ones do not wait
+        assert running.ask("POST", CHAT, b'{"model": "m"}').status == 200
+        assert len([size for size in sizes if size > MEGABYTE]) == 1
+        gate.set()
+        assert [first.read_reply().status, second.read_reply().status] == [200, 200]
+
+
+EDITED = {
+    "plain": b"a",
+    "an emoji makes the rest four times as large": "a".encode() * 1000 + "\U0001f600".encode(),
+    "line ends": b"\\n",
+}
+
+
+@pytest.mark.parametrize("unit", EDITED.values(), ids=list(EDITED))
+def test_a_body_is_edited_in_a_few_times_its_size(allocated, unit):
+    text = unit * (2 * MEGABYTE // len(unit))
+    body = b'{"x": "%b", "model": "m"}' % text
+    before = allocated()
+    edited = aiproxy.edit_members(body, {"model": "other"})
+
+    assert edited == body[:-4] + b'"other"}'
+    assert tracemalloc.get_traced_memory()[1] - before < 8 * len(body)
+
+
+def test_blank_space_of_a_megabyte_is_skipped_in_linear_time():
+    blank = b" \n\t\r" * (MEGABYTE // 4)
+    body = blank + b"{" + blank + b'"x"' + blank + b": [" + blank + b'], "model": "m"' + blank + b"}"
+    thread = threading.Thread(target=aiproxy.parse_object, args=(body + blank,), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert aiproxy.edit_members(body, {"model": "n"}) == body.replace(b'"m"', b'"n"')

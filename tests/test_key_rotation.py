@@ -123,10 +123,46 @@ def test_if_every_key_is_rejected_the_client_gets_a_502_and_not_a_401(upstream, 
     assert reply.code == "upstream_credentials_rejected"
     assert sorted(used(upstream)) == sorted(KEYS)
 
-    # all are in cooldown now, and one of them is tried all the same
+    # none has a cooldown now
     upstream.answer = OK
 
+    assert [rotating.chat().status for _ in range(3)] == [200] * 3
+    assert sorted(used(upstream)[3:]) == sorted(KEYS)
+
+
+@pytest.mark.parametrize("status", FAILOVER_STATUSES)
+@pytest.mark.parametrize("spent", KEYS)
+def test_a_request_that_every_key_refuses_takes_no_key_from_the_others(
+    upstream, rotating, status, spent
+):
+    upstream.answer = refusing(KEYS, status, b"Retry-After: 3600\r\n")
+    rotating.chat()
+    upstream.answer = refusing([spent])
+
+    assert [rotating.chat().status for _ in range(4)] == [200] * 4
+    assert used(upstream)[3:].count(spent) <= 1
+
+
+def test_a_5xx_of_the_next_key_says_nothing_about_the_first(upstream, rotating):
+    upstream.answer = refusing(KEYS[:2])
+    rotating.server.use_key.__self__.turn = 2
+    upstream.answer = lambda received: received.send(
+        b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n"
+        % (429 if key_of(received) == KEYS[0] else 503))
+
+    assert rotating.chat().status == 503
+    assert used(upstream) == KEYS[:2]
+    assert rotating.server.use_key.__self__.cooldowns == [0.0] * 3
+
+
+def test_the_connection_of_a_response_that_is_given_up_is_closed(upstream, rotating):
+    upstream.answer = refusing(KEYS[:2])
+    rotating.server.use_key.__self__.turn = 2
+
     assert rotating.chat().status == 200
+    assert used(upstream) == KEYS
+    for received in upstream.received[:2]:
+        assert received.wait_closed() is not None
 
 
 def test_a_rejected_key_is_not_used_again_and_one_warning_does_not_show_it(
@@ -139,7 +175,7 @@ def test_a_rejected_key_is_not_used_again_and_one_warning_does_not_show_it(
 
     warnings = capsys.readouterr().err
 
-    assert warnings.count("key 2 of 3") == 1
+    assert warnings.count("key 2 of 3 (401); it is set aside for 10 minutes") == 1
     assert warnings.count("\n") == 1
     assert "sk-" not in warnings
 
@@ -196,7 +232,7 @@ def cooldown_after(*response):
     keys = aiproxy.KeyRotation(2, warn=print)
     set_aside(keys, 0, *response)
 
-    for seconds in (0, 0.4, 1, 2, 20, 60, 61, 120, 3600, 10**9):
+    for seconds in (0, 0.4, 1, 2, 20, 60, 61, 120, 600, 3600, 10**9):
         turns = [keys.order(1000.0 + seconds + 0.001) for _ in range(2)]
         if any(0 in turn for turn in turns):
             return seconds
@@ -208,8 +244,8 @@ def cooldown_after(*response):
     ((429,), 60),
     ((402,), 60),
     ((403,), 60),
-    ((401,), math.inf),
-    ((401, (b"retry-after", b"2")), math.inf),
+    ((401,), 600),
+    ((401, (b"retry-after", b"2")), 600),
     ((429, (b"retry-after", b"2")), 2),
     ((429, (b"retry-after", b"120")), 120),
     ((429, (b"retry-after", b"0")), 0),
@@ -247,31 +283,35 @@ def test_a_single_key_is_always_tried_and_causes_no_warning(upstream, relay, cap
     assert "of 1" not in capsys.readouterr().err
 
 
-# ---- requests that are not sent again
+# ---- requests that are sent again, and those that are not
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_streamed_body_is_not_sent_again(upstream, rotating, framing):
-    upstream.answer = refusing(KEYS)
-    half = bytes(70000)
+@pytest.mark.parametrize("settings", [{}, {"MODELS": "m"}], ids=["verbatim", "inspected"])
+def test_a_large_body_is_sent_with_the_next_key_too_however_slowly_it_came(
+    upstream, relay, monkeypatch, framing, settings
+):
+    # an upload that is not held as a whole would go up at once
+    monkeypatch.setattr(aiproxy, "PREFETCH_SECONDS", 0)
+    running = relay(KEY=",".join(KEYS), CLIENT_KEYS="alice=ck-alice", **settings)
+    upstream.answer = refusing(KEYS[:2])
+    running.server.use_key.__self__.turn = 2
+    body = b'{"model": "m", "messages": "%b"}' % (b"x" * 200000)
+    first, second = body[:70000], body[70000:]
+    field = ("Content-Length", str(len(body)))
 
     if framing == "chunked":
         field = ("Transfer-Encoding", "chunked")
-        first = chunk(half)
-        second = chunk(half) + b"0\r\n\r\n"
-    else:
-        field = ("Content-Length", "140000")
-        first = second = half
+        first = chunk(first)
+        second = chunk(second) + b"0\r\n\r\n"
 
-    with rotating.client() as client:
+    with running.client() as client:
         client.request("POST", CHAT, first, [("Authorization", "Bearer ck-alice"), field])
-        # the first half is on its way upstream: it is not buffered any more
-        upstream.wait_for()
         client.send(second)
-        assert client.read_reply().status == 429
+        assert client.read_reply().status == 200
 
-    assert len(upstream.received) == 1
-    assert upstream.received[0].body == half * 2
+    assert used(upstream) == KEYS
+    assert [received.body for received in upstream.received] == [body] * 3
 
 
 def test_no_other_key_is_tried_after_the_first_byte_of_the_response(upstream, rotating):

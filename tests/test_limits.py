@@ -867,3 +867,56 @@ def test_a_thread_that_cannot_start_once_holds_up_no_later_client(relay, monkeyp
     finally:
         for client in others:
             client.sock.close()
+
+
+def test_a_client_is_served_or_refused_and_never_both(relay, monkeypatch):
+    """The executor keeps the call for which it could start no thread; a busy one may take it."""
+    running = relay()
+    start = threading.Thread.start
+    served = []
+    serve = running.server.process_request_thread
+
+    def fail_late(thread):
+        if not thread.name.startswith("client"):
+            return start(thread)
+        # the kept call is carried out before anybody learns that no thread could be started
+        running.server.threads._work_queue.get().run()
+        raise RuntimeError("can't start new thread")
+
+    def process_request_thread(request, client_address):
+        served.append(request)
+        return serve(request, client_address)
+
+    monkeypatch.setattr(running.server, "process_request_thread", process_request_thread)
+    monkeypatch.setattr(threading.Thread, "start", fail_late)
+    with running.client() as client:
+        client.request("GET", "/health", fields=[("Connection", "close")])
+        assert client.read_reply().status == 200
+        assert client.ended()
+        assert not client.data
+    assert len(served) == 1
+
+
+def test_an_idle_client_that_has_just_hung_up_makes_room(relay, monkeypatch):
+    running = relay(MAX_CONNECTIONS=1)
+    gate = threading.Event()
+    has_hung_up = threading.Event()
+    wait_ready = aiproxy.wait_ready
+
+    def late(seconds, *args):
+        ready = wait_ready(seconds, *args)
+        if seconds == aiproxy.IDLE_SECONDS:
+            has_hung_up.set()
+            assert gate.wait(PATIENCE)
+        return ready
+
+    monkeypatch.setattr(aiproxy, "wait_ready", late)
+    with running.client() as first:
+        first.request("GET", "/health")
+        assert first.read_reply().status == 200
+    assert has_hung_up.wait(PATIENCE)
+
+    try:
+        assert running.ask("GET", "/health").status == 200
+    finally:
+        gate.set()

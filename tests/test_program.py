@@ -1,14 +1,21 @@
 """The program as a whole: demo, banner, signals, health."""
 
+import ast
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from support import CHAT, PATIENCE, PROGRAM, Client, Program, clean_environ, run_program
+import aiproxy
+from support import (CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, Program, chunk, clean_environ,
+                     event, run_program)
 
 
 def checked_output(program):
@@ -275,3 +282,386 @@ def test_after_many_disconnects_every_place_is_free_again(relay):
         assert running.server.client_ended.wait_for(lambda: not running.server.clients, 20)
 
     assert running.ask("GET", "/health").status == 200
+
+
+# ---- stdout and stderr in any state
+
+
+def run_shell(command, *arguments, env=None):
+    """Run a line of sh in which "$@" is aiproxy.py with these arguments."""
+    return subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, PROGRAM, *arguments],
+        env=clean_environ(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE,
+    )
+
+
+@pytest.mark.parametrize("option,command", [
+    ("--help", '{ "$@"; echo $? >&2; } | head -c 0'),
+    ("--check", '"$@" >&-; echo $? >&2'),
+    ("--version", '"$@" <&- >&- ; echo $? >&2'),
+    ("--help", '"$@" >/dev/full; echo $? >&2'),
+])
+def test_what_nobody_reads_is_no_error(option, command):
+    assert run_shell(command, option).stderr == b"0\n"
+
+
+def test_a_wrong_setting_is_status_2_though_nobody_reads_why():
+    done = run_shell('"$@" 2>&-; echo $?', env={"AIPROXY_PORT": "x"})
+    assert done.stdout == b"2\n"
+
+
+class Streams:
+    """What a program gets as its stdout or stderr, by name."""
+
+    def closed(self):
+        return None
+
+    def nobody_listens(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        return writer
+
+    def disk_full(self):
+        return os.open("/dev/full", os.O_WRONLY)
+
+    def never_read(self):
+        self.reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, bytes(4096))
+        except BlockingIOError:
+            pass
+        os.set_blocking(writer, True)
+        return writer
+
+    def never_read_non_blocking(self):
+        writer = self.never_read()
+        os.set_blocking(writer, False)
+        return writer
+
+    def read_late_non_blocking(self):
+        self.reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        return writer
+
+
+STATES = [(1, "closed"), (1, "nobody_listens"), (1, "disk_full"), (1, "never_read"),
+          (1, "never_read_non_blocking"), (2, "closed"), (2, "nobody_listens"), (2, "never_read")]
+
+
+def start_with(upstream, number, state):
+    """The program with its stdout or stderr, 1 or 2, in this state, the other one into a pipe.
+
+    Returns the process, its address, and the Streams.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    streams = Streams()
+    given = getattr(streams, state)()
+    pipes = {1: subprocess.PIPE, 2: subprocess.PIPE}
+    redirection = ""
+    if given is None:
+        redirection = " %d>&-" % number
+    else:
+        pipes[number] = given
+
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@"' + redirection, "sh", sys.executable, PROGRAM],
+        env=clean_environ({
+            "AIPROXY_UPSTREAM": upstream.url, "AIPROXY_PORT": str(port), "AIPROXY_GRACE": "0"}),
+        stdin=subprocess.DEVNULL, stdout=pipes[1], stderr=pipes[2])
+    if given is not None:
+        os.close(given)
+    return process, ("127.0.0.1", port), streams
+
+
+def connect_when_it_listens(address):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            return Client(address)
+        except ConnectionError:
+            time.sleep(0.02)
+    return pytest.fail("it does not listen")
+
+
+@pytest.mark.parametrize("number,state", STATES)
+def test_it_serves_and_ends_whatever_its_streams_are(upstream, number, state):
+    process, address, _ = start_with(upstream, number, state)
+    with process:
+        try:
+            with connect_when_it_listens(address) as client:
+                for _ in range(20):
+                    client.request("POST", CHAT, b"{}")
+                    assert client.read_reply().status == 200
+            begin = time.monotonic()
+            process.terminate()
+            output, errors = process.communicate(timeout=PATIENCE)
+            assert time.monotonic() - begin < 5
+        finally:
+            process.kill()
+
+    assert process.returncode == 0
+    # whoever reads one of them misses nothing because of the other
+    if number == 1:
+        assert b" on http://" in errors
+        assert b"Traceback" not in errors
+        assert b"Exception" not in errors
+    else:
+        assert output.count(b"POST " + CHAT.encode()) == 20
+
+
+def test_no_line_is_lost_in_a_non_blocking_pipe_that_is_read_late(upstream):
+    process, address, streams = start_with(upstream, 1, "read_late_non_blocking")
+    path = "/" + "a" * 240
+    with process:
+        try:
+            with connect_when_it_listens(address) as client:
+                for _ in range(400):
+                    client.request("GET", path)
+                    assert client.read_reply().status == 200
+
+            seen = b""
+            while seen.count(b"\n") < 400:
+                seen += os.read(streams.reader, 65536)
+            assert len(seen) > 65536
+            assert {line.split()[3] for line in seen.splitlines()} == {path.encode()}
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
+# ---- the process cannot start, or cannot end, as it should
+
+
+def run_patched(code, env=None):
+    """Run the program after `code` has changed Python's library or the program."""
+    code = "import os, signal, socket, sys, threading, aiproxy\n%s\nsys.exit(aiproxy.main())" % code
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean_environ({
+            "AIPROXY_PORT": "0", "PYTHONPATH": os.path.dirname(PROGRAM), **(env or {})}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE,
+        universal_newlines=True,
+    )
+
+
+FAULTS_AT_START = {
+    "no descriptor": (
+        "def fail(*a): raise OSError(24, os.strerror(24))\nsocket.socketpair = fail",
+        "Too many open files"),
+    "no thread": (
+        "def fail(self): raise RuntimeError(\"can't start new thread\")\n"
+        "threading.Thread.start = fail",
+        "can't start new thread"),
+}
+
+
+@pytest.mark.parametrize("code,reason", FAULTS_AT_START.values(), ids=list(FAULTS_AT_START))
+def test_what_it_lacks_at_the_start_is_told_in_one_line(code, reason):
+    done = run_patched(code)
+
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert reason in done.stderr
+    assert "listen" not in done.stderr
+
+
+def test_a_host_that_is_no_name_is_reported_as_one():
+    settings = aiproxy.Settings({"AIPROXY_HOST": "a..b"})
+    with pytest.raises(aiproxy.CannotListen) as raised:
+        aiproxy.Server(settings)
+    assert str(raised.value).startswith("cannot listen on a..b port 8000: ")
+
+
+def test_the_status_after_a_signal_is_0_though_the_end_fails():
+    fail = "def stop(server): raise MemoryError()\naiproxy.Server.stop = stop\n"
+    kill = "def banner(server): os.kill(os.getpid(), signal.SIGTERM)\naiproxy.print_banner = banner"
+    assert run_patched(fail + kill).returncode == 0
+
+
+def test_it_is_written_so_that_an_older_python_can_say_that_it_is_too_old():
+    with open(PROGRAM, encoding="utf-8") as file:
+        tree = ast.parse(file.read(), feature_version=(3, 5))
+
+    # the docstring, `import sys`, the check
+    _, first, check = tree.body[:3]
+    assert [alias.name for alias in first.names] == ["sys"]
+    assert "version_info" in ast.dump(check)
+
+
+def test_an_older_python_says_in_one_line_that_it_is_too_old():
+    found = [shutil.which("python" + version) for version in ("2.7", "3.5", "3.6", "3.7")]
+    for python in filter(None, found):
+        done = subprocess.run([python, PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if b"pyenv" not in done.stderr:     # which only stands in for it
+            break
+    else:
+        pytest.skip("no older Python here")
+
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert len(done.stderr.splitlines()) == 1
+    assert b"needs Python 3.8" in done.stderr
+
+
+# ---- the relay loop
+
+
+def test_a_relay_whose_loop_has_died_is_not_healthy(relay, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    running = relay()
+    loop = running.server.relay_loop
+    assert running.ask("GET", "/health").status == 200
+
+    loop.guard = None       # the next thing that it does ends it
+    loop.join(PATIENCE)
+    reply = running.ask("GET", "/health")
+
+    assert reply.status == 503
+    assert reply.json["status"] == "unhealthy"
+
+
+def test_a_relay_whose_selector_no_longer_works_is_not_healthy(relay, monkeypatch):
+    running = relay()
+    loop = running.server.relay_loop
+    calls = []
+
+    def select(seconds):
+        calls.append(seconds)
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(loop.selector, "select", select)
+    monkeypatch.setattr(aiproxy, "LOOP_SECONDS", 0.7)
+    deadline = time.monotonic() + PATIENCE
+    while running.ask("GET", "/health").status == 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    assert running.ask("GET", "/health").status == 503
+    # it does not spin
+    assert len(calls) < 20
+
+
+@pytest.fixture
+def two_streams(upstream, relay):
+    """Two clients in the middle of their streams; what ends them; the relay's loop."""
+    gate = threading.Event()
+
+    def answer(received):
+        received.send(EVENT_HEAD + chunk(event("1")))
+        assert gate.wait(PATIENCE)
+        received.send(chunk(event("2")) + b"0\r\n\r\n")
+
+    upstream.answer = answer
+    running = relay()
+    clients = [running.client(), running.client()]
+    for client in clients:
+        client.request("POST", CHAT, b"{}")
+        assert client.read_head().status == 200
+        assert client.read_chunk() == event("1")
+    yield running, clients, gate
+    gate.set()
+    for client in clients:
+        client.sock.close()
+
+
+def jobs_of(running):
+    """The two jobs, in the order of the clients."""
+    loop = running.server.relay_loop
+    deadline = time.monotonic() + PATIENCE
+    while len(loop.masks) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return loop, sorted(loop.jobs, key=lambda job: job.client.fileno())
+
+
+def fail_for(connection, function):
+    """`function`, with an OSError for this connection."""
+
+    def call(other, *args):
+        if other is connection:
+            raise OSError(28, "No space left on device")
+        return function(other, *args)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["modify", "unregister"])
+def test_an_error_of_the_selector_ends_one_job_and_not_the_loop(two_streams, monkeypatch, name):
+    running, (first, second), gate = two_streams
+    loop, (bad, good) = jobs_of(running)
+    monkeypatch.setattr(loop.selector, name, fail_for(bad.client, getattr(loop.selector, name)))
+    bad.unsent = b"x"       # so that the client is to be watched for more
+    loop.submit(Caller(lambda: loop.guard(bad.set_state, bad.BLOCKED)))
+    gate.set()
+
+    assert second.read_chunk() == event("2")
+    assert second.read_chunk() == b""
+    assert loop.is_alive()
+    assert running.ask("POST", CHAT, b"{}").complete
+
+
+def test_a_selector_that_takes_no_more_ends_only_what_is_new(two_streams, upstream, monkeypatch):
+    running, clients, gate = two_streams
+    loop, _ = jobs_of(running)
+
+    def register(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.selector, "register", register)
+        with running.client() as third:
+            third.request("POST", CHAT, b"{}")
+            reply = third.read_reply()
+        assert reply.status == 200
+        assert not reply.complete
+        assert running.wait_for_record()["outcome"] == "internal_error"
+
+    gate.set()
+    for client in clients:
+        assert client.read_chunk() == event("2")
+        assert client.read_chunk() == b""
+
+
+def test_a_selector_that_fails_because_of_one_descriptor_goes_on_without_it(
+    two_streams, monkeypatch
+):
+    running, (first, second), gate = two_streams
+    loop, (bad, good) = jobs_of(running)
+    select = loop.selector.select
+
+    def fail_while_bad(seconds):
+        if bad.state != bad.ENDED:
+            raise OSError(9, "Bad file descriptor")
+        return select(seconds)
+
+    def receive():
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(bad.client, "receive", receive)
+    monkeypatch.setattr(loop.selector, "select", fail_while_bad)
+    gate.set()
+
+    assert second.read_chunk() == event("2")
+    assert second.read_chunk() == b""
+    assert bad.state == bad.ENDED
+
+
+class Caller(aiproxy.Job):
+    """A job that calls something in the loop's thread."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.start = call
+
+    def on_tick(self):
+        pass

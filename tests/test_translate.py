@@ -419,6 +419,33 @@ def test_an_event_is_complete_with_the_byte_that_ends_it():
     assert reader.feed(b"\n") == [("", "two")]
 
 
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_a_byte_order_mark_before_the_first_event_is_skipped(size):
+    stream = b"\xef\xbb\xbfdata: one\r\n\r\ndata: two\n\n"
+    reader = EventReader()
+    seen = []
+    for at in range(0, len(stream), size):
+        seen += reader.feed(stream[at:at + size])
+    assert seen == [("", "one"), ("", "two")]
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n"])
+def test_a_run_of_blank_lines_is_one_end(monkeypatch, blank):
+    parsed = []
+    monkeypatch.setattr(aiproxy, "read_event", lambda block: parsed.append(block) or ("", "x"))
+    assert len(EventReader().feed(b"data: one\n\n" + blank * 100000 + b"data: two\n\n")) == 2
+    assert parsed == [b"data: one", b"data: two"]
+
+
+def test_more_choices_than_anybody_can_ask_for_are_not_translated():
+    """A choice of three bytes becomes events of hundreds: the reader would pay for it."""
+    event = b'data: {"choices": [%b{}]}\n\n'
+    for count, is_read in ((aiproxy.MAX_CHOICES - 1, True), (aiproxy.MAX_CHOICES, False)):
+        translator = aiproxy.StreamTranslator(call())
+        translator.feed(event % (b"{}," * count))
+        assert (translator.failed is None) == is_read
+
+
 class CountingPattern:
     """A pattern that counts the bytes in which it searches."""
 

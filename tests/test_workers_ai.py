@@ -815,6 +815,67 @@ def test_the_list_is_read_once_for_all_who_ask_at_the_same_time(cloudflare, work
     assert len(searches(cloudflare)) == 3
 
 
+# how a list may hang: nothing comes, half of a head, or a body in drops that never ends
+HANGS = {
+    "no answer": lambda received, gate: None,
+    "half of a head": lambda received, gate: received.send(b"HTTP/1.1 200 OK\r\nX"),
+    "drops": lambda received, gate: drip(received, gate),
+}
+
+
+def drip(received, gate):
+    received.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+    while not gate.wait(0.05):
+        received.send(b" ")
+
+
+@pytest.mark.parametrize("hang", list(HANGS))
+def test_a_list_that_hangs_is_given_up_and_the_last_one_served_meanwhile(
+        cloudflare, workers, clock, monkeypatch, hang):
+    gate = threading.Event()
+
+    def answer(received):
+        if "page=2" not in received.line:
+            return cloudflare.route(received)
+        HANGS[hang](received, gate)
+        return gate.wait(PATIENCE)
+    running = workers()
+    listed = models(running).json
+    cloudflare.answer = answer
+    clock(601)
+    requested = len(searches(cloudflare))
+    monkeypatch.setattr(aiproxy, "CATALOGUE_TIMEOUT", 0.5)
+    try:
+        with running.client() as first:
+            first.request("GET", "/v1/models", fields=AUTH)
+            cloudflare.wait_for(requested + 2)
+            assert models(running).json == listed       # at once: nobody else asks, or waits
+            assert len(searches(cloudflare)) == requested + 2
+            assert first.read_reply().json == listed
+    finally:
+        gate.set()
+
+
+def test_a_first_list_that_hangs_is_a_504_for_all_who_wait(cloudflare, workers, monkeypatch):
+    gate, replies = threading.Event(), queue.Queue()
+    cloudflare.answer = lambda received: gate.wait(PATIENCE)
+    assert aiproxy.CATALOGUE_TIMEOUT == 10
+    monkeypatch.setattr(aiproxy, "CATALOGUE_TIMEOUT", 0.3)
+    running = workers()
+    threads = [
+        threading.Thread(target=lambda: replies.put(models(running)), daemon=True)
+        for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for reply in [replies.get(timeout=PATIENCE) for _ in threads]:
+            assert (reply.status, reply.code) == (504, "upstream_timeout")
+            assert "model list" in reply.json["error"]["message"]
+    finally:
+        gate.set()
+    assert len(searches(cloudflare)) == 1
+
+
 def test_a_client_that_disconnects_while_the_list_is_read_leaves_the_others_alone(
         cloudflare, workers):
     closed = queue.Queue()
