@@ -259,6 +259,7 @@ EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 # RFC 9112 section 3.2.2, RFC 9110 section 7.2.
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
 LOOPBACK_HOST = re.compile(rb"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
@@ -1002,10 +1003,22 @@ def is_origin_allowed(headers, settings):
     if origin is None:
         is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
         return bool(settings.client_keys) or not settings.provider_keys or not is_foreign
-    if origin.decode("latin-1") in settings.origins:
+    if is_listed_origin(origin, settings):
         return True
     host = headers.get(b"host", b"")        # our own start page, on this machine
     return origin == b"http://" + host and is_loopback_host(host)
+
+def is_listed_origin(origin, settings):
+    """Does it fit one that AIPROXY_ORIGINS names?"""
+    return settings.origin_pattern.fullmatch(canonical_origin(origin.decode("latin-1"))) is not None
+
+def canonical_origin(origin):
+    """As browsers send it: in lower case, without the scheme's own port."""
+    origin = origin.lower()
+    port = DEFAULT_PORTS.get(origin.partition("://")[0])
+    if port and origin.endswith(":%d" % port):
+        return origin.rpartition(":")[0]
+    return origin
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
@@ -2703,7 +2716,7 @@ class Upstream:
         if not self.host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
             raise ValueError(takes)
         self.scheme = parts.scheme
-        self.port = explicit_port or {"https": 443, "http": 80}[parts.scheme]
+        self.port = explicit_port or DEFAULT_PORTS[parts.scheme]
         self.is_loopback = is_loopback(self.host)
         self.base = parts.path                  # takes the place of /v1
         netloc = "[%s]" % self.host if ":" in self.host else self.host
@@ -2736,7 +2749,10 @@ PLACEHOLDER = re.compile(
     r"<.*>|(sk-)?your[-_ ].*|(sk-)?your(api)?key.*|.*你的.*|(sk-)?(x{3,}|\.{3,}|\*{3,}|…)"
     r"|api[-_ ]?key|change[-_ ]?me|replace[-_ ]?me|placeholder|todo", re.I)
 VISIBLE = r"[\x21-\x7e]*"
-ORIGIN = r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+"
+# RFC 6454 section 6.2, and a `*` where a list may have one. Only http and https have host names.
+WEB_ORIGIN = re.compile(
+    r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
+OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
 
 def match_all(pattern, text, takes):
     """The match of all of `text`. ValueError if there is none."""
@@ -2820,9 +2836,42 @@ def parse_paths(text):
     return tuple(rules) if rules else None
 
 def parse_origins(text):
-    takes = ("* or origins, comma-separated, exactly as browsers send them: https://app.example, "
-             "without a path")
-    return [match_all(ORIGIN, item, takes).group() for item in parse_list(text)]
+    return [parse_origin(item) for item in parse_list(text)]
+
+def parse_origin(text):
+    """An origin as browsers send it, perhaps with a `*` in the place of what may differ."""
+    takes = ("* or origins, comma-separated, as browsers send them, without a path: "
+             "https://app.example, https://*.app.example, http://localhost:*, chrome-extension://*")
+    text = text.lower()
+    if OTHER_ORIGIN.fullmatch(text):
+        return text
+    try:
+        ascii_text = re.sub(r"[^/:]*[^\0-\x7f][^/:]*", encode_host, text)
+        scheme, host, port, any_port = match_all(WEB_ORIGIN, ascii_text, takes).groups()
+        if int(port or 0) > 65535:
+            raise ValueError()
+        if host.startswith("["):
+            host = "[%s]" % ipaddress.IPv6Address(host[1:-1])
+        elif re.fullmatch(r"(.*\.)?[0-9]+\.?", host):
+            host = str(ipaddress.IPv4Address(host))
+    except ValueError:
+        raise ValueError(takes)
+    end = ":*" if any_port else ":%d" % int(port or DEFAULT_PORTS[scheme.partition(":")[0]])
+    return canonical_origin(scheme + host + end)
+
+def encode_host(match):
+    """A host name that is not ASCII, as it travels."""
+    return match.group().encode("idna").decode()
+
+def origin_pattern(origins):
+    """What fits one of these origins, as `canonical_origin` has it."""
+    patterns = []
+    for origin in origins:
+        pattern = re.escape(origin)
+        pattern = pattern.replace(r"//\*\.", r"//(?:[a-z0-9_-]+\.)+")
+        pattern = pattern.replace(r"//\*", r"//[^/:]+")
+        patterns.append(pattern.replace(r":\*", r"(?::[0-9]+)?"))
+    return re.compile("|".join(patterns) or "(?!)")
 
 def parse_switch(text):
     takes = "1, true, yes, on or 0, false, no, off"
@@ -2871,8 +2920,8 @@ OPTIONS = (
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
     Option("AIPROXY_ORIGINS", AIPROXY_ORIGINS, parse_origins,
-           "browser origins allowed, comma-separated, exact; * for any; empty: any where callers "
-           "must present a key, else none"),
+           "browser origins allowed, comma-separated; * for any, or for a port, the labels in front "
+           "of a host, an extension's id; empty: any where callers must present a key, else none"),
     Option("AIPROXY_OPEN", AIPROXY_OPEN, parse_switch,
            "1: serve a hidden key without client keys to more than this machine, knowingly"),
     Option("AIPROXY_HOST", AIPROXY_HOST, matching(VISIBLE, "an address or a host name"),
@@ -2992,6 +3041,7 @@ class Settings:
         if not self.origins and self.callers_need_key:
             self.origins = ["*"]
         self.any_origin = "*" in self.origins
+        self.origin_pattern = origin_pattern(self.origins)
 
         paths = self.upstream.provider.paths + INFERENCE_PATHS
         allowed = [path for path in paths
@@ -3173,7 +3223,7 @@ def preflight_headers(headers, settings):
     wanted = headers.get(b"access-control-request-headers")
     if wanted:
         fields.append((b"Access-Control-Allow-Headers", wanted))
-    is_listed = headers.get(b"origin").decode("latin-1") in settings.origins
+    is_listed = is_listed_origin(headers.get(b"origin"), settings)
     if is_listed and headers.get(b"access-control-request-private-network") == b"true":
         fields.append((b"Access-Control-Allow-Private-Network", b"true"))
     return fields

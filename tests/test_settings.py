@@ -53,7 +53,17 @@ INVALID = [
     ("AIPROXY_PATHS", ["v1/chat", "FETCH /v1/chat", "/v1/../x", "/v1//x", "/v1?x", "GET"]),
     (
         "AIPROXY_ORIGINS",
-        ["app.example", "https://app.example/", "https://app.example/x", "https://me@app.example"],
+        [
+            "app.example",
+            "https://app.example/",
+            "https://app.example/x",
+            "https://me@app.example",
+            "https://app.example:65536",
+            "https://*",
+            "https://a.*.example",
+            "https://app*.example",
+            "http://127.1",
+        ],
     ),
     ("AIPROXY_OPEN", ["2", "maybe", "ja"]),
     ("AIPROXY_HOST", ["a b"]),
