@@ -12,7 +12,7 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   CORS . Rates . Token and prompt limits . Several provider keys .
+    Part two   CORS . Rates . Trusted proxies . Token and prompt limits . Several provider keys .
                Proxies on the way up . Token counts . WebSocket . Banner . Tuning of the process .
                Workers AI . Start page . Demo
 
@@ -120,6 +120,7 @@ AIPROXY_OPEN = ""               # 1: serve a hidden key to anybody, knowingly
 # Where to listen.
 AIPROXY_HOST = "127.0.0.1"      # an address or a host name
 AIPROXY_PORT = "8000"           # a port number
+AIPROXY_TRUSTED_PROXIES = "loopback"    # whose X-Forwarded-For is believed
 
 # How much, and for how long.
 AIPROXY_RATE = ""               # requests of one client: 20/s, 60/min, 100/h, 1000/day
@@ -175,6 +176,10 @@ MAX_LOG_LINES = 10000   # that wait to be written
 OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 INFERENCE_PATHS = OPENAI_PATHS + ANTHROPIC_PATHS
+# What a base URL is sometimes copied with.
+ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
+    "/images/generations", "/images/edits", "/audio/speech", "/audio/transcriptions",
+    "/audio/translations", "/moderations", "/rerank")
 
 Provider = collections.namedtuple("Provider", (
     "base_url",         # as the provider's SDK has it: a path in it takes the place of /v1
@@ -260,8 +265,16 @@ EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 DEFAULT_PORTS = {"http": 80, "https": 443}
-LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
+LOOPBACK = re.compile(
+    r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::(?:1|ffff:127(?:\.[0-9]{1,3}){3})\]?", re.I)
 LOOPBACK_HOST = re.compile(rb"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
+
+# A client's address as proxies write it, with brackets, port and zone or without; and where it
+# stands in Forwarded (RFC 7239 section 6).
+NAMED_ADDRESS = re.compile(
+    r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
+    r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
+FORWARDED_FOR = re.compile(rb'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -361,11 +374,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.body_rules = []                # (members, path, settings): changes to the members
         self.use_key = use_first_key        # which provider key a request is sent with
         self.observe_response = no_observer     # (record): what to call with each piece of a body
+        self.is_trusted_proxy = is_loopback     # (address): is its X-Forwarded-For believed?
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
         install_cors(self)                  # part two: CORS
         install_rates(self)                 # part two: Rates
+        install_trusted_proxies(self)       # part two: Trusted proxies
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
@@ -511,12 +526,23 @@ def network_of(address):
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:              # what X-Forwarded-For held
+    except ValueError:              # not an address of the Internet
         return address
     ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
     if ip.version == 4 or ip.is_loopback:
         return str(ip)
     return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
+
+def plain_address(text):
+    """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
+    match = NAMED_ADDRESS.fullmatch(text[:64])
+    if not match:
+        return ""
+    try:
+        ip = ipaddress.ip_address(match.group(match.lastindex))
+    except ValueError:
+        return ""
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
@@ -651,10 +677,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_duplicates(request.headers)                   # 400
         body = make_body(self.client, request.headers, request.is_http10)       # 400
         self.upload = Upload(self.client, body)
-        forwarded = request.headers.elements(b"x-forwarded-for")
-        if forwarded and is_loopback(self.address):         # a proxy of our own in front knows
-            self.record.client = forwarded[-1].decode("latin-1")
-            request.caller = network_of(self.record.client[:64])
+        if b"x-forwarded-for" in request.headers:
+            self.record.client = find_client(self.record.client, request.headers,
+                                             self.server.is_trusted_proxy)
+            request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request)                               # 405 501
         check_target(request)                               # 400
@@ -970,18 +996,42 @@ def check_expectation(request):
 
 # -- who is calling, and from where
 
+def find_client(address, headers, is_trusted_proxy):
+    """Who asks: of X-Forwarded-For the rightmost address that is not a trusted proxy's.
+
+    `address` is the connection's. Each proxy adds on the right whom it was asked by; what stands
+    further left anybody may have made up.
+    """
+    for name in reversed(headers.elements(b"x-forwarded-for")):
+        named_address = plain_address(name.decode("latin-1"))
+        if not named_address or not is_trusted_proxy(address):
+            break
+        address = named_address
+    return address
+
 def check_host_allowed(request, settings):
-    """403 where a foreign name could reach a key that nothing else guards.
+    """403 where others than this machine could reach what no key guards.
 
     That is DNS rebinding, where a web page has its own name lead to this machine; or a public
-    front that somebody forgot.
+    front that somebody forgot: it may ask by a loopback name, but tells for whom.
     """
     host = request.headers.get(b"host", b"")
-    if settings.is_guarded_by_loopback and not is_loopback_host(host):
+    is_foreign = settings.wants_loopback_host and not is_loopback_host(host)
+    if settings.is_guarded_by_loopback and not is_foreign:
+        is_foreign = not all(map(is_loopback, forwarded_clients(request.headers)))
+    if is_foreign:
         raise ErrorResponse(
             403, "host_not_allowed",
-            "This proxy hides a key and asks for no client key, so it answers to loopback names "
-            "only. To serve others, set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
+            "This proxy asks for no client key, so it serves this machine only, by its loopback "
+            "names. To serve others, set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
+
+def forwarded_clients(headers):
+    """Everybody for whom a proxy in front says that it asks."""
+    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
+    for value in headers.get_all(b"forwarded"):
+        names += FORWARDED_FOR.findall(value)
+    texts = [name.decode("latin-1").strip('"') for name in names]
+    return [plain_address(text) or text for text in texts if text]
 
 def is_loopback_host(host):
     """Is this the value of a Host field that leads to this machine?"""
@@ -1002,7 +1052,7 @@ def is_origin_allowed(headers, settings):
         return True
     if origin is None:
         is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
-        return bool(settings.client_keys) or not settings.provider_keys or not is_foreign
+        return settings.is_guarded_by_keys or not is_foreign
     if is_listed_origin(origin, settings):
         return True
     host = headers.get(b"host", b"")        # our own start page, on this machine
@@ -2704,17 +2754,7 @@ class Upstream:
     def __init__(self, text):
         provider = PROVIDERS.get(text.lower())
         self.shown = (provider.base_url if provider else text).rstrip("/")
-        takes = ("one of %s, or a base URL such as https://host or https://host/v1, "
-                 "without user info, query or fragment" % ", ".join(PROVIDERS))
-        match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", self.shown, takes)
-        try:
-            parts = urllib.parse.urlsplit(self.shown)
-            explicit_port = parts.port
-            self.host = (parts.hostname or "").encode("idna").decode()
-        except ValueError:          # its message would hold the URL
-            raise ValueError(takes)
-        if not self.host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
-            raise ValueError(takes)
+        parts, explicit_port, self.host = split_base_url(self.shown)
         self.scheme = parts.scheme
         self.port = explicit_port or DEFAULT_PORTS[parts.scheme]
         self.is_loopback = is_loopback(self.host)
@@ -2724,8 +2764,10 @@ class Upstream:
             netloc += ":%d" % explicit_port
         self.netloc = netloc.encode()
         self.url = "%s://%s" % (self.scheme, netloc)
-        self.provider = provider or find_provider(netloc)
+        known = provider or find_provider(netloc)
+        self.provider = known or Provider(netloc)
         self.wants_key = bool(self.provider.key_header) and not self.is_loopback
+        self.surely_wants_key = self.wants_key and known is not None
 
     def map_path(self, path):
         """The path to ask the upstream for; None for what its base URL does not serve."""
@@ -2736,12 +2778,31 @@ class Upstream:
         return None
 
 
+def split_base_url(url):
+    """Its parts as urllib has them, its port if it names one, its host as it travels."""
+    takes = ("one of %s, or a base URL such as https://host or https://host/v1, "
+             "without user info, query or fragment" % ", ".join(PROVIDERS))
+    match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", url, takes)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+        host = (parts.hostname or "").encode("idna").decode()
+    except ValueError:              # its message would hold the URL
+        raise ValueError(takes)
+    if not host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
+        raise ValueError(takes)
+    for endpoint in ENDPOINTS:
+        if parts.path.lower().endswith(endpoint):
+            raise ValueError("a base URL, to which clients add %s: %s"
+                             % (endpoint, url[:-len(endpoint)]))
+    return parts, port, host
+
 def find_provider(netloc):
-    """The Provider for a base URL: on a known host, with that row's key header and paths."""
+    """For a base URL on a known host a Provider with that row's key header and paths, or None."""
     for provider in PROVIDERS.values():
         if urllib.parse.urlsplit(provider.base_url).netloc == netloc:
             return Provider(netloc, provider.key_header, provider.paths)
-    return Provider(netloc)
+    return None
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
@@ -2920,8 +2981,9 @@ OPTIONS = (
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
     Option("AIPROXY_ORIGINS", AIPROXY_ORIGINS, parse_origins,
-           "browser origins allowed, comma-separated; * for any, or for a port, the labels in front "
-           "of a host, an extension's id; empty: any where callers must present a key, else none"),
+           "browser origins allowed, comma-separated; * for any, or for a port, the labels in "
+           "front of a host, an extension's id; empty: any where callers must present a key, "
+           "else none"),
     Option("AIPROXY_OPEN", AIPROXY_OPEN, parse_switch,
            "1: serve a hidden key without client keys to more than this machine, knowingly"),
     Option("AIPROXY_HOST", AIPROXY_HOST, matching(VISIBLE, "an address or a host name"),
@@ -2973,6 +3035,7 @@ class Settings:
         self.set_defaults()
         self.derive_keys()
         self.derive_rules()
+        self.derive_guards()
         self.check_safe()
         self.check_consistent()
 
@@ -3034,19 +3097,26 @@ class Settings:
         if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
             self.has_body_rules = True
 
-        is_transparent = not self.provider_keys
-        callers_bring_key = is_transparent and self.upstream.wants_key
-        self.callers_need_key = callers_bring_key or bool(self.client_keys)
-        self.is_guarded_by_loopback = not (is_transparent or self.client_keys or self.open)
-        if not self.origins and self.callers_need_key:
-            self.origins = ["*"]
-        self.any_origin = "*" in self.origins
-        self.origin_pattern = origin_pattern(self.origins)
-
         paths = self.upstream.provider.paths + INFERENCE_PATHS
         allowed = [path for path in paths
                    if self.paths is None or "POST" in allowed_methods(path, self.paths)]
         self.default_path = (allowed or paths)[0]
+
+    def derive_guards(self):
+        """Who is kept out, and how."""
+        is_transparent = not self.provider_keys
+        callers_bring_key = is_transparent and self.upstream.wants_key
+        self.callers_need_key = callers_bring_key or bool(self.client_keys)
+        # Does nobody get through without a key, ours or one that the provider surely wants?
+        self.is_guarded_by_keys = bool(self.client_keys) or (
+            is_transparent and self.upstream.surely_wants_key)
+        is_unguarded = not (self.is_guarded_by_keys or self.open)
+        self.is_guarded_by_loopback = is_unguarded and not is_transparent
+        self.wants_loopback_host = is_unguarded and is_loopback(self.host)
+        if not self.origins and self.is_guarded_by_keys:
+            self.origins = ["*"]
+        self.any_origin = "*" in self.origins
+        self.origin_pattern = origin_pattern(self.origins)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
@@ -3296,6 +3366,47 @@ def format_duration(seconds):
     if minutes:
         return "%dm%ds" % (minutes, seconds)
     return "%ds" % seconds
+
+# ---- Trusted proxies -----------------------------------------------------------------------------
+# Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
+# Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
+# Entered: `install_trusted_proxies` in Server.install_features takes the place of `is_loopback`.
+
+# RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
+NETWORK_WORDS = {
+    "loopback": "127.0.0.0/8 ::1/128",
+    "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 169.254.0.0/16 fe80::/10 "
+               "100.64.0.0/10",
+    "*": "0.0.0.0/0 ::/0",
+}
+
+def install_trusted_proxies(server):
+    networks = server.settings.trusted_proxies
+
+    @functools.lru_cache(1024)      # there are few proxies
+    def is_trusted_proxy(address):
+        plain = plain_address(address)
+        return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
+
+    server.is_trusted_proxy = is_trusted_proxy
+
+def parse_networks(text):
+    """The networks of a list of addresses, networks and words."""
+    networks = []
+    for item in parse_list(text):
+        for network in NETWORK_WORDS.get(item.lower(), item).split():
+            try:
+                networks.append(ipaddress.ip_network(network, strict=False))
+            except ValueError:
+                raise ValueError("addresses and networks such as 10.0.0.0/8, comma-separated, or "
+                                 "the words loopback, private and *")
+    return networks
+
+OPTIONS += (
+    Option("AIPROXY_TRUSTED_PROXIES", AIPROXY_TRUSTED_PROXIES, parse_networks,
+           "whose X-Forwarded-For is believed: addresses, networks, loopback, private or *, "
+           "comma-separated"),
+)
 
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.

@@ -4,6 +4,7 @@ The line never shows a secret.
 """
 
 import os
+import types
 
 import pytest
 
@@ -65,6 +66,7 @@ INVALID = [
             "http://127.1",
         ],
     ),
+    ("AIPROXY_TRUSTED_PROXIES", ["10.0.0.0/8,everybody", "10.0.0.0/33", "10.0.0.1:80", ","]),
     ("AIPROXY_OPEN", ["2", "maybe", "ja"]),
     ("AIPROXY_HOST", ["a b"]),
     ("AIPROXY_PORT", ["http", "-1", "65536", "80.5"]),
@@ -262,13 +264,108 @@ def test_without_client_keys_only_a_loopback_host_is_served(upstream, relay, hos
     assert len(upstream.received) == (status == 200)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"KEY": "sk-1", "CLIENT_KEYS": "ck-alice"}, {"KEY": "sk-1", "OPEN": "1"}, {}],
-    ids=["client keys", "open", "no provider key"],
-)
-def test_any_host_is_served_with_client_keys_or_open_or_no_provider_key(relay, settings):
-    assert relay(**settings).chat(fields=[("Host", "proxy.example")]).status == 200
+BASE_URLS = ["https://host.example", "https://host.example/v1", "http://10.0.0.1:1/api/paas/v4"]
+
+
+@pytest.mark.parametrize("base", BASE_URLS)
+@pytest.mark.parametrize("end", ["", "/"])
+@pytest.mark.parametrize("endpoint", [
+    "/chat/completions", "/completions", "/embeddings", "/responses", "/messages", "/rerank",
+    "/messages/count_tokens", "/Chat/Completions", "/audio/transcriptions",
+])
+def test_a_base_url_with_an_endpoint_is_an_error_that_shows_the_right_one(base, endpoint, end):
+    assert aiproxy.Upstream(base + end).url
+    with pytest.raises(aiproxy.SettingError) as raised:
+        aiproxy.Settings({"AIPROXY_UPSTREAM": base + endpoint + end})
+    assert "AIPROXY_UPSTREAM: got" in str(raised.value)
+    assert str(raised.value).endswith(": " + base)
+
+
+NOT_OURS = ["203.0.113.9", "203.0.113.9:4711", "[2001:db8::1]:4711", "10.0.0.1", "unknown"]
+OURS = ["127.0.0.1", "127.0.0.1:4711", "::1", "[::1]:4711", "::ffff:127.0.0.1", "localhost", ""]
+
+
+@pytest.mark.parametrize("name,value,status", [
+    *[("X-Forwarded-For", value, 403) for value in NOT_OURS],
+    ("X-Forwarded-For", "203.0.113.9, 127.0.0.1", 403),
+    ("X-Forwarded-For", "127.0.0.1, 203.0.113.9", 403),
+    *[("X-Real-IP", value, 403) for value in NOT_OURS],
+    *[("Forwarded", 'for="%s"' % value, 403) for value in NOT_OURS],
+    ("Forwarded", "for=203.0.113.9;proto=https", 403),
+    ("Forwarded", "proto=https; For = 203.0.113.9", 403),
+    ("Forwarded", "for=127.0.0.1, for=_hidden", 403),
+    ("Forwarded", 'for="127.0.0.1, 203.0.113.9"', 403),
+    *[(name, value, 200) for name in ("X-Forwarded-For", "X-Real-IP") for value in OURS],
+    *[("Forwarded", 'for="%s";host=localhost' % value, 200) for value in OURS],
+    ("Forwarded", "proto=https", 200),
+])
+def test_a_request_on_behalf_of_somebody_else_cannot_use_the_provider_key(
+    upstream, relay, name, value, status
+):
+    running = relay(KEY="sk-hidden-key")
+    reply = running.ask("GET", "/v1/models", None, [(name, value)])
+
+    assert reply.status == status
+    assert len(upstream.received) == (status == 200)
+    if status == 403:
+        assert reply.code == "host_not_allowed"
+        assert "AIPROXY_OPEN" in reply.json["error"]["message"]
+        assert "AIPROXY_CLIENT_KEYS" in reply.json["error"]["message"]
+
+
+# Settings, and whether a foreign Host and a foreign X-Forwarded-For are served.
+KEYLESS = {"UPSTREAM": "http://192.168.1.5:11434"}
+GUARDS = [
+    pytest.param({"KEY": "sk-1"}, False, False, id="provider key"),
+    pytest.param({"KEY": "sk-1", "CLIENT_KEYS": "ck-alice"}, True, True, id="client keys"),
+    pytest.param({"KEY": "sk-1", "OPEN": "1"}, True, True, id="open"),
+    pytest.param({}, True, True, id="a provider that wants a key"),
+    pytest.param({"UPSTREAM": "https://api.deepseek.com/v1"}, True, True, id="the same by its URL"),
+    pytest.param({"UPSTREAM": "ollama"}, False, True, id="no key at all"),
+    pytest.param(KEYLESS, False, True, id="perhaps no key at all"),
+    pytest.param({"OPEN": "1", **KEYLESS}, True, True, id="perhaps no key, open"),
+    pytest.param({"HOST": "0.0.0.0", **KEYLESS}, True, True, id="no key, for the network"),
+    pytest.param({"UPSTREAM": "ollama", "CLIENT_KEYS": "a"}, True, True, id="guarded ollama"),
+]
+
+
+@pytest.mark.parametrize("settings,by_name,by_proxy", GUARDS)
+def test_what_no_key_guards_is_served_to_this_machine_only(settings, by_name, by_proxy):
+    environ = {"AIPROXY_" + name: value for name, value in settings.items()}
+    in_force = aiproxy.Settings(environ)
+
+    def is_served(host, *fields):
+        headers = aiproxy.Headers([(b"Host", host), *fields])
+        try:
+            aiproxy.check_host_allowed(types.SimpleNamespace(headers=headers), in_force)
+        except aiproxy.ErrorResponse as error:
+            assert (error.status, error.code) == (403, "host_not_allowed")
+            return False
+        return True
+
+    assert is_served(b"localhost:8000")
+    assert is_served(b"proxy.example") == by_name
+    assert is_served(b"localhost", (b"X-Forwarded-For", b"203.0.113.9")) == by_proxy
+
+
+@pytest.mark.parametrize("settings,is_any", [
+    ({}, True),
+    ({"UPSTREAM": "https://api.anthropic.com"}, True),
+    ({"UPSTREAM": "ollama"}, False),
+    (KEYLESS, False),
+    ({"UPSTREAM": "https://api.provider.example/v1"}, False),
+    ({"UPSTREAM": "ollama", "CLIENT_KEYS": "a"}, True),
+    ({"KEY": "sk-1", "CLIENT_KEYS": "a"}, True),
+    ({"KEY": "sk-1", "OPEN": "1"}, False),
+], ids=str)
+def test_any_page_may_call_only_where_callers_must_present_a_key(settings, is_any):
+    environ = {"AIPROXY_" + name: value for name, value in settings.items()}
+    in_force = aiproxy.Settings(environ)
+    fields = [(b"Origin", b"https://app.example")]
+    without_origin = aiproxy.Headers([(b"Sec-Fetch-Site", b"cross-site")])
+
+    assert aiproxy.is_origin_allowed(aiproxy.Headers(fields), in_force) == is_any
+    assert aiproxy.is_origin_allowed(without_origin, in_force) == is_any
 
 
 def test_check_prints_every_setting_and_no_key(check):
