@@ -128,7 +128,7 @@ AIPROXY_MAX_TOKENS = ""         # output tokens of a request
 AIPROXY_MAX_CHARS = ""          # characters of prompt text in a request
 AIPROXY_MAX_BODY = "32MB"       # bytes of a request's body
 AIPROXY_MAX_CONNECTIONS = "1024"  # clients served at once
-AIPROXY_MAX_PER_CLIENT = "64"   # connections from one client address
+AIPROXY_MAX_PER_CLIENT = "256"  # connections from one client address
 AIPROXY_CONNECT_TIMEOUT = "10"  # seconds to connect to the upstream
 AIPROXY_TIMEOUT = "600"         # seconds of upstream silence
 AIPROXY_GRACE = "8"             # seconds that running requests get at SIGTERM
@@ -345,11 +345,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.started = int(time.time())
         self.closing = False        # after a signal: no more clients, and none is kept alive
-        # The client connections, each with the address it counts for. The condition guards them.
+        # The client connections, each with the address it counts for, and the number of an
+        # address's connections. The condition guards both.
         self.clients = {}
+        self.client_counts = collections.Counter()
         self.client_ended = threading.Condition()
-        # The handlers whose clients are idle, and since when. No lock: adding, removing and
-        # copying are single steps of a dict, and it is the removal that decides (mark_busy).
+        # By connection the handlers whose clients are idle, and since when. No lock: adding,
+        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
         self.idle = {}
 
         self.capacity = raise_file_limit(settings.max_connections)
@@ -404,12 +406,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Give the new client a thread. 503 over its own limit, or if no idle one can make room."""
         address = network_of(client_address[0])
         with self.client_ended:
-            has_room = len(self.clients) < self.capacity
             self.clients[request] = address
-            count = list(self.clients.values()).count(address)
-        over_client_limit = count > self.settings.max_per_client and not is_loopback(address)
-        if over_client_limit or not (has_room or self.evict_idle(1)):
-            self.refuse_busy(request)
+            self.client_counts[address] += 1
+            has_room = self.make_room(address, client_address)
+        if not has_room:
+            self.refuse_busy(request, client_address)
             return
         try:
             self.threads.submit(self.process_request_thread, request, client_address)
@@ -418,19 +419,31 @@ class Server(http.server.ThreadingHTTPServer):
             # closed, and its count of idle threads is wrong from now on.
             self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
-            self.refuse_busy(request)
+            self.refuse_busy(request, client_address)
+
+    def make_room(self, address, client_address):
+        """Is there room for the newest client? If it takes that, an idle one is hung up on."""
+        if self.client_counts[address] > self.settings.max_per_client:
+            is_exempt = is_loopback(address) or self.is_trusted_proxy(client_address[0])
+            if not is_exempt:
+                return self.evict_idle(1, address=address) > 0
+        return len(self.clients) <= self.capacity or self.evict_idle(1) > 0
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
         return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
-    def refuse_busy(self, request):
+    def refuse_busy(self, request, client_address):
         """503 from the accepting thread: one write that cannot block, then a lingering close."""
         error = ErrorResponse(503, "server_busy", "Too many clients. Try again.",
                               headers=[(b"Retry-After", b"1")])
         content = render_error(error)
         headers = error.headers + [JSON_TYPE]
-        headers += own_headers(headers, make_request_id())
+        record = Record(client_address[0])
+        record.status = error.status
+        record.outcome = error.code
+        self.log.write(record)
+        headers += own_headers(headers, record.id)
         headers += self.cors_headers(None, self.settings)
         headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
         with contextlib.suppress(OSError):
@@ -444,7 +457,11 @@ class Server(http.server.ThreadingHTTPServer):
         """The end of every connection that process_request let in. One that lingers is detached."""
         request.close()
         with self.client_ended:
-            self.clients.pop(request, None)
+            self.idle.pop(request, None)
+            address = self.clients.pop(request)
+            self.client_counts[address] -= 1
+            if not self.client_counts[address]:
+                del self.client_counts[address]
             self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
@@ -457,25 +474,30 @@ class Server(http.server.ThreadingHTTPServer):
         self.log.warn("fault: " + format_traceback(error))
 
     def mark_idle(self, handler):
-        self.idle[handler] = time.monotonic()
+        self.idle[handler.connection] = (handler, time.monotonic())
 
     def mark_busy(self, handler):
         """The client sends again. False if it has been evicted meanwhile."""
-        return self.idle.pop(handler, None) is not None
+        return self.idle.pop(handler.connection, None) is not None
 
-    def evict_idle(self, most, min_age=0):
+    def evict_idle(self, most, min_age=0, address=None):
         """Hang up on up to `most` clients that were idle for `min_age` seconds. Returns how many.
 
-        The longest idle go first, none whose next request has just come.
+        The longest idle go first, none whose next request has just come; those that have hung up
+        themselves count. `address`: only its own.
         """
         now = time.monotonic()
         evicted = 0
-        for handler, since in self.idle.copy().items():
+        for handler, since in self.idle.copy().values():
             if evicted == most or now - since < min_age:
                 break               # those that follow have been idle for less time
+            if address and handler.address != address:
+                continue
             # It may leave by itself at any moment: ValueError is a socket that has been closed.
             with contextlib.suppress(OSError, ValueError):
-                if not wait_ready(0, handler.client, READ) and self.mark_busy(handler):
+                is_readable = wait_ready(0, handler.client, READ)
+                has_request = is_readable and not is_closed(handler.client)
+                if not has_request and self.mark_busy(handler):
                     evicted += 1
                     handler.client.sock.shutdown(socket.SHUT_RDWR)      # this wakes its thread
         return evicted
@@ -579,6 +601,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         # socketserver calls the socket `request`; from here on that is the HTTP request.
+        self.connection = self.request
         self.client = BufferedSocket(self.request)
         self.client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.address = network_of(self.client_address[0])
@@ -623,6 +646,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.client.buffer:
             self.server.mark_idle(self)
             arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
+            if arrived and is_closed(self.client):      # idle to the end: its place can be had
+                raise ClientGone("idle")
             is_evicted = not self.server.mark_busy(self)
             if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
                 raise ClientGone("idle")
@@ -2187,6 +2212,16 @@ def is_worth_watching(client):
     """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
     return len(client.buffer) < MAX_PIPELINED_BYTES
 
+def is_closed(client):
+    """Has an idle client that is readable closed its connection? Nothing is read."""
+    try:
+        # Not the method of the class for TLS, which takes no flags.
+        return not socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
 def has_disconnected(client):
     """Has a client left that is readable while a response is under way?
 
@@ -3002,7 +3037,8 @@ OPTIONS = (
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
            "clients served at once; above it 503"),
     Option("AIPROXY_MAX_PER_CLIENT", AIPROXY_MAX_PER_CLIENT, COUNT,
-           "connections from one client address, this machine's own excepted; above it 503"),
+           "connections from one client address, but for this machine and trusted proxies; above "
+           "it 503"),
     Option("AIPROXY_CONNECT_TIMEOUT", AIPROXY_CONNECT_TIMEOUT, SECONDS,
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
