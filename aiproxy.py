@@ -60,10 +60,12 @@ RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
 import argparse
 import base64
+import codecs
 import collections
 import concurrent.futures
 import contextlib
 import datetime
+import difflib
 import email.utils
 import errno
 import functools
@@ -2841,14 +2843,28 @@ def find_provider(netloc):
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
+# Sample values, of our README and of others', and variables that nobody has filled in.
 PLACEHOLDER = re.compile(
-    r"<.*>|(sk-)?your[-_ ].*|(sk-)?your(api)?key.*|.*你的.*|(sk-)?(x{3,}|\.{3,}|\*{3,}|…)"
-    r"|api[-_ ]?key|change[-_ ]?me|replace[-_ ]?me|placeholder|todo", re.I)
+    r"<.*>|\[.*\]|\{.*\}|\$\w+|\$\{.*\}|%\w+%|.*(你的|自己编).*|.*(\.{3}|…)"
+    r"|(\w+[-_])*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*|(sk-)?your(api)?key.*"
+    r"|.*[-_ ]here|(insert|enter|paste|put|change|replace|fill)[-_ ]?(in[-_ ])?(me|this|it)"
+    r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
+    r"|placeholder|todo|password", re.I)
+# What keys look like: shown in no message, wherever one was put by mistake.
+LIKE_KEY = re.compile(
+    r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
 VISIBLE = r"[\x21-\x7e]*"
 # RFC 6454 section 6.2, and a `*` where a list may have one. Only http and https have host names.
 WEB_ORIGIN = re.compile(
     r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
 OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
+
+def clean(text):
+    """Without the quotes around all of it: Docker's env files keep them."""
+    text = text.strip()
+    if text[:1] in ("'", '"') and text.find(text[0], 1) == len(text) - 1:
+        return text[1:-1].strip()
+    return text
 
 def match_all(pattern, text, takes):
     """The match of all of `text`. ValueError if there is none."""
@@ -2877,7 +2893,7 @@ def number(kind, least, most, takes):
 
 def parse_list(text):
     """The items of a comma-separated list. A list that is meant must not count as none."""
-    items = [item.strip() for item in text.split(",") if item.strip()]
+    items = [clean(item) for item in text.split(",") if clean(item)]
     if text and not items:
         raise ValueError("a list with something between its commas")
     return items
@@ -2887,6 +2903,12 @@ def parse_key(text):
         raise ValueError("a real key: this one looks like a placeholder from an example")
     return match_all(r"[\x21-\x7e]+", text, "keys of visible ASCII characters: look for spaces, "
                                             "line ends and typographic quotes").group().encode()
+
+def parse_key_header(text):
+    takes = "a header field's name, such as x-api-key"
+    if LIKE_KEY.search(text):
+        raise ValueError(takes)
+    return match_all("(?:%s)?" % TOKEN.decode(), text, takes).group()
 
 def parse_keys(text):
     return [parse_key(item) for item in parse_list(text)]
@@ -2994,7 +3016,7 @@ Option = collections.namedtuple("Option", (
     "parse",        # text to value
     "help",         # for --help and the README
 ))
-SECRET_PARSERS = (parse_keys, parse_client_keys)        # what these read is never shown
+SECRET_PARSERS = (parse_keys, parse_client_keys, parse_key_header)  # what they get is never shown
 COUNT = number(int, 1, 1000000, "a number from 1")
 SECONDS = number(float, 0.001, 86400, "seconds, more than 0")
 
@@ -3003,8 +3025,7 @@ OPTIONS = (
            "a provider's name (see PROVIDERS) or a base URL; a path in it takes the place of /v1"),
     Option("AIPROXY_KEY", AIPROXY_KEY, parse_keys,
            "the provider key, or several, comma-separated; empty: callers bring their own"),
-    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER,
-           matching("(?:%s)?" % TOKEN.decode(), "a header field's name"),
+    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER, parse_key_header,
            "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
@@ -3024,7 +3045,8 @@ OPTIONS = (
     Option("AIPROXY_HOST", AIPROXY_HOST, matching(VISIBLE, "an address or a host name"),
            "address to listen on"),
     Option("AIPROXY_PORT", AIPROXY_PORT, number(int, 0, 65535, "a port number, 0 to 65535"),
-           "port to listen on; where it is not set, PORT and FC_SERVER_PORT are understood"),
+           "port to listen on; where it is not set, PORT, FC_SERVER_PORT and FC_CUSTOM_LISTEN_PORT "
+           "are understood"),
     Option("AIPROXY_RATE", AIPROXY_RATE, parse_rate,
            "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
            "empty: no limit, or 60/min with AIPROXY_OPEN"),
@@ -3048,14 +3070,61 @@ OPTIONS = (
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
            "one line per request on stdout: text, json or off"),
 )
-PORT_VARIABLES = ("PORT", "FC_SERVER_PORT")     # where platforms name the port
+# Where platforms name the port.
+PORT_VARIABLES = ("PORT", "FC_SERVER_PORT", "FC_CUSTOM_LISTEN_PORT")
+# Steps by which sections of part two read more: (settings), may raise SettingError.
+MORE_SETTINGS = []
+
+# What is read of the environment, by us, by urllib and by OpenSSL.
+OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
+                          r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_(?:FILE|DIR)", re.I | re.S)
+# What Kubernetes sets for a service called aiproxy, or aiproxy-more: NAME=value.
+KUBERNETES_VARIABLE = re.compile(
+    r"AIPROXY_(?:\w+_)?(?:(?:SERVICE|PORT)_\w+=.*|PORT=(?:tcp|udp|sctp)://.*)", re.S)
+
+def clean_environment(environ):
+    """Take the quotes off values; what is empty, or Kubernetes' own, counts as not set."""
+    for name, value in list(environ.items()):
+        if not OWN_VARIABLE.fullmatch(name):
+            continue
+        value = clean(value)
+        if value and not KUBERNETES_VARIABLE.fullmatch("%s=%s" % (name, value)):
+            environ[name] = value
+        else:
+            del environ[name]
+
+def check_names(environ):
+    """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
+    names = [option.name for option in OPTIONS]
+    for name in environ:
+        if name.upper().startswith("AIPROXY_") and name not in names:
+            nearest = difflib.get_close_matches(name.upper(), names, 1, 0)
+            raise SettingError("%s is not a setting; did you mean %s?"
+                               % (printable(name[:64]), nearest[0]))
+
+def constant_text(option):
+    """The value of a constant at the top, where somebody may have written a number or a list."""
+    value = option.default
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value).strip()
+
+def find_option(variable):
+    return next(option for option in OPTIONS if option.name == variable)
+
+def may_be_secret(option, text):
+    """Must this text for an option not be shown?"""
+    has_user_info = option.parse is Upstream and re.search("[@?#]", text)
+    return bool(option.parse in SECRET_PARSERS or has_user_info or LIKE_KEY.search(text))
 
 
 class Settings:
     """The settings in force, read from `environ` here and nowhere else. Raises SettingError."""
 
     def __init__(self, environ):
-        self.environ = environ
+        self.environ = dict(environ)
+        clean_environment(self.environ)
+        check_names(self.environ)
         self.shown = {}                 # by variable: what --check prints
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
@@ -3079,21 +3148,19 @@ class Settings:
         """Where a setting is set, and to what: in the environment, or in this file."""
         others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
         for name in (option.name, *others):
-            text = self.environ.get(name, "").strip()
-            if text:
-                return name, text
-        return option.name, option.default
+            if name in self.environ:
+                return name, self.environ[name]
+        return option.name, constant_text(option)
 
     def read(self, variable):
         """The value of the setting with this name. Raises SettingError."""
-        option = next(option for option in OPTIONS if option.name == variable)
+        option = find_option(variable)
         name, text = self.text(option)
         try:
             return option.parse(text)
         except ValueError as error:
             got = "got %r" % text
-            has_user_info = option.parse is Upstream and re.search("[@?#]", text)
-            if option.parse in SECRET_PARSERS or has_user_info:
+            if may_be_secret(option, text):
                 got = "got something that is not shown here because it may be secret"
             raise SettingError("%s: %s; it takes %s" % (name, got, error))
 
@@ -3158,12 +3225,12 @@ class Settings:
         """SettingError for a combination that would be open by accident."""
         if self.is_guarded_by_loopback and not is_loopback(self.host):
             raise SettingError(
-                "A provider key is hidden and AIPROXY_HOST=%s lets others reach it, but no client "
+                "A provider key is hidden and AIPROXY_HOST lets others reach it, but no client "
                 "key is asked for. Set one of:\n"
                 "  AIPROXY_CLIENT_KEYS=name=%s   (what clients must send)\n"
                 "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
                 "  AIPROXY_OPEN=1   (anyone may spend the key)"
-                % (self.host, os.urandom(18).hex()))
+                % os.urandom(18).hex())
         if self.client_keys and not self.provider_keys and self.upstream.wants_key:
             raise SettingError(
                 "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
@@ -3197,8 +3264,9 @@ def make_parser():
     lines = ["settings, from the environment:"]
     for option in OPTIONS:
         line = "  %-24s %s" % (option.name, option.help)
-        if option.default and option.parse not in SECRET_PARSERS:
-            line += " (default %s)" % option.default
+        default = constant_text(option)
+        if default and not may_be_secret(option, default):
+            line += " (default %s)" % default
         lines.append(line)
     parser = ArgumentParser(
         "aiproxy.py", description="Relays an AI provider's API and hides its key.",
@@ -3217,26 +3285,55 @@ def make_parser():
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
+    values = {}
     for path in options.env_file:
-        read_env_file(path, environ)
+        values.update(read_env_file(path))
+    clean_environment(values)
+    clean_environment(environ)
+    for name, value in values.items():
+        environ.setdefault(name, value)         # the real environment wins
+
     for name in ("host", "port", "upstream"):
-        if getattr(options, name) is not None:
-            environ["AIPROXY_" + name.upper()] = getattr(options, name)
+        text = getattr(options, name)
+        if text is None:
+            continue
+        variable = "AIPROXY_" + name.upper()
+        try:
+            find_option(variable).parse(text)
+        except ValueError as error:             # what it got is not shown: it may be a key
+            raise SettingError("--%s: it takes %s" % (name, error))
+        environ[variable] = text
 
-ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['\"]?)(.*)\2", re.A)
+ENV_LINE = re.compile(
+    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
 
-def read_env_file(path, environ):
-    """Put the KEY=value lines of a file into `environ`, without the quotes around a value."""
+def read_env_file(path):
+    """The variables in a file of NAME=value lines. Any other line is a SettingError."""
     try:
-        with open(path, encoding="utf-8-sig") as file:      # Windows' editors begin with a mark
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise SettingError("--env-file %s: %s" % (path, reason))
-    for line in lines:
-        match = ENV_LINE.fullmatch(line.strip())
-        if match and not environ.get(match[1], "").strip():     # the real environment wins
-            environ[match[1]] = match[3]
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:                    # the path is not shown: it may be a key
+        raise SettingError("--env-file: %s" % error.strerror)
+    if data.startswith(codecs.BOM_UTF8):        # Windows' editors begin with it
+        data = data[len(codecs.BOM_UTF8):]
+    values = {}
+    lines = re.split(b"\r\n|\r|\n", data)
+    for number, line in enumerate(lines, 1):
+        try:
+            name, value = parse_env_line(line)
+        except ValueError:                      # also for what is not UTF-8
+            raise SettingError("--env-file %s: line %d is no NAME=value in UTF-8" % (path, number))
+        if value:
+            values[name] = value
+    return values
+
+def parse_env_line(line):
+    """A name and its value, both empty for a comment. ValueError for anything else."""
+    text = line.decode().strip()
+    if not text or text.startswith("#"):
+        return "", ""
+    name, value = match_all(ENV_LINE, text, "NAME=value").groups()
+    return name, clean(value)
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
@@ -3265,8 +3362,10 @@ def serve(settings, on_start):
     try:
         server = Server(settings)
     except OSError as error:
+        # Only an address is shown: anything else may be a key.
+        host = plain_address(settings.host) or "AIPROXY_HOST"
         print("aiproxy: cannot listen on %s port %d: %s"
-              % (settings.host, settings.port, error.strerror or error), file=sys.stderr)
+              % (host, settings.port, error.strerror or error), file=sys.stderr)
         return 1
 
     def on_signal(number, frame):

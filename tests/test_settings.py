@@ -48,7 +48,6 @@ INVALID = [
             "data:,x",
         ],
     ),
-    ("AIPROXY_KEY_HEADER", ["X Key", "Key:", "Schl\xfcssel"]),
     ("AIPROXY_MODELS", ["a,b=", "=a", "a,a", "a b"]),
     ("AIPROXY_DEFAULT_MODEL", ["a b"]),
     ("AIPROXY_PATHS", ["v1/chat", "FETCH /v1/chat", "/v1/../x", "/v1//x", "/v1?x", "GET"]),
@@ -106,12 +105,36 @@ PLACEHOLDERS = [
     "YOUR_KEY",
     "api-key",
     "\u4f60\u7684\u5bc6\u94a5",
+    "sk-proj-xxxxxxxxxxxx",
+    "sk-proj-...",
+    "my-secret-key",
+    "$OPENAI_API_KEY",
+    "${OPENAI_API_KEY}",
+    "%OPENAI_API_KEY%",
+    "{{key}}",
+    "[key]",
+    "insert-me",
+    "paste-it-here",
+    "enter_your_api_key",
+    "client_secret",
+    "password",
+    "not-needed-here",
+    "a-long-random-string",
+    "\u81ea\u5df1\u7f16\u7684\u957f\u968f\u673a\u4e32",
 ]
 # A variable that may hold a secret, an invalid value, and a word of the error message.
 SECRET_VALUES = [
     ("AIPROXY_KEY", "s3cret key", "visible ASCII"),
     ("AIPROXY_KEY", "\u201cs3cret\u201d", "visible ASCII"),
     ("AIPROXY_KEY", "s3cret\nX: y", "visible ASCII"),
+    ("AIPROXY_KEY_HEADER", "X s3cret", "field's name"),
+    ("AIPROXY_KEY_HEADER", "s3cret:", "field's name"),
+    ("AIPROXY_KEY_HEADER", "Authorization: Bearer sk-s3cret", "field's name"),
+    ("AIPROXY_KEY_HEADER", "sk-s3cret", "field's name"),
+    ("AIPROXY_KEY_HEADER", "Schl\xfcssel", "field's name"),
+    ("AIPROXY_UPSTREAM", "sk-s3cret", "base URL"),
+    ("AIPROXY_PORT", "sk-s3cret", "port"),
+    ("AIPROXY_LOG", "0123456789abcdef0123456789abcdef", "text"),
     ("AIPROXY_CLIENT_KEYS", "bad name=s3cret", "names of 1 to 32"),
     ("AIPROXY_CLIENT_KEYS", "a=s3cret,a=s3cret2", "once"),
     ("AIPROXY_CLIENT_KEYS", "a=s3cret,b=s3cret", "once"),
@@ -140,6 +163,109 @@ def test_an_invalid_value_that_may_be_secret_is_not_shown(check, name, value, wo
     assert len(err.splitlines()) == 1
     assert value not in err
     assert not any(secret in err for secret in SECRETS)
+
+
+REAL_KEYS = [
+    "sk-proj-Abcdxxx123456",
+    "gsk_0123456789abcdef",
+    "keyring-7f3a",
+    "hereby-secret-1",
+    "0123456789abcdef0123456789abcdef.AbCdEfGh",
+    "none",
+    "EMPTY",
+    "tokenizer",
+]
+
+
+@pytest.mark.parametrize("key", REAL_KEYS)
+def test_a_key_that_only_resembles_a_placeholder_is_taken(key):
+    settings = aiproxy.Settings({"AIPROXY_KEY": key})
+    assert settings.provider_keys == [key.encode()]
+
+
+# Values with quotes, and what is meant.
+QUOTED = [
+    ('"a,b=c"', "a b=c"),
+    ("'a,b=c'", "a b=c"),
+    (' "a" ', "a"),
+    ('"a","b"', "a b"),
+    ("'a', b", "a b"),
+    ('""', ""),
+    ("''", ""),
+    ('" "', ""),
+    ("", ""),
+    (" ", ""),
+]
+
+
+@pytest.mark.parametrize("value,meant", QUOTED, ids=ascii)
+def test_quotes_around_a_value_are_dropped_and_an_empty_one_is_not_set(value, meant):
+    settings = aiproxy.Settings({"AIPROXY_MODELS": value})
+    models = [name if name == model else name + "=" + model
+              for name, model in settings.models.items()]
+    assert models == meant.split()
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "https_proxy", "HTTP_PROXY", "ALL_PROXY"])
+def test_quotes_are_dropped_from_what_the_library_reads(name):
+    environ = {name: '"value"', "OTHER": '"value"'}
+    aiproxy.clean_environment(environ)
+    assert environ == {name: "value", "OTHER": '"value"'}
+
+    environ = {name: "''"}
+    aiproxy.clean_environment(environ)
+    assert environ == {}
+
+
+MISSPELT = [
+    ("AIPROXY_MODEL", "AIPROXY_MODELS"),
+    ("AIPROXY_CLIENT_KEY", "AIPROXY_CLIENT_KEYS"),
+    ("AIPROXY_APIKEY", "AIPROXY_KEY"),
+    ("AIPROXY_MAX_TOKEN", "AIPROXY_MAX_TOKENS"),
+    ("AIPROXY_ORIGIN", "AIPROXY_ORIGINS"),
+    ("AIPROXY_RATE_LIMIT", "AIPROXY_RATE"),
+    ("aiproxy_models", "AIPROXY_MODELS"),
+    ("AIPROXY_", "AIPROXY_"),
+]
+
+
+@pytest.mark.parametrize("name,meant", MISSPELT)
+def test_a_misspelt_variable_stops_the_start_and_the_nearest_is_named(check, tmp_path, name, meant):
+    status, out, err = check(**{name: "s3cret"})
+
+    assert (status, out) == (2, "")
+    assert err.startswith("aiproxy: %s is not a setting; did you mean %s" % (name, meant))
+    assert "s3cret" not in err
+
+    path = tmp_path / "env"
+    path.write_text(name + "=s3cret\n", encoding="utf-8")
+    assert check("--env-file", str(path)) == (status, out, err)
+    assert check(**{name: ""})[0] == 0
+
+
+SERVICE_VARIABLES = [
+    ("AIPROXY_SERVICE_HOST", "10.0.0.1"),
+    ("AIPROXY_SERVICE_PORT", "8000"),
+    ("AIPROXY_SERVICE_PORT_HTTP", "8000"),
+    ("AIPROXY_PORT", "tcp://10.0.0.1:81"),
+    ("AIPROXY_PORT", "udp://10.0.0.1:81"),
+    ("AIPROXY_PORT_81_TCP", "tcp://10.0.0.1:81"),
+    ("AIPROXY_PORT_81_TCP_ADDR", "10.0.0.1"),
+    ("AIPROXY_CANARY_SERVICE_HOST", "10.0.0.1"),
+    ("AIPROXY_CANARY_PORT", "tcp://10.0.0.1:81"),
+    ("AIPROXY_CANARY_PORT_81_TCP_PORT", "81"),
+]
+
+
+@pytest.mark.parametrize("name,value", SERVICE_VARIABLES)
+def test_what_kubernetes_sets_for_a_service_is_passed_over(check, tmp_path, name, value):
+    status, out, err = check(**{name: value})
+    assert (status, err) == (0, "")
+    assert "AIPROXY_PORT=8000\n" in out
+
+    path = tmp_path / "env"
+    path.write_text("AIPROXY_PORT=82\n", encoding="utf-8")
+    assert "AIPROXY_PORT=82\n" in check("--env-file", str(path), **{name: value})[1]
 
 
 # Settings that are unsafe together, and what the message must name.
@@ -391,6 +517,8 @@ def test_check_prints_every_setting_and_no_key(check):
     ({}, "8000"),
     ({"PORT": "81"}, "81"),
     ({"FC_SERVER_PORT": "82"}, "82"),
+    ({"FC_CUSTOM_LISTEN_PORT": "83"}, "83"),
+    ({"PORT": "", "FC_SERVER_PORT": "82"}, "82"),
     ({"PORT": "81", "FC_SERVER_PORT": "82"}, "81"),
     ({"PORT": "81", "AIPROXY_PORT": "80"}, "80"),
     ({"AIPROXY_PORT": " "}, "8000"),
@@ -424,7 +552,72 @@ def test_an_invalid_option_stops_the_start(check, arguments):
     assert status == 2
     assert out == ""
     assert "usage" in err
-    assert "s3cret" not in err or arguments == ["s3cret"]
+    assert "s3cret" not in err
+
+
+@pytest.mark.parametrize("option", ["--port", "--upstream", "--env-file"])
+@pytest.mark.parametrize("value", ["s3cret", "https://me:s3cret@host"])
+def test_the_value_of_an_option_may_be_a_key_and_is_not_shown(check, option, value):
+    for arguments in ([option, value], [option + "=" + value]):
+        status, out, err = check(*arguments)
+
+        assert status == 2
+        assert out == ""
+        assert option in err
+        assert "s3cret" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]], ids=["start", "check"])
+def test_a_host_may_be_a_key_and_is_not_shown(arguments):
+    environ = {"AIPROXY_KEY": "sk-1"} if arguments else {}
+    done = run_program("--host", "s3cret@0123", *arguments, env=environ)
+
+    assert done.returncode == (2 if arguments else 1)
+    assert "AIPROXY_HOST" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+# Constants at the top of the file as somebody may write them, and what --check prints.
+CONSTANTS = [
+    ("AIPROXY_PORT", 81, "81"),
+    ("AIPROXY_OPEN", True, "True"),
+    ("AIPROXY_MODELS", ["a", "b=c"], "a,b=c"),
+    ("AIPROXY_MAX_CHARS", None, None),
+    ("AIPROXY_GRACE", 2.5, "2.5"),
+]
+
+
+@pytest.mark.parametrize("name,value,shown", CONSTANTS)
+def test_a_constant_may_be_a_number_or_a_list(monkeypatch, check, name, value, shown):
+    replace_constants(monkeypatch, **{name: value})
+    status, out, err = check()
+
+    assert (status, err) == (0, "")
+    assert shown is None or "%s=%s\n" % (name, shown) in out
+
+
+def replace_constants(monkeypatch, **constants):
+    """As if other values stood at the top of the file."""
+    options = [option._replace(default=constants.get(option.name, option.default))
+               for option in aiproxy.OPTIONS]
+    monkeypatch.setattr(aiproxy, "OPTIONS", tuple(options))
+
+
+def test_help_shows_no_secret_that_is_set_in_the_file(monkeypatch, check):
+    replace_constants(
+        monkeypatch,
+        AIPROXY_KEY="sk-s3cret",
+        AIPROXY_CLIENT_KEYS="a=s3cret",
+        CLOUDFLARE_API_TOKEN="s3cret",
+        AIPROXY_KEY_HEADER="s3cret",
+        AIPROXY_UPSTREAM="https://me:s3cret@host.example",
+        AIPROXY_DEFAULT_MODEL="sk-s3cret",
+    )
+    status, out, err = check("--help", AIPROXY_KEY="sk-s3cret-2")
+
+    assert (status, err) == (0, "")
+    assert "AIPROXY_KEY" in out
+    assert "s3cret" not in out
 
 
 def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
@@ -452,9 +645,27 @@ def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"AIPROXY_KEY=s3cret\xff\xfe"], ids=["missing", "not text"]
+    "content,number",
+    [
+        (None, None),
+        (b"AIPROXY_KEY=s3cret\xff\xfe", 1),
+        ("AIPROXY_KEY=s3cret\n".encode("utf-16"), 1),
+        ("AIPROXY_KEY=s3cret\n".encode("utf-16-le"), 1),
+        ("AIPROXY_KEY=s3cret\n".encode("utf-16-be"), 1),
+        (b"\n# note\nAIPROXY_KEY: s3cret\n", 3),
+        (b"AIPROXY_RATE=1/s\r\n\r\ns3cret\r\n", 3),
+        (b"AIPROXY_RATE=1/s\rs3cret\r", 2),
+        (b"AIPROXY_KEY", 1),
+        (b"export AIPROXY_KEY\n", 1),
+        (b"set AIPROXY_KEY=s3cret\n", 1),
+        (b"AIPROXY_KEY=s3cret\0\n", 1),
+        (b"AIPROXY_MODELS=a\n\xef\xbb\xbfAIPROXY_KEY=s3cret\n", 2),
+        (b"AIPROXY_KEY='s3cret\n", 1),
+        (b'AIPROXY_KEY="s3cret" # note\n', 1),
+        (b"AIPROXY_MODELS=a\\\nb\n", 2),
+    ],
 )
-def test_an_env_file_that_cannot_be_read_stops_the_start(check, tmp_path, content):
+def test_a_line_that_is_no_assignment_stops_the_start(check, tmp_path, content, number):
     if content:
         (tmp_path / "env").write_bytes(content)
 
@@ -464,6 +675,22 @@ def test_an_env_file_that_cannot_be_read_stops_the_start(check, tmp_path, conten
     assert out == ""
     assert "--env-file" in err
     assert "s3cret" not in err
+    assert number is None or "line %d " % number in err
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+def test_a_byte_order_mark_is_skipped_and_later_lines_win(check, tmp_path, start):
+    first = tmp_path / "first"
+    first.write_bytes(start + b"AIPROXY_MODELS=a\nAIPROXY_MODELS=b\nAIPROXY_LOG=json\n")
+    second = tmp_path / "second"
+    second.write_bytes(start + b"AIPROXY_LOG=off\nAIPROXY_MODELS=\n")
+    files = ["--env-file", str(first), "--env-file", str(second)]
+    status, out, err = check(*files, AIPROXY_MODELS="")
+
+    assert (status, err) == (0, "")
+    assert "AIPROXY_MODELS=b\n" in out
+    assert "AIPROXY_LOG=off\n" in out
+    assert "AIPROXY_MODELS=c\n" in check(*files, AIPROXY_MODELS="c")[1]
 
 
 def test_help_and_version(check):
