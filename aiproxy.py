@@ -2794,7 +2794,7 @@ class Upstream:
         parts, explicit_port, self.host = split_base_url(self.shown)
         self.scheme = parts.scheme
         self.port = explicit_port or DEFAULT_PORTS[parts.scheme]
-        self.is_loopback = is_loopback(self.host)
+        self.is_loopback = is_loopback(numeric_host(self.host))
         self.base = parts.path                  # takes the place of /v1
         netloc = "[%s]" % self.host if ":" in self.host else self.host
         if explicit_port:
@@ -2833,6 +2833,26 @@ def split_base_url(url):
             raise ValueError("a base URL, to which clients add %s: %s"
                              % (endpoint, url[:-len(endpoint)]))
     return parts, port, host
+
+def numeric_host(host):
+    """The address that a host is in whatever form (127.1 is one), or its name."""
+    with contextlib.suppress(OSError):
+        host = socket.inet_ntoa(socket.inet_aton(host))
+    host = plain_address(host) or host.rstrip(".")
+    # To connect to "any address" is to connect to this machine.
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+def is_own_address(host):
+    """Does this host lead to this machine? Only to an address of its own can a socket be bound."""
+    try:
+        found = socket.getaddrinfo(numeric_host(host), 0, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as sock:
+            sock.bind(address)
+            return True
+    return False
 
 def find_provider(netloc):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
@@ -3143,6 +3163,10 @@ class Settings:
         self.derive_guards()
         self.check_safe()
         self.check_consistent()
+        if self.upstream.scheme == "https":
+            self.check_certificates()
+        for read_more in MORE_SETTINGS:
+            read_more(self)
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
@@ -3245,10 +3269,24 @@ class Settings:
         if self.models and self.default_model and self.default_model not in self.models:
             raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
                                % self.default_model)
-        listens_here = is_loopback(self.host) or self.host in ("0.0.0.0", "::")
-        if listens_here and self.upstream.is_loopback and self.port == self.upstream.port:
-            raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than this proxy"
-                               % self.upstream.url)
+        if self.port == self.upstream.port and is_own_address(self.upstream.host):
+            raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than this proxy: "
+                               "that is its own address and AIPROXY_PORT" % self.upstream.url)
+
+    def check_certificates(self):
+        """SettingError for certificates in the environment that OpenSSL would just pass over."""
+        file = self.environ.get("SSL_CERT_FILE")
+        folders = self.environ.get("SSL_CERT_DIR", "").split(os.pathsep)
+        try:
+            name = "SSL_CERT_FILE"
+            if file:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+            name = "SSL_CERT_DIR"
+            for folder in filter(None, folders):
+                os.listdir(folder)
+        except OSError as error:            # an SSLError is one, too
+            raise SettingError("%s: certificates cannot be read there: %s"
+                               % (name, error.strerror or error))
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3341,8 +3379,7 @@ def main():
         parser = make_parser()
         options = parser.parse_args()
         if options.help or options.version:
-            print(parser.format_help() if options.help else "aiproxy " + __version__)
-            return 0
+            return show(parser.format_help() if options.help else "aiproxy " + __version__)
         read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
         on_start += start_demo(options, os.environ)     # part two: Demo
@@ -3351,9 +3388,16 @@ def main():
         print("aiproxy: %s" % error, file=sys.stderr)
         return 2
     if options.check:
-        print("\n".join("%s=%s" % pair for pair in settings.shown.items()))
-        return 0
+        return show("\n".join("%s=%s" % pair for pair in settings.shown.items()))
     return serve(settings, on_start)
+
+def show(text):
+    """Print on stdout, for somebody who may not read it all (`--help | head`). Returns 0."""
+    try:
+        print(text, flush=True)
+    except OSError:             # Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 def serve(settings, on_start):
     """Serve until a signal comes."""
@@ -3707,40 +3751,56 @@ def retry_after(value):
     return min(max(seconds, 0), MAX_COOLDOWN)
 
 # ---- Proxies on the way up -----------------------------------------------------------------------
-# Does: reaches the upstream through the environment's HTTPS_PROXY or HTTP_PROXY, if there is one.
+# Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that the pool connects to; a connection before its TLS; plain requests.
 # Entered: `install_upstream_proxy` in Server.install_features changes the pool or the opener.
 
 def install_upstream_proxy(server):
-    upstream = server.settings.upstream
-    url = find_proxy(upstream)
-    if not url:
+    proxy = server.settings.proxy
+    if not proxy:
         return
-    try:
-        proxy = UpstreamProxy(url, upstream)
-    except ValueError:          # its message would hold a part of the URL, perhaps of the password
-        sys.exit("aiproxy: the proxy for %s in the environment must be a URL such as "
-                 "http://host:8080" % upstream.scheme)
     server.proxy = proxy.netloc
     server.upstream_handler.pool.address = proxy.address
-    if upstream.scheme == "https":
+    if server.settings.upstream.scheme == "https":
         server.upstream_handler.pool.open_tunnel = proxy.open_tunnel
     else:
         server.opener.add_handler(proxy)
 
+def read_proxy(settings):
+    """The environment's proxy for the upstream, as a setting."""
+    settings.proxy = None
+    name, url = find_proxy(settings.upstream)
+    if not url:
+        return
+    try:
+        settings.proxy = UpstreamProxy(url, settings.upstream)
+    except ValueError:          # its message would hold a part of the URL, perhaps of the password
+        raise SettingError("%s: got something that is not shown here because it may be secret; it "
+                           "takes the URL of an HTTP proxy, such as http://host:8080 (proxies that "
+                           "speak SOCKS or TLS are not supported)" % name)
+    settings.shown[name] = settings.proxy.netloc
+
+MORE_SETTINGS.append(read_proxy)
+
 def find_proxy(upstream):
-    """The URL of the environment's proxy for this upstream. Never one for a loopback upstream."""
+    """Variable and URL of the environment's proxy for this upstream. None for a loopback one."""
     if upstream.is_loopback or urllib.request.proxy_bypass(upstream.netloc.decode()):
-        return None
-    return urllib.request.getproxies().get(upstream.scheme)
+        return "", None
+    proxies = urllib.request.getproxies()
+    kind = upstream.scheme if proxies.get(upstream.scheme) else "all"
+    name = kind + "_proxy"
+    if not os.environ.get(name):
+        name = name.upper()
+    return name, proxies.get(kind)
 
 
 class UpstreamProxy(urllib.request.BaseHandler):
     """An HTTP proxy in front of the upstream. ValueError for what is not the URL of one."""
 
     def __init__(self, url, upstream):
-        parts = urllib.parse.urlsplit(url if "//" in url else "//" + url)
-        if not parts.hostname:
+        parts = urllib.parse.urlsplit(url if "//" in url else "http://" + url)
+        has_more = parts.path.strip("/") or parts.query or parts.fragment
+        if parts.scheme != "http" or not parts.hostname or parts.port == 0 or has_more:
             raise ValueError()
         self.address = (parts.hostname, parts.port or 80)
         self.netloc = parts.netloc.rpartition("@")[2]       # without the user info: it is secret

@@ -4,12 +4,14 @@ The line never shows a secret.
 """
 
 import os
+import subprocess
+import sys
 import types
 
 import pytest
 
 import aiproxy
-from support import run_program
+from support import PROGRAM, clean_environ, run_program
 
 KEY = {"AIPROXY_KEY": "sk-hidden-key"}
 SECRETS = ("s3cret", "sk-hidden", "ck-alice")
@@ -327,6 +329,57 @@ UNSAFE = [
         id="the same on every address",
     ),
 ]
+
+
+OWN_HOSTS = [
+    "127.0.0.1",
+    "localhost",
+    "LOCALHOST.",
+    "0.0.0.0",
+    "0",
+    "127.1",
+    "2130706433",
+    "0x7f.0.0.1",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]",
+    "127.8.8.8",
+]
+
+
+@pytest.mark.parametrize("host", OWN_HOSTS)
+def test_an_upstream_that_is_the_relay_itself_does_not_start(check, host):
+    own = "http://%s:8765" % host
+    status, out, err = check(AIPROXY_UPSTREAM=own, AIPROXY_PORT="8765")
+    assert (status, out) == (2, "")
+    assert err.startswith("aiproxy: AIPROXY_UPSTREAM: ")
+
+    assert check(AIPROXY_UPSTREAM=own, AIPROXY_PORT="8766")[0] == 0
+    assert aiproxy.Upstream(own).is_loopback
+
+
+def test_another_machine_may_have_the_same_port(check):
+    for host in ("192.0.2.1", "host.invalid"):
+        assert check(AIPROXY_UPSTREAM="http://%s:8000" % host)[0] == 0
+        assert not aiproxy.Upstream("http://%s:8000" % host).is_loopback
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_certificates_that_cannot_be_read_stop_the_start(check, tmp_path, name):
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    text = tmp_path / "text"
+    text.write_text("no certificate\n", encoding="utf-8")
+    values = [str(tmp_path / "missing"), str(empty), str(text)]
+    if name == "SSL_CERT_DIR":
+        values.append(str(tmp_path) + os.pathsep + str(tmp_path / "missing"))
+        assert check(**{name: str(tmp_path)})[0] == 0
+
+    for value in values:
+        status, out, err = check(**{name: value})
+        assert (status, out) == (2, "")
+        assert err.startswith("aiproxy: %s: " % name)
+        assert check(AIPROXY_UPSTREAM="http://provider.test", **{name: value})[0] == 0
+    assert check(**{name: '""'})[0] == 0
 
 
 @pytest.mark.parametrize("environ,names", UNSAFE)
@@ -717,6 +770,17 @@ def test_the_program_exits_with_the_right_status(arguments, env, status, expecte
     assert expected in (done.stderr if status else done.stdout)
     assert "Traceback" not in done.stderr
     assert "sk-hidden" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--check", "--version"])
+def test_what_is_printed_need_not_be_read(option):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, PROGRAM, option]
+    done = subprocess.run(command, env=clean_environ(), stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_variables_of_the_openai_sdk_are_ignored():
