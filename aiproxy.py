@@ -3165,6 +3165,7 @@ class Settings:
         self.check_consistent()
         if self.upstream.scheme == "https":
             self.check_certificates()
+        self.show_derived()
         for read_more in MORE_SETTINGS:
             read_more(self)
 
@@ -3244,6 +3245,23 @@ class Settings:
             self.origins = ["*"]
         self.any_origin = "*" in self.origins
         self.origin_pattern = origin_pattern(self.origins)
+
+    def show_derived(self):
+        """What is in force where that is not what was typed, for --check and the banner."""
+        paths = ["%s %s" % rule for rule in self.paths or ()]
+        fields = [name.decode() for name, _ in self.key_fields[:1]]
+        in_force = {
+            "AIPROXY_KEY_HEADER": "".join(fields) or "none",
+            "AIPROXY_MODELS": self.shown["AIPROXY_MODELS"] or "all",
+            "AIPROXY_DEFAULT_MODEL": self.default_model or "none",
+            "AIPROXY_PATHS": ", ".join(paths) or "all",
+            "AIPROXY_ORIGINS": ", ".join(self.origins) or "none",
+            "AIPROXY_OPEN": str(int(self.open)),
+            "AIPROXY_RATE": self.shown["AIPROXY_RATE"] or "none",
+            "AIPROXY_MAX_TOKENS": str(self.max_tokens or "none"),
+            "AIPROXY_MAX_CHARS": str(self.max_chars or "none"),
+        }
+        self.shown.update(in_force)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
@@ -4080,16 +4098,19 @@ class Direction:
 def print_banner(server):
     settings = server.settings
     client_names = [name for name, _ in settings.client_keys]
-    paths = ["%s %s" % rule for rule in settings.paths or ()]
+    shown = settings.shown
     origins = ["any"] if settings.any_origin else settings.origins
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
         "models       " + (", ".join(settings.models_shown) or "all"),
-        "paths        " + (", ".join(paths) or "all"),
+        "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + (", ".join(origins) or "none: browsers are refused"),
-        "limits       %d clients, %d bytes a body, %gs to connect, %gs of silence" % (
-            server.capacity, settings.max_body, settings.connect_timeout, settings.timeout),
+        "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
+            shown["AIPROXY_RATE"], shown["AIPROXY_MAX_TOKENS"], shown["AIPROXY_MAX_CHARS"],
+            settings.max_body),
+        "             %d clients, %d from an address, %gs to connect, %gs of silence" % (
+            server.capacity, settings.max_per_client, settings.connect_timeout, settings.timeout),
         *("warning: " + warning for warning in warnings(server)),
         "try          " + curl_command(server),
     ]
@@ -4117,9 +4138,21 @@ def warnings(server):
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
     if settings.is_guarded_by_loopback and settings.any_origin:
         yield "AIPROXY_ORIGINS=*: any web page that you open can spend your key"
-    is_on_platform = any(os.environ.get(name) for name in PORT_VARIABLES)
+    for name, (ours, is_set) in others_names(settings).items():
+        if settings.environ.get(name) and not is_set:
+            yield "%s is not read; the name here is %s" % (name, ours)
+    is_on_platform = any(name in settings.environ for name in PORT_VARIABLES)
     if is_loopback(settings.host) and is_on_platform:
         yield "on this platform AIPROXY_HOST=0.0.0.0 is needed to be reached"
+
+def others_names(settings):
+    """By variables of similar programs, ours, and whether that is set."""
+    key_variable = settings.upstream.provider.key_variable
+    return {
+        "VALID_API_KEYS": ("AIPROXY_CLIENT_KEYS", settings.client_keys),
+        "API_KEY": (key_variable, settings.provider_keys),
+        "MODELS": ("AIPROXY_MODELS", settings.models),
+    }
 
 def curl_command(server):
     """A command to paste that asks this server for something."""

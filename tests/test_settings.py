@@ -566,6 +566,51 @@ def test_check_prints_every_setting_and_no_key(check):
     assert not any(secret in out for secret in SECRETS)
 
 
+INFERENCE = ("POST /v1/chat/completions, POST /v1/completions, POST /v1/embeddings, "
+             "POST /v1/responses, GET /v1/models, GET /v1/models/*")
+# Settings, and what of them is in force.
+IN_FORCE = [
+    ({}, {"PATHS": "all", "ORIGINS": "*", "RATE": "none", "KEY_HEADER": "none", "MODELS": "all"}),
+    (KEY, {"PATHS": INFERENCE, "ORIGINS": "none", "RATE": "none", "KEY_HEADER": "Authorization"}),
+    ({**KEY, "AIPROXY_OPEN": "yes"}, {"ORIGINS": "none", "RATE": "60/min", "OPEN": "1"}),
+    ({**KEY, "AIPROXY_CLIENT_KEYS": "a=b"}, {"ORIGINS": "*", "CLIENT_KEYS": "a=***"}),
+    (
+        {**KEY, "AIPROXY_UPSTREAM": "anthropic"},
+        {
+            "PATHS": "POST /v1/messages, POST /v1/messages/count_tokens, GET /v1/models, "
+            "GET /v1/models/*",
+            "KEY_HEADER": "x-api-key",
+        },
+    ),
+    (
+        {"AIPROXY_ORIGINS": "https://App.Example:443", "AIPROXY_PATHS": "/v1/x,* /v1/y"},
+        {"ORIGINS": "https://app.example", "PATHS": "POST /v1/x, * /v1/y"},
+    ),
+    (
+        {"AIPROXY_MAX_TOKENS": "0", "AIPROXY_MAX_CHARS": "9"},
+        {"MAX_TOKENS": "none", "MAX_CHARS": "9", "MAX_PER_CLIENT": "256"},
+    ),
+    (
+        {
+            "AIPROXY_UPSTREAM": "workers-ai",
+            "CLOUDFLARE_ACCOUNT_ID": "0123",
+            "CLOUDFLARE_API_TOKEN": "s3cret-1",
+        },
+        {"MAX_CHARS": "131072", "PATHS": INFERENCE, "TRUSTED_PROXIES": "loopback"},
+    ),
+]
+
+
+@pytest.mark.parametrize("environ,in_force", IN_FORCE, ids=str)
+def test_check_prints_what_is_in_force_and_not_what_was_typed(check, environ, in_force):
+    status, out, err = check(**environ)
+    printed = dict(line.split("=", 1) for line in out.splitlines())
+
+    assert (status, err) == (0, "")
+    assert {name: printed["AIPROXY_" + name] for name in in_force} == in_force
+    assert not any(secret in out for secret in SECRETS)
+
+
 @pytest.mark.parametrize("environ,port", [
     ({}, "8000"),
     ({"PORT": "81"}, "81"),
@@ -633,7 +678,7 @@ def test_a_host_may_be_a_key_and_is_not_shown(arguments):
 # Constants at the top of the file as somebody may write them, and what --check prints.
 CONSTANTS = [
     ("AIPROXY_PORT", 81, "81"),
-    ("AIPROXY_OPEN", True, "True"),
+    ("AIPROXY_OPEN", True, "1"),
     ("AIPROXY_MODELS", ["a", "b=c"], "a,b=c"),
     ("AIPROXY_MAX_CHARS", None, None),
     ("AIPROXY_GRACE", 2.5, "2.5"),
