@@ -12,9 +12,10 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   CORS . Rates . Trusted proxies . Token and prompt limits . Several provider keys .
-               Proxies on the way up . Token counts . WebSocket . Banner . Tuning of the process .
-               Workers AI . Start page . Demo
+    Part two   Env files . Review of the settings . CORS . Rates . Trusted proxies .
+               Token and prompt limits . Several provider keys . Proxies on the way up .
+               Token counts . WebSocket . Banner . Tuning of the process . Workers AI .
+               Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -178,10 +179,6 @@ MAX_LOG_LINES = 10000   # that wait to be written
 OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 INFERENCE_PATHS = OPENAI_PATHS + ANTHROPIC_PATHS
-# What a base URL is sometimes copied with.
-ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
-    "/images/generations", "/images/edits", "/audio/speech", "/audio/transcriptions",
-    "/audio/translations", "/moderations", "/rerank")
 
 Provider = collections.namedtuple("Provider", (
     "base_url",         # as the provider's SDK has it: a path in it takes the place of /v1
@@ -2828,10 +2825,6 @@ def split_base_url(url):
         raise ValueError(takes)
     if not host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
         raise ValueError(takes)
-    for endpoint in ENDPOINTS:
-        if parts.path.lower().endswith(endpoint):
-            raise ValueError("a base URL, to which clients add %s: %s"
-                             % (endpoint, url[:-len(endpoint)]))
     return parts, port, host
 
 def numeric_host(host):
@@ -2841,18 +2834,6 @@ def numeric_host(host):
     host = plain_address(host) or host.rstrip(".")
     # To connect to "any address" is to connect to this machine.
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-def is_own_address(host):
-    """Does this host lead to this machine? Only to an address of its own can a socket be bound."""
-    try:
-        found = socket.getaddrinfo(numeric_host(host), 0, 0, socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return False
-    for family, kind, protocol, _, address in found:
-        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as sock:
-            sock.bind(address)
-            return True
-    return False
 
 def find_provider(netloc):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
@@ -3113,15 +3094,6 @@ def clean_environment(environ):
         else:
             del environ[name]
 
-def check_names(environ):
-    """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
-    names = [option.name for option in OPTIONS]
-    for name in environ:
-        if name.upper().startswith("AIPROXY_") and name not in names:
-            nearest = difflib.get_close_matches(name.upper(), names, 1, 0)
-            raise SettingError("%s is not a setting; did you mean %s?"
-                               % (printable(name[:64]), nearest[0]))
-
 def constant_text(option):
     """The value of a constant at the top, where somebody may have written a number or a list."""
     value = option.default
@@ -3144,7 +3116,6 @@ class Settings:
     def __init__(self, environ):
         self.environ = dict(environ)
         clean_environment(self.environ)
-        check_names(self.environ)
         self.shown = {}                 # by variable: what --check prints
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
@@ -3161,11 +3132,9 @@ class Settings:
         self.derive_keys()
         self.derive_rules()
         self.derive_guards()
+        review_settings(self)           # part two: Review of the settings
         self.check_safe()
         self.check_consistent()
-        if self.upstream.scheme == "https":
-            self.check_certificates()
-        self.show_derived()
         for read_more in MORE_SETTINGS:
             read_more(self)
 
@@ -3246,23 +3215,6 @@ class Settings:
         self.any_origin = "*" in self.origins
         self.origin_pattern = origin_pattern(self.origins)
 
-    def show_derived(self):
-        """What is in force where that is not what was typed, for --check and the banner."""
-        paths = ["%s %s" % rule for rule in self.paths or ()]
-        fields = [name.decode() for name, _ in self.key_fields[:1]]
-        in_force = {
-            "AIPROXY_KEY_HEADER": "".join(fields) or "none",
-            "AIPROXY_MODELS": self.shown["AIPROXY_MODELS"] or "all",
-            "AIPROXY_DEFAULT_MODEL": self.default_model or "none",
-            "AIPROXY_PATHS": ", ".join(paths) or "all",
-            "AIPROXY_ORIGINS": ", ".join(self.origins) or "none",
-            "AIPROXY_OPEN": str(int(self.open)),
-            "AIPROXY_RATE": self.shown["AIPROXY_RATE"] or "none",
-            "AIPROXY_MAX_TOKENS": str(self.max_tokens or "none"),
-            "AIPROXY_MAX_CHARS": str(self.max_chars or "none"),
-        }
-        self.shown.update(in_force)
-
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
         if self.is_guarded_by_loopback and not is_loopback(self.host):
@@ -3287,24 +3239,9 @@ class Settings:
         if self.models and self.default_model and self.default_model not in self.models:
             raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
                                % self.default_model)
-        if self.port == self.upstream.port and is_own_address(self.upstream.host):
-            raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than this proxy: "
-                               "that is its own address and AIPROXY_PORT" % self.upstream.url)
-
-    def check_certificates(self):
-        """SettingError for certificates in the environment that OpenSSL would just pass over."""
-        file = self.environ.get("SSL_CERT_FILE")
-        folders = self.environ.get("SSL_CERT_DIR", "").split(os.pathsep)
-        try:
-            name = "SSL_CERT_FILE"
-            if file:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
-            name = "SSL_CERT_DIR"
-            for folder in filter(None, folders):
-                os.listdir(folder)
-        except OSError as error:            # an SSLError is one, too
-            raise SettingError("%s: certificates cannot be read there: %s"
-                               % (name, error.strerror or error))
+        if self.key_header.encode() in self.secrets:
+            raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
+                               "it")
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3341,14 +3278,8 @@ def make_parser():
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
-    values = {}
-    for path in options.env_file:
-        values.update(read_env_file(path))
-    clean_environment(values)
     clean_environment(environ)
-    for name, value in values.items():
-        environ.setdefault(name, value)         # the real environment wins
-
+    read_env_files(options.env_file, environ)   # part two: Env files
     for name in ("host", "port", "upstream"):
         text = getattr(options, name)
         if text is None:
@@ -3359,37 +3290,6 @@ def read_environment(options, environ):
         except ValueError as error:             # what it got is not shown: it may be a key
             raise SettingError("--%s: it takes %s" % (name, error))
         environ[variable] = text
-
-ENV_LINE = re.compile(
-    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
-
-def read_env_file(path):
-    """The variables in a file of NAME=value lines. Any other line is a SettingError."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:                    # the path is not shown: it may be a key
-        raise SettingError("--env-file: %s" % error.strerror)
-    if data.startswith(codecs.BOM_UTF8):        # Windows' editors begin with it
-        data = data[len(codecs.BOM_UTF8):]
-    values = {}
-    lines = re.split(b"\r\n|\r|\n", data)
-    for number, line in enumerate(lines, 1):
-        try:
-            name, value = parse_env_line(line)
-        except ValueError:                      # also for what is not UTF-8
-            raise SettingError("--env-file %s: line %d is no NAME=value in UTF-8" % (path, number))
-        if value:
-            values[name] = value
-    return values
-
-def parse_env_line(line):
-    """A name and its value, both empty for a comment. ValueError for anything else."""
-    text = line.decode().strip()
-    if not text or text.startswith("#"):
-        return "", ""
-    name, value = match_all(ENV_LINE, text, "NAME=value").groups()
-    return name, clean(value)
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
@@ -3451,6 +3351,134 @@ def serve(settings, on_start):
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
 # entered: delete the section and the line that enters it, and the relay still works.
+
+# ---- Env files -----------------------------------------------------------------------------------
+# Does: reads settings from the files that --env-file names.
+# Touches: the environment, before anything is read from it.
+# Entered: `read_env_files` in read_environment.
+
+ENV_LINE = re.compile(
+    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
+
+def read_env_file(path):
+    """The variables in a file of NAME=value lines. Any other line is a SettingError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:                    # the path is not shown: it may be a key
+        raise SettingError("--env-file: %s" % error.strerror)
+    if data.startswith(codecs.BOM_UTF8):        # Windows' editors begin with it
+        data = data[len(codecs.BOM_UTF8):]
+    values = {}
+    lines = re.split(b"\r\n|\r|\n", data)
+    for number, line in enumerate(lines, 1):
+        try:
+            name, value = parse_env_line(line)
+        except ValueError:                      # also for what is not UTF-8
+            raise SettingError("--env-file %s: line %d is no NAME=value in UTF-8" % (path, number))
+        if value:
+            values[name] = value
+    return values
+
+def parse_env_line(line):
+    """A name and its value, both empty for a comment. ValueError for anything else."""
+    text = line.decode().strip()
+    if not text or text.startswith("#"):
+        return "", ""
+    name, value = match_all(ENV_LINE, text, "NAME=value").groups()
+    return name, clean(value)
+
+def read_env_files(paths, environ):
+    """Put the variables in these files into the environment. Of several values the last counts."""
+    values = {}
+    for path in paths:
+        values.update(read_env_file(path))
+    clean_environment(values)
+    for name, value in values.items():
+        environ.setdefault(name, value)         # the real environment wins
+
+# ---- Review of the settings ----------------------------------------------------------------------
+# Does: stops the start for settings that would be lost in silence; works out what --check shows.
+# Touches: nothing but `shown`.
+# Entered: `review_settings` in Settings.
+
+# What a base URL is sometimes copied with.
+ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
+    "/images/generations", "/images/edits", "/audio/speech", "/audio/transcriptions",
+    "/audio/translations", "/moderations", "/rerank")
+
+def review_settings(settings):
+    """SettingError for what is set and cannot be meant."""
+    check_names(settings.environ)
+    check_upstream(settings)
+    if settings.upstream.scheme == "https":
+        check_certificates(settings.environ)
+    show_derived(settings)
+
+def check_names(environ):
+    """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
+    names = [option.name for option in OPTIONS]
+    for name in environ:
+        if name.upper().startswith("AIPROXY_") and name not in names:
+            nearest = difflib.get_close_matches(name.upper(), names, 1, 0)
+            raise SettingError("%s is not a setting; did you mean %s?"
+                               % (printable(name[:64]), nearest[0]))
+
+def check_upstream(settings):
+    """SettingError for a base URL that goes too far, or comes back to us."""
+    url = settings.upstream.shown
+    takes = ""
+    for endpoint in ENDPOINTS:
+        if url.lower().endswith(endpoint) and not takes:
+            takes = "a base URL, to which clients add %s: %s" % (endpoint, url[:-len(endpoint)])
+    if settings.port == settings.upstream.port and is_own_address(settings.upstream.host):
+        takes = "a server other than this proxy: that is its own address and AIPROXY_PORT"
+    if takes:
+        raise SettingError("AIPROXY_UPSTREAM: got %r; it takes %s" % (url, takes))
+
+def is_own_address(host):
+    """Does this host lead to this machine? Only to an address of its own can a socket be bound."""
+    try:
+        found = socket.getaddrinfo(numeric_host(host), 0, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as sock:
+            sock.bind(address)
+            return True
+    return False
+
+def check_certificates(environ):
+    """SettingError for certificates in the environment that OpenSSL would just pass over."""
+    file = environ.get("SSL_CERT_FILE")
+    folders = environ.get("SSL_CERT_DIR", "").split(os.pathsep)
+    try:
+        name = "SSL_CERT_FILE"
+        if file:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+        name = "SSL_CERT_DIR"
+        for folder in filter(None, folders):
+            os.listdir(folder)
+    except OSError as error:            # an SSLError is one, too
+        raise SettingError("%s: certificates cannot be read there: %s"
+                           % (name, error.strerror or error))
+
+def show_derived(settings):
+    """What is in force where that is not what was typed, for --check and the banner."""
+    paths = ["%s %s" % rule for rule in settings.paths or ()]
+    fields = [name.decode() for name, _ in settings.key_fields[:1]]
+    in_force = {
+        "AIPROXY_KEY_HEADER": "".join(fields) or "none",
+        "AIPROXY_MODELS": settings.shown["AIPROXY_MODELS"] or "all",
+        "AIPROXY_DEFAULT_MODEL": settings.default_model or "none",
+        "AIPROXY_PATHS": ", ".join(paths) or "all",
+        "AIPROXY_ORIGINS": ", ".join(settings.origins) or "none",
+        "AIPROXY_OPEN": str(int(settings.open)),
+        "AIPROXY_RATE": settings.shown["AIPROXY_RATE"] or "none",
+        "AIPROXY_MAX_TOKENS": str(settings.max_tokens or "none"),
+        "AIPROXY_MAX_CHARS": str(settings.max_chars or "none"),
+    }
+    settings.shown.update(in_force)
 
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of allowed origins read every response, and answers their preflights.

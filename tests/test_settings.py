@@ -304,6 +304,11 @@ UNSAFE = [
         id="the provider key as a client key",
     ),
     pytest.param(
+        {"AIPROXY_KEY_HEADER": "s3cret-1", "AIPROXY_KEY": "s3cret-1"},
+        ["AIPROXY_KEY_HEADER"],
+        id="the provider key as its field",
+    ),
+    pytest.param(
         {"AIPROXY_MODELS": "a,b=c", "AIPROXY_DEFAULT_MODEL": "c"},
         ["AIPROXY_DEFAULT_MODEL", "AIPROXY_MODELS"],
         id="default model not on the list",
