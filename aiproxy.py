@@ -13,8 +13,9 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   CORS . Errors in the form of other APIs . Refusals in the right form . Redirects .
-               Rates . Token and prompt limits . Several provider keys . Proxies on the way up .
+    Part two   Env files . Review of the settings . CORS . Errors in the form of other APIs .
+               Refusals in the right form . Redirects . Rates . Trusted proxies .
+               Token and prompt limits . Several provider keys . Proxies on the way up .
                Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
                Tuning of the process . Workers AI . Start page . Demo
 
@@ -68,10 +69,12 @@ if sys.version_info < (3, 8):
 
 import argparse
 import base64
+import codecs
 import collections
 import concurrent.futures
 import contextlib
 import datetime
+import difflib
 import email.utils
 import errno
 import functools
@@ -124,6 +127,7 @@ AIPROXY_OPEN = ""               # 1: serve a hidden key to anybody, knowingly
 # Where to listen.
 AIPROXY_HOST = "127.0.0.1"      # an address or a host name
 AIPROXY_PORT = "8000"           # a port number
+AIPROXY_TRUSTED_PROXIES = "loopback"    # whose X-Forwarded-For is believed
 
 # How much, and for how long.
 AIPROXY_RATE = ""               # requests of one client: 20/s, 60/min, 100/h, 1000/day
@@ -131,7 +135,7 @@ AIPROXY_MAX_TOKENS = ""         # output tokens of a request
 AIPROXY_MAX_CHARS = ""          # characters of prompt text in a request
 AIPROXY_MAX_BODY = "32MB"       # bytes of a request's body
 AIPROXY_MAX_CONNECTIONS = "1024"  # clients served at once
-AIPROXY_MAX_PER_CLIENT = "64"   # connections from one client address
+AIPROXY_MAX_PER_CLIENT = "256"  # connections from one client address
 AIPROXY_CONNECT_TIMEOUT = "10"  # seconds to connect to the upstream
 AIPROXY_TIMEOUT = "600"         # seconds of upstream silence
 AIPROXY_HEARTBEAT = "0"         # seconds between comments in a silent event stream; 0: none
@@ -273,8 +277,17 @@ EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 # RFC 9112 section 3.2.2, RFC 9110 section 7.2.
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)
 HOST = re.compile(br"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?", re.I)
+DEFAULT_PORTS = {"http": 80, "https": 443}
+LOOPBACK = re.compile(
+    r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::(?:1|ffff:127(?:\.[0-9]{1,3}){3})\]?", re.I)
 LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
+
+# A client's address as proxies write it, with brackets, port and zone or without; and where it
+# stands in Forwarded (RFC 7239 section 6).
+NAMED_ADDRESS = re.compile(
+    r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
+    r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
+FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -350,12 +363,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.started = int(time.time())
         self.closing = False        # after a signal: no more clients, and none is kept alive
-        # The client connections, each with the address it counts for. The condition guards them.
+        # The client connections, each with the address it counts for, and the number of an
+        # address's connections. The condition guards both.
         self.clients = {}
+        self.client_counts = collections.Counter()
         self.client_ended = threading.Condition()
-        self.lingering = {}         # by LingeringClose: the same of those that we only read out
-        # The handlers whose clients are idle, and since when. No lock: adding, removing and
-        # copying are single steps of a dict, and it is the removal that decides (mark_busy).
+        self.lingering = {}         # by job: the address of one that we only read out
+        # By connection the handlers whose clients are idle, and since when. No lock: adding,
+        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
         self.idle = {}
 
         self.capacity = raise_file_limit(settings.max_connections)
@@ -373,8 +388,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.address_family = found[0]
             super().__init__(found[4], settings.upstream.provider.handler or Handler)
         except (OSError, UnicodeError) as error:
+            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
             raise CannotListen("cannot listen on %s port %d: %s" % (
-                settings.host, settings.port, getattr(error, "strerror", None) or error))
+                host, settings.port, getattr(error, "strerror", None) or error))
         self.log.start()
         self.relay_loop.start()
 
@@ -393,6 +409,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.observe_request = no_observer
         self.observe_response = no_observer
         self.needs_whole_bodies = False     # must a body be here before it goes up?
+        self.is_trusted_proxy = is_loopback     # (address): is its X-Forwarded-For believed?
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
@@ -401,6 +418,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_busy_refusals(self)         # part two: Refusals in the right form
         install_redirects(self)             # part two: Redirects
         install_rates(self)                 # part two: Rates
+        install_trusted_proxies(self)       # part two: Trusted proxies
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
@@ -426,14 +444,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Give the new client a thread. 503 over its own limit, or if no idle one can make room."""
         address = network_of(client_address[0])
         with self.client_ended:
-            has_room = len(self.clients) < self.capacity
             self.clients[request] = address
-            addresses = [*self.clients.values(), *self.lingering.values()]
-            count = addresses.count(address)
-        over_client_limit = count > self.settings.max_per_client and not is_loopback(address)
+            self.client_counts[address] += 1
+            has_room = self.make_room(address, client_address)
         if self.is_crowded():
             self.evict_lingering()
-        if over_client_limit or not (has_room or self.evict_idle(1)):
+        if not has_room:
             self.refuse_busy(request, client_address)
             return
         taken = threading.Lock()            # by whoever answers this client
@@ -450,6 +466,14 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_client(self, taken, request, client_address):
         if taken.acquire(blocking=False):
             self.process_request_thread(request, client_address)
+
+    def make_room(self, address, client_address):
+        """Is there room for the newest client? If it takes that, an idle one is hung up on."""
+        if self.client_counts[address] > self.settings.max_per_client:
+            is_exempt = is_loopback(address) or self.is_trusted_proxy(client_address[0])
+            if not is_exempt:
+                return self.evict_idle(1, address=address) > 0
+        return len(self.clients) <= self.capacity or self.evict_idle(1) > 0
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
@@ -503,22 +527,39 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_over(self, job, address):
         """Leave a connection to a job of the relay loop; until the job's end it counts."""
-        self.lingering[job] = address
-        job.on_end = lambda: self.lingering.pop(job, None)
+        with self.client_ended:
+            self.lingering[job] = address
+            self.client_counts[address] += 1
+        job.on_end = functools.partial(self.forget_lingering, job)
         self.relay_loop.submit(job)
+
+    def forget_lingering(self, job):
+        with self.client_ended:
+            address = self.lingering.pop(job, None)
+            if address:                     # else it has been hung up on
+                self.uncount(address)
+
+    def uncount(self, address):
+        """One connection of this address has ended. Called with the lock."""
+        self.client_counts[address] -= 1
+        if not self.client_counts[address]:
+            del self.client_counts[address]
 
     def evict_lingering(self):
         """Hang up on the client that lingers longest, if there is one."""
         with contextlib.suppress(IndexError, OSError):
             job = list(self.lingering)[0]
-            del self.lingering[job]         # the loop will see its end, and close it
-            job.client.sock.shutdown(socket.SHUT_RDWR)
+            self.forget_lingering(job)
+            job.client.sock.shutdown(socket.SHUT_RDWR)      # the loop sees its end, and closes it
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
         request.close()
         with self.client_ended:
-            self.clients.pop(request, None)
+            self.idle.pop(request, None)
+            address = self.clients.pop(request, None)
+            if address:
+                self.uncount(address)
             self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
@@ -531,22 +572,25 @@ class Server(http.server.ThreadingHTTPServer):
         self.log.warn("fault: " + format_traceback(error))
 
     def mark_idle(self, handler):
-        self.idle[handler] = time.monotonic()
+        self.idle[handler.connection] = (handler, time.monotonic())
 
     def mark_busy(self, handler):
         """The client sends again. False if it has been evicted meanwhile."""
-        return self.idle.pop(handler, None) is not None
+        return self.idle.pop(handler.connection, None) is not None
 
-    def evict_idle(self, most, min_age=0):
+    def evict_idle(self, most, min_age=0, address=None):
         """Hang up on up to `most` clients that were idle for `min_age` seconds. Returns how many.
 
-        The longest idle go first, none whose next request has just come.
+        The longest idle go first, none whose next request has just come; those that have hung up
+        themselves count. `address`: only its own.
         """
         now = time.monotonic()
         evicted = 0
-        for handler, since in self.idle.copy().items():
+        for handler, since in self.idle.copy().values():
             if evicted == most or now - since < min_age:
                 break               # those that follow have been idle for less time
+            if address and handler.address != address:
+                continue
             # It may leave by itself at any moment: ValueError is a socket that has been closed.
             with contextlib.suppress(OSError, ValueError):
                 if has_nothing_to_say(handler.client) and self.mark_busy(handler):
@@ -582,12 +626,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
-    if not wait_ready(0, client, READ):
-        return True
-    try:
-        return client.sock.recv(1, socket.MSG_PEEK) == b""
-    except OSError:
-        return True
+    return not wait_ready(0, client, READ) or is_closed(client)
 
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
@@ -609,12 +648,23 @@ def network_of(address):
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:              # what X-Forwarded-For held
+    except ValueError:              # not an address of the Internet
         return address
     ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
     if ip.version == 4 or ip.is_loopback:
         return str(ip)
     return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
+
+def plain_address(text):
+    """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
+    match = NAMED_ADDRESS.fullmatch(text[:64])
+    if not match:
+        return ""
+    try:
+        ip = ipaddress.ip_address(match.group(match.lastindex))
+    except ValueError:
+        return ""
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
@@ -651,6 +701,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         # socketserver calls the socket `request`; from here on that is the HTTP request.
+        self.connection = self.request
         self.client = BufferedSocket(self.request)
         self.client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.address = network_of(self.client_address[0])
@@ -697,6 +748,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.client.buffer:
             self.server.mark_idle(self)
             arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
+            if arrived and is_closed(self.client):      # idle to the end: its place can be had
+                raise ClientGone("idle")
             is_evicted = not self.server.mark_busy(self)
             if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
                 raise ClientGone("idle")
@@ -753,10 +806,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_duplicates(request.headers)                   # 400
         body = make_body(self.client, request.headers, request.is_http10)       # 400
         self.upload = Upload(self.client, body)
-        forwarded = request.headers.elements(b"x-forwarded-for")
-        if forwarded and is_loopback(self.address):         # a proxy of our own in front knows
-            self.record.client = forwarded[-1].decode("latin-1")
-            request.caller = network_of(self.record.client[:64])
+        if b"x-forwarded-for" in request.headers:
+            self.record.client = find_client(self.record.client, request.headers,
+                                             self.server.is_trusted_proxy)
+            request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request)                               # 405 501
         check_target(request)                               # 400
@@ -1112,18 +1165,42 @@ def check_expectation(request):
 
 # -- who is calling, and from where
 
+def find_client(address, headers, is_trusted_proxy):
+    """Who asks: of X-Forwarded-For the rightmost address that is not a trusted proxy's.
+
+    `address` is the connection's. Each proxy adds on the right whom it was asked by; what stands
+    further left anybody may have made up.
+    """
+    for name in reversed(headers.elements(b"x-forwarded-for")):
+        named_address = plain_address(name.decode("latin-1"))
+        if not named_address or not is_trusted_proxy(address):
+            break
+        address = named_address
+    return address
+
 def check_host_allowed(request, settings):
-    """403 where a foreign name could reach a key that nothing else guards.
+    """403 where others than this machine could reach what no key guards.
 
     That is DNS rebinding, where a web page has its own name lead to this machine; or a public
-    front that somebody forgot.
+    front that somebody forgot: it may ask by a loopback name, but tells for whom.
     """
     host = request.headers.get(b"host", b"")
-    if settings.is_guarded_by_loopback and not is_loopback_host(host):
+    is_foreign = settings.wants_loopback_host and not is_loopback_host(host)
+    if settings.is_guarded_by_loopback and not is_foreign:
+        is_foreign = not all(map(is_loopback, forwarded_clients(request.headers)))
+    if is_foreign:
         raise ErrorResponse(
             403, "host_not_allowed",
-            "This proxy hides a key and asks for no client key, so it answers to loopback names "
-            "only. To serve others, set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
+            "This proxy asks for no client key, so it serves this machine only, by its loopback "
+            "names. To serve others, set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
+
+def forwarded_clients(headers):
+    """Everybody for whom a proxy in front says that it asks."""
+    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
+    for value in headers.get_all(b"forwarded"):
+        names += FORWARDED_FOR.findall(value)
+    texts = [name.decode("latin-1").strip('"') for name in names]
+    return [plain_address(text) or text for text in texts if text]
 
 def is_loopback_host(host):
     """Is this the value of a Host field that leads to this machine?"""
@@ -1144,11 +1221,23 @@ def is_origin_allowed(headers, settings):
         return True
     if origin is None:
         is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
-        return bool(settings.client_keys) or not settings.provider_keys or not is_foreign
-    if origin.decode("latin-1") in settings.origins:
+        return settings.is_guarded_by_keys or not is_foreign
+    if is_listed_origin(origin, settings):
         return True
     host = headers.get(b"host", b"")        # our own start page, on this machine
     return origin == b"http://" + host and is_loopback_host(host)
+
+def is_listed_origin(origin, settings):
+    """Does it fit one that AIPROXY_ORIGINS names?"""
+    return settings.origin_pattern.fullmatch(canonical_origin(origin.decode("latin-1"))) is not None
+
+def canonical_origin(origin):
+    """As browsers send it: in lower case, without the scheme's own port."""
+    origin = origin.lower()
+    port = DEFAULT_PORTS.get(origin.partition("://")[0])
+    if port and origin.endswith(":%d" % port):
+        return origin.rpartition(":")[0]
+    return origin
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
@@ -1808,7 +1897,8 @@ class Pool:
         The one that accepted last comes first, so that a dead one costs its share only once. The
         look-up of the name cannot be interrupted, but its time counts.
         """
-        addresses = socket.getaddrinfo(*self.address, 0, socket.SOCK_STREAM)
+        host, port = self.address
+        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         addresses.sort(key=lambda found: found[4] != self.last_address)
         failure = None
         for index, (family, kind, protocol, _, address) in enumerate(addresses):
@@ -2041,13 +2131,13 @@ class Exchange:
     def idle_seconds(self):
         """How long to keep the connection: a second less than the upstream says that it does."""
         says = self.headers.get(b"keep-alive")
-        timeout = says and re.search(rb"timeout *= *([0-9]{1,9})", says, re.I)
+        timeout = says and re.search(br"timeout *= *([0-9]{1,9})", says, re.I)
         return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
 
 
 # How JSON may have a letter (RFC 8259 section 7), and such a thing cut off. A key is visible ASCII.
-JSON_ESCAPE = re.compile(rb'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
-PART_OF_ESCAPE = re.compile(rb"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
+JSON_ESCAPE = re.compile(br'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
+PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
 
 def unescape(data):
     return JSON_ESCAPE.sub(lambda match: match[2] or bytes.fromhex(match[1].decode()), data)
@@ -2063,7 +2153,7 @@ def holds_secret(data, secrets):
 
 def escaped_pattern(secret):
     """What finds a secret, however JSON has it."""
-    letters = [rb"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
+    letters = [br"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
                for place in range(len(secret))]
     return re.compile(b"".join(letters))
 
@@ -2076,7 +2166,7 @@ class SecretFilter:
         self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
         first = b"|".join(re.escape(secret[:1]) for secret in secrets)
         # A look ahead: what begins in the middle of another is not passed over.
-        self.beginning = re.compile(rb"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
+        self.beginning = re.compile(br"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
         self.waiting = b""                  # the end of what came, if a secret may begin in it
         self.found = False
 
@@ -2487,8 +2577,8 @@ class ResponseJob(Job):
 class LastEvent:
     """The beginning of the last event of a stream, kept as it passes."""
 
-    FINAL = re.compile(rb'(?:event: ?[^\n]*\n)?data: ?'
-                       rb'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
+    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
+                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
 
     def __init__(self):
         self.event = b""
@@ -2549,6 +2639,16 @@ class LingeringClose(Job):
 def is_worth_watching(client):
     """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
     return len(client.buffer) < MAX_PIPELINED_BYTES
+
+def is_closed(client):
+    """Has an idle client that is readable closed its connection? Nothing is read."""
+    try:
+        # Not the method of the class for TLS, which takes no flags.
+        return not socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 def has_disconnected(client):
     """Has a client left that is readable while a response is under way?
@@ -3204,31 +3304,22 @@ class Upstream:
     def __init__(self, text):
         provider = PROVIDERS.get(text.lower())
         self.shown = (provider.base_url if provider else text).rstrip("/")
-        takes = ("one of %s, or a base URL such as https://host or https://host/v1, "
-                 "without user info, query or fragment" % ", ".join(PROVIDERS))
-        match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", self.shown, takes)
-        try:
-            parts = urllib.parse.urlsplit(self.shown)
-            explicit_port = parts.port
-            host = (parts.hostname or "").encode("idna").decode()
-            self.host = host.replace("%25", "%")        # in front of an IPv6 zone: RFC 6874
-        except ValueError:          # its message would hold the URL
-            raise ValueError(takes)
-        if not self.host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
-            raise ValueError(takes)
+        parts, explicit_port, self.host = split_base_url(self.shown)
         self.scheme = parts.scheme
-        self.port = explicit_port or {"https": 443, "http": 80}[parts.scheme]
+        self.port = explicit_port or DEFAULT_PORTS[parts.scheme]
         # A zone, and the dot at the end of a full name, are for the resolver alone.
         self.server_name = self.host.partition("%")[0].rstrip(".")
-        self.is_loopback = is_loopback(self.server_name)
+        self.is_loopback = is_loopback(numeric_host(self.server_name))
         self.base = parts.path                  # takes the place of /v1
         netloc = "[%s]" % self.server_name if ":" in self.server_name else self.server_name
         if explicit_port:
             netloc += ":%d" % explicit_port
         self.netloc = netloc.encode()
         self.url = "%s://%s" % (self.scheme, netloc)
-        self.provider = provider or find_provider(netloc)
+        known = provider or find_provider(netloc)
+        self.provider = known or Provider(netloc)
         self.wants_key = bool(self.provider.key_header) and not self.is_loopback
+        self.surely_wants_key = self.wants_key and known is not None
 
     def map_path(self, path):
         """The path to ask the upstream for; None for what its base URL does not serve."""
@@ -3239,20 +3330,60 @@ class Upstream:
         return None
 
 
+def split_base_url(url):
+    """Its parts as urllib has them, its port if it names one, its host as it travels."""
+    takes = ("one of %s, or a base URL such as https://host or https://host/v1, "
+             "without user info, query or fragment" % ", ".join(PROVIDERS))
+    match_all(r"(?i)https?://[^/?#@\s\\]+(/[A-Za-z0-9._~/-]*)?", url, takes)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+        host = (parts.hostname or "").encode("idna").decode()
+    except ValueError:              # its message would hold the URL
+        raise ValueError(takes)
+    if not host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
+        raise ValueError(takes)
+    return parts, port, host.replace("%25", "%")        # in front of an IPv6 zone: RFC 6874
+
+def numeric_host(host):
+    """The address that a host is in whatever form (127.1 is one), or its name."""
+    with contextlib.suppress(OSError):
+        host = socket.inet_ntoa(socket.inet_aton(host))
+    host = plain_address(host) or host.rstrip(".")
+    # To connect to "any address" is to connect to this machine.
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
 def find_provider(netloc):
-    """The Provider for a base URL: on a known host, with that row's key header and paths."""
+    """For a base URL on a known host a Provider with that row's key header and paths, or None."""
     for provider in PROVIDERS.values():
         if urllib.parse.urlsplit(provider.base_url).netloc == netloc:
             return Provider(netloc, provider.key_header, provider.paths)
-    return Provider(netloc)
+    return None
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
+# Sample values, of our README and of others', and variables that nobody has filled in.
 PLACEHOLDER = re.compile(
-    r"<.*>|(sk-)?your[-_ ].*|(sk-)?your(api)?key.*|.*你的.*|(sk-)?(x{3,}|\.{3,}|\*{3,}|…)"
-    r"|api[-_ ]?key|change[-_ ]?me|replace[-_ ]?me|placeholder|todo", re.I)
+    r"<.*>|\[.*\]|\{.*\}|\$\w+|\$\{.*\}|%\w+%|.*(你的|自己编).*|.*(\.{3}|…)"
+    r"|(\w+[-_])*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*|(sk-)?your(api)?key.*"
+    r"|.*[-_ ]here|(insert|enter|paste|put|change|replace|fill)[-_ ]?(in[-_ ])?(me|this|it)"
+    r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
+    r"|placeholder|todo|password", re.I)
+# What keys look like: shown in no message, wherever one was put by mistake.
+LIKE_KEY = re.compile(
+    r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
 VISIBLE = r"[\x21-\x7e]*"
-ORIGIN = r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+"
+# RFC 6454 section 6.2, and a `*` where a list may have one. Only http and https have host names.
+WEB_ORIGIN = re.compile(
+    r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
+OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
+
+def clean(text):
+    """Without the quotes around all of it: Docker's env files keep them."""
+    text = text.strip()
+    if text[:1] in ("'", '"') and text.find(text[0], 1) == len(text) - 1:
+        return text[1:-1].strip()
+    return text
 
 def match_all(pattern, text, takes):
     """The match of all of `text`. ValueError if there is none."""
@@ -3281,7 +3412,7 @@ def number(kind, least, most, takes):
 
 def parse_list(text):
     """The items of a comma-separated list. A list that is meant must not count as none."""
-    items = [item.strip() for item in text.split(",") if item.strip()]
+    items = [clean(item) for item in text.split(",") if clean(item)]
     if text and not items:
         raise ValueError("a list with something between its commas")
     return items
@@ -3291,6 +3422,12 @@ def parse_key(text):
         raise ValueError("a real key: this one looks like a placeholder from an example")
     return match_all(r"[\x21-\x7e]+", text, "keys of visible ASCII characters: look for spaces, "
                                             "line ends and typographic quotes").group().encode()
+
+def parse_key_header(text):
+    takes = "a header field's name, such as x-api-key"
+    if LIKE_KEY.search(text):
+        raise ValueError(takes)
+    return match_all("(?:%s)?" % TOKEN.decode(), text, takes).group()
 
 def parse_keys(text):
     return [parse_key(item) for item in parse_list(text)]
@@ -3336,9 +3473,42 @@ def parse_paths(text):
     return tuple(rules) if rules else None
 
 def parse_origins(text):
-    takes = ("* or origins, comma-separated, exactly as browsers send them: https://app.example, "
-             "without a path")
-    return [match_all(ORIGIN, item, takes).group() for item in parse_list(text)]
+    return [parse_origin(item) for item in parse_list(text)]
+
+def parse_origin(text):
+    """An origin as browsers send it, perhaps with a `*` in the place of what may differ."""
+    takes = ("* or origins, comma-separated, as browsers send them, without a path: "
+             "https://app.example, https://*.app.example, http://localhost:*, chrome-extension://*")
+    text = text.lower()
+    if OTHER_ORIGIN.fullmatch(text):
+        return text
+    try:
+        ascii_text = re.sub(r"[^/:]*[^\0-\x7f][^/:]*", encode_host, text)
+        scheme, host, port, any_port = match_all(WEB_ORIGIN, ascii_text, takes).groups()
+        if int(port or 0) > 65535:
+            raise ValueError()
+        if host.startswith("["):
+            host = "[%s]" % ipaddress.IPv6Address(host[1:-1])
+        elif re.fullmatch(r"(.*\.)?[0-9]+\.?", host):
+            host = str(ipaddress.IPv4Address(host))
+    except ValueError:
+        raise ValueError(takes)
+    end = ":*" if any_port else ":%d" % int(port or DEFAULT_PORTS[scheme.partition(":")[0]])
+    return canonical_origin(scheme + host + end)
+
+def encode_host(match):
+    """A host name that is not ASCII, as it travels."""
+    return match.group().encode("idna").decode()
+
+def origin_pattern(origins):
+    """What fits one of these origins, as `canonical_origin` has it."""
+    patterns = []
+    for origin in origins:
+        pattern = re.escape(origin)
+        pattern = pattern.replace(r"//\*\.", r"//(?:[a-z0-9_-]+\.)+")
+        pattern = pattern.replace(r"//\*", r"//[^/:]+")
+        patterns.append(pattern.replace(r":\*", r"(?::[0-9]+)?"))
+    return re.compile("|".join(patterns) or "(?!)")
 
 def parse_switch(text):
     takes = "1, true, yes, on or 0, false, no, off"
@@ -3365,7 +3535,7 @@ Option = collections.namedtuple("Option", (
     "parse",        # text to value
     "help",         # for --help and the README
 ))
-SECRET_PARSERS = (parse_keys, parse_client_keys)        # what these read is never shown
+SECRET_PARSERS = (parse_keys, parse_client_keys, parse_key_header)  # what they get is never shown
 COUNT = number(int, 1, 1000000, "a number from 1")
 SECONDS = number(float, 0.001, 86400, "seconds, more than 0")
 
@@ -3374,8 +3544,7 @@ OPTIONS = (
            "a provider's name (see PROVIDERS) or a base URL; a path in it takes the place of /v1"),
     Option("AIPROXY_KEY", AIPROXY_KEY, parse_keys,
            "the provider key, or several, comma-separated; empty: callers bring their own"),
-    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER,
-           matching("(?:%s)?" % TOKEN.decode(), "a header field's name"),
+    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER, parse_key_header,
            "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
@@ -3387,14 +3556,16 @@ OPTIONS = (
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
     Option("AIPROXY_ORIGINS", AIPROXY_ORIGINS, parse_origins,
-           "browser origins allowed, comma-separated, exact; * for any; empty: any where callers "
-           "must present a key, else none"),
+           "browser origins allowed, comma-separated; * for any, or for a port, the labels in "
+           "front of a host, an extension's id; empty: any where callers must present a key, "
+           "else none"),
     Option("AIPROXY_OPEN", AIPROXY_OPEN, parse_switch,
            "1: serve a hidden key without client keys to more than this machine, knowingly"),
     Option("AIPROXY_HOST", AIPROXY_HOST, matching(VISIBLE, "an address or a host name"),
            "address to listen on"),
     Option("AIPROXY_PORT", AIPROXY_PORT, number(int, 0, 65535, "a port number, 0 to 65535"),
-           "port to listen on; where it is not set, PORT and FC_SERVER_PORT are understood"),
+           "port to listen on; where it is not set, PORT, FC_SERVER_PORT and FC_CUSTOM_LISTEN_PORT "
+           "are understood"),
     Option("AIPROXY_RATE", AIPROXY_RATE, parse_rate,
            "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
            "empty: no limit, or 60/min with AIPROXY_OPEN"),
@@ -3407,7 +3578,8 @@ OPTIONS = (
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
            "clients served at once; above it 503"),
     Option("AIPROXY_MAX_PER_CLIENT", AIPROXY_MAX_PER_CLIENT, COUNT,
-           "connections from one client address, this machine's own excepted; above it 503"),
+           "connections from one client address, but for this machine and trusted proxies; above "
+           "it 503"),
     Option("AIPROXY_CONNECT_TIMEOUT", AIPROXY_CONNECT_TIMEOUT, SECONDS,
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
@@ -3420,14 +3592,51 @@ OPTIONS = (
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
            "one line per request on stdout: text, json or off"),
 )
-PORT_VARIABLES = ("PORT", "FC_SERVER_PORT")     # where platforms name the port
+# Where platforms name the port.
+PORT_VARIABLES = ("PORT", "FC_SERVER_PORT", "FC_CUSTOM_LISTEN_PORT")
+# Steps by which sections of part two read more: (settings), may raise SettingError.
+MORE_SETTINGS = []
+
+# What is read of the environment, by us, by urllib and by OpenSSL.
+OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
+                          r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_(?:FILE|DIR)", re.I | re.S)
+# What Kubernetes sets for a service called aiproxy, or aiproxy-more: NAME=value.
+KUBERNETES_VARIABLE = re.compile(
+    r"AIPROXY_(?:\w+_)?(?:(?:SERVICE|PORT)_\w+=.*|PORT=(?:tcp|udp|sctp)://.*)", re.S)
+
+def clean_environment(environ):
+    """Take the quotes off values; what is empty, or Kubernetes' own, counts as not set."""
+    for name, value in list(environ.items()):
+        if not OWN_VARIABLE.fullmatch(name):
+            continue
+        value = clean(value)
+        if value and not KUBERNETES_VARIABLE.fullmatch("%s=%s" % (name, value)):
+            environ[name] = value
+        else:
+            del environ[name]
+
+def constant_text(option):
+    """The value of a constant at the top, where somebody may have written a number or a list."""
+    value = option.default
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value).strip()
+
+def find_option(variable):
+    return next(option for option in OPTIONS if option.name == variable)
+
+def may_be_secret(option, text):
+    """Must this text for an option not be shown?"""
+    has_user_info = option.parse is Upstream and re.search("[@?#]", text)
+    return bool(option.parse in SECRET_PARSERS or has_user_info or LIKE_KEY.search(text))
 
 
 class Settings:
     """The settings in force, read from `environ` here and nowhere else. Raises SettingError."""
 
     def __init__(self, environ):
-        self.environ = environ
+        self.environ = dict(environ)
+        clean_environment(self.environ)
         self.shown = {}                 # by variable: what --check prints
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
@@ -3443,28 +3652,30 @@ class Settings:
         self.set_defaults()
         self.derive_keys()
         self.derive_rules()
+        self.derive_guards()
+        review_settings(self)           # part two: Review of the settings
         self.check_safe()
         self.check_consistent()
+        for read_more in MORE_SETTINGS:
+            read_more(self)
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
         others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
         for name in (option.name,) + others:
-            text = self.environ.get(name, "").strip()
-            if text:
-                return name, text
-        return option.name, option.default
+            if name in self.environ:
+                return name, self.environ[name]
+        return option.name, constant_text(option)
 
     def read(self, variable):
         """The value of the setting with this name. Raises SettingError."""
-        option = next(option for option in OPTIONS if option.name == variable)
+        option = find_option(variable)
         name, text = self.text(option)
         try:
             return option.parse(text)
         except ValueError as error:
             got = "got %r" % text
-            has_user_info = option.parse is Upstream and re.search("[@?#]", text)
-            if option.parse in SECRET_PARSERS or has_user_info:
+            if may_be_secret(option, text):
                 got = "got something that is not shown here because it may be secret"
             raise SettingError("%s: %s; it takes %s" % (name, got, error))
 
@@ -3504,29 +3715,37 @@ class Settings:
         if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
             self.has_body_rules = True
 
-        is_transparent = not self.provider_keys
-        callers_bring_key = is_transparent and self.upstream.wants_key
-        self.callers_need_key = callers_bring_key or bool(self.client_keys)
-        self.is_guarded_by_loopback = not (is_transparent or self.client_keys or self.open)
-        if not self.origins and self.callers_need_key:
-            self.origins = ["*"]
-        self.any_origin = "*" in self.origins
-
         paths = self.upstream.provider.paths + INFERENCE_PATHS
         allowed = [path for path in paths
                    if self.paths is None or "POST" in allowed_methods(path, self.paths)]
         self.default_path = (allowed or paths)[0]
 
+    def derive_guards(self):
+        """Who is kept out, and how."""
+        is_transparent = not self.provider_keys
+        callers_bring_key = is_transparent and self.upstream.wants_key
+        self.callers_need_key = callers_bring_key or bool(self.client_keys)
+        # Does nobody get through without a key, ours or one that the provider surely wants?
+        self.is_guarded_by_keys = bool(self.client_keys) or (
+            is_transparent and self.upstream.surely_wants_key)
+        is_unguarded = not (self.is_guarded_by_keys or self.open)
+        self.is_guarded_by_loopback = is_unguarded and not is_transparent
+        self.wants_loopback_host = is_unguarded and is_loopback(self.host)
+        if not self.origins and self.is_guarded_by_keys:
+            self.origins = ["*"]
+        self.any_origin = "*" in self.origins
+        self.origin_pattern = origin_pattern(self.origins)
+
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
         if self.is_guarded_by_loopback and not is_loopback(self.host):
             raise SettingError(
-                "A provider key is hidden and AIPROXY_HOST=%s lets others reach it, but no client "
+                "A provider key is hidden and AIPROXY_HOST lets others reach it, but no client "
                 "key is asked for. Set one of:\n"
                 "  AIPROXY_CLIENT_KEYS=name=%s   (what clients must send)\n"
                 "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
                 "  AIPROXY_OPEN=1   (anyone may spend the key)"
-                % (self.host, os.urandom(18).hex()))
+                % os.urandom(18).hex())
         if self.client_keys and not self.provider_keys and self.upstream.wants_key:
             raise SettingError(
                 "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
@@ -3541,10 +3760,9 @@ class Settings:
         if self.models and self.default_model and self.default_model not in self.models:
             raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
                                % self.default_model)
-        listens_here = is_loopback(self.host) or self.host in ("0.0.0.0", "::")
-        if listens_here and self.upstream.is_loopback and self.port == self.upstream.port:
-            raise SettingError("AIPROXY_UPSTREAM: got %r; it takes a server other than this proxy"
-                               % self.upstream.url)
+        if self.key_header.encode() in self.secrets:
+            raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
+                               "it")
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3560,8 +3778,9 @@ def make_parser():
     lines = ["settings, from the environment:"]
     for option in OPTIONS:
         line = "  %-24s %s" % (option.name, option.help)
-        if option.default and option.parse not in SECRET_PARSERS:
-            line += " (default %s)" % option.default
+        default = constant_text(option)
+        if default and not may_be_secret(option, default):
+            line += " (default %s)" % default
         lines.append(line)
     parser = ArgumentParser(
         "aiproxy.py", description="Relays an AI provider's API and hides its key.",
@@ -3580,26 +3799,18 @@ def make_parser():
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
-    for path in options.env_file:
-        read_env_file(path, environ)
+    clean_environment(environ)
+    read_env_files(options.env_file, environ)   # part two: Env files
     for name in ("host", "port", "upstream"):
-        if getattr(options, name) is not None:
-            environ["AIPROXY_" + name.upper()] = getattr(options, name)
-
-ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['\"]?)(.*)\2", re.A)
-
-def read_env_file(path, environ):
-    """Put the KEY=value lines of a file into `environ`, without the quotes around a value."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:      # Windows' editors begin with a mark
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise SettingError("--env-file %s: %s" % (path, reason))
-    for line in lines:
-        match = ENV_LINE.fullmatch(line.strip())
-        if match and not environ.get(match[1], "").strip():     # the real environment wins
-            environ[match[1]] = match[3]
+        text = getattr(options, name)
+        if text is None:
+            continue
+        variable = "AIPROXY_" + name.upper()
+        try:
+            find_option(variable).parse(text)
+        except ValueError as error:             # what it got is not shown: it may be a key
+            raise SettingError("--%s: it takes %s" % (name, error))
+        environ[variable] = text
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
@@ -3659,6 +3870,134 @@ def serve(settings, on_start):
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
 # entered: delete the section and the line that enters it, and the relay still works.
 
+# ---- Env files -----------------------------------------------------------------------------------
+# Does: reads settings from the files that --env-file names.
+# Touches: the environment, before anything is read from it.
+# Entered: `read_env_files` in read_environment.
+
+ENV_LINE = re.compile(
+    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
+
+def read_env_file(path):
+    """The variables in a file of NAME=value lines. Any other line is a SettingError."""
+    try:
+        with open(path, "br") as file:
+            data = file.read()
+    except OSError as error:                    # the path is not shown: it may be a key
+        raise SettingError("--env-file: %s" % error.strerror)
+    if data.startswith(codecs.BOM_UTF8):        # Windows' editors begin with it
+        data = data[len(codecs.BOM_UTF8):]
+    values = {}
+    lines = re.split(b"\r\n|\r|\n", data)
+    for number, line in enumerate(lines, 1):
+        try:
+            name, value = parse_env_line(line)
+        except ValueError:                      # also for what is not UTF-8
+            raise SettingError("--env-file %s: line %d is no NAME=value in UTF-8" % (path, number))
+        if value:
+            values[name] = value
+    return values
+
+def parse_env_line(line):
+    """A name and its value, both empty for a comment. ValueError for anything else."""
+    text = line.decode().strip()
+    if not text or text.startswith("#"):
+        return "", ""
+    name, value = match_all(ENV_LINE, text, "NAME=value").groups()
+    return name, clean(value)
+
+def read_env_files(paths, environ):
+    """Put the variables in these files into the environment. Of several values the last counts."""
+    values = {}
+    for path in paths:
+        values.update(read_env_file(path))
+    clean_environment(values)
+    for name, value in values.items():
+        environ.setdefault(name, value)         # the real environment wins
+
+# ---- Review of the settings ----------------------------------------------------------------------
+# Does: stops the start for settings that would be lost in silence; works out what --check shows.
+# Touches: nothing but `shown`.
+# Entered: `review_settings` in Settings.
+
+# What a base URL is sometimes copied with.
+ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
+    "/images/generations", "/images/edits", "/audio/speech", "/audio/transcriptions",
+    "/audio/translations", "/moderations", "/rerank")
+
+def review_settings(settings):
+    """SettingError for what is set and cannot be meant."""
+    check_names(settings.environ)
+    check_upstream(settings)
+    if settings.upstream.scheme == "https":
+        check_certificates(settings.environ)
+    show_derived(settings)
+
+def check_names(environ):
+    """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
+    names = [option.name for option in OPTIONS]
+    for name in environ:
+        if name.upper().startswith("AIPROXY_") and name not in names:
+            nearest = difflib.get_close_matches(name.upper(), names, 1, 0)
+            raise SettingError("%s is not a setting; did you mean %s?"
+                               % (printable(name[:64]), nearest[0]))
+
+def check_upstream(settings):
+    """SettingError for a base URL that goes too far, or comes back to us."""
+    url = settings.upstream.shown
+    takes = ""
+    for endpoint in ENDPOINTS:
+        if url.lower().endswith(endpoint) and not takes:
+            takes = "a base URL, to which clients add %s: %s" % (endpoint, url[:-len(endpoint)])
+    if settings.port == settings.upstream.port and is_own_address(settings.upstream.host):
+        takes = "a server other than this proxy: that is its own address and AIPROXY_PORT"
+    if takes:
+        raise SettingError("AIPROXY_UPSTREAM: got %r; it takes %s" % (url, takes))
+
+def is_own_address(host):
+    """Does this host lead to this machine? Only to an address of its own can a socket be bound."""
+    try:
+        found = socket.getaddrinfo(numeric_host(host), 0, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as sock:
+            sock.bind(address)
+            return True
+    return False
+
+def check_certificates(environ):
+    """SettingError for certificates in the environment that OpenSSL would just pass over."""
+    file = environ.get("SSL_CERT_FILE")
+    folders = environ.get("SSL_CERT_DIR", "").split(os.pathsep)
+    try:
+        name = "SSL_CERT_FILE"
+        if file:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+        name = "SSL_CERT_DIR"
+        for folder in filter(None, folders):
+            os.listdir(folder)
+    except OSError as error:            # an SSLError is one, too
+        raise SettingError("%s: certificates cannot be read there: %s"
+                           % (name, error.strerror or error))
+
+def show_derived(settings):
+    """What is in force where that is not what was typed, for --check and the banner."""
+    paths = ["%s %s" % rule for rule in settings.paths or ()]
+    fields = [name.decode() for name, _ in settings.key_fields[:1]]
+    in_force = {
+        "AIPROXY_KEY_HEADER": "".join(fields) or "none",
+        "AIPROXY_MODELS": settings.shown["AIPROXY_MODELS"] or "all",
+        "AIPROXY_DEFAULT_MODEL": settings.default_model or "none",
+        "AIPROXY_PATHS": ", ".join(paths) or "all",
+        "AIPROXY_ORIGINS": ", ".join(settings.origins) or "none",
+        "AIPROXY_OPEN": str(int(settings.open)),
+        "AIPROXY_RATE": settings.shown["AIPROXY_RATE"] or "none",
+        "AIPROXY_MAX_TOKENS": str(settings.max_tokens or "none"),
+        "AIPROXY_MAX_CHARS": str(settings.max_chars or "none"),
+    }
+    settings.shown.update(in_force)
+
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of allowed origins read every response, and answers their preflights.
 # Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
@@ -3699,7 +4038,7 @@ def preflight_headers(headers, settings):
     wanted = headers.get(b"access-control-request-headers")
     if wanted:
         fields.append((b"Access-Control-Allow-Headers", wanted))
-    is_listed = headers.get(b"origin").decode("latin-1") in settings.origins
+    is_listed = is_listed_origin(headers.get(b"origin"), settings)
     if is_listed and headers.get(b"access-control-request-private-network") == b"true":
         fields.append((b"Access-Control-Allow-Private-Network", b"true"))
     return fields
@@ -3939,6 +4278,47 @@ def format_duration(seconds):
         return "%dm%ds" % (minutes, seconds)
     return "%ds" % seconds
 
+# ---- Trusted proxies -----------------------------------------------------------------------------
+# Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
+# Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
+# Entered: `install_trusted_proxies` in Server.install_features takes the place of `is_loopback`.
+
+# RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
+NETWORK_WORDS = {
+    "loopback": "127.0.0.0/8 ::1/128",
+    "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 169.254.0.0/16 fe80::/10 "
+               "100.64.0.0/10",
+    "*": "0.0.0.0/0 ::/0",
+}
+
+def install_trusted_proxies(server):
+    networks = server.settings.trusted_proxies
+
+    @functools.lru_cache(1024)      # there are few proxies
+    def is_trusted_proxy(address):
+        plain = plain_address(address)
+        return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
+
+    server.is_trusted_proxy = is_trusted_proxy
+
+def parse_networks(text):
+    """The networks of a list of addresses, networks and words."""
+    networks = []
+    for item in parse_list(text):
+        for network in NETWORK_WORDS.get(item.lower(), item).split():
+            try:
+                networks.append(ipaddress.ip_network(network, strict=False))
+            except ValueError:
+                raise ValueError("addresses and networks such as 10.0.0.0/8, comma-separated, or "
+                                 "the words loopback, private and *")
+    return networks
+
+OPTIONS += (
+    Option("AIPROXY_TRUSTED_PROXIES", AIPROXY_TRUSTED_PROXIES, parse_networks,
+           "whose X-Forwarded-For is believed: addresses, networks, loopback, private or *, "
+           "comma-separated"),
+)
+
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: the members of an inspected body; it adds a token limit where there is none.
@@ -4111,40 +4491,56 @@ def retry_after(value):
     return min(max(seconds, 0), MAX_COOLDOWN)
 
 # ---- Proxies on the way up -----------------------------------------------------------------------
-# Does: reaches the upstream through the environment's HTTPS_PROXY or HTTP_PROXY, if there is one.
+# Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that the pool connects to; a connection before its TLS; plain requests.
 # Entered: `install_upstream_proxy` in Server.install_features changes the pool or the opener.
 
 def install_upstream_proxy(server):
-    upstream = server.settings.upstream
-    url = find_proxy(upstream)
-    if not url:
+    proxy = server.settings.proxy
+    if not proxy:
         return
-    try:
-        proxy = UpstreamProxy(url, upstream)
-    except ValueError:          # its message would hold a part of the URL, perhaps of the password
-        sys.exit("aiproxy: the proxy for %s in the environment must be a URL such as "
-                 "http://host:8080" % upstream.scheme)
     server.proxy = proxy.netloc
     server.upstream_handler.pool.address = proxy.address
-    if upstream.scheme == "https":
+    if server.settings.upstream.scheme == "https":
         server.upstream_handler.pool.open_tunnel = proxy.open_tunnel
     else:
         server.opener.add_handler(proxy)
 
+def read_proxy(settings):
+    """The environment's proxy for the upstream, as a setting."""
+    settings.proxy = None
+    name, url = find_proxy(settings.upstream)
+    if not url:
+        return
+    try:
+        settings.proxy = UpstreamProxy(url, settings.upstream)
+    except ValueError:          # its message would hold a part of the URL, perhaps of the password
+        raise SettingError("%s: got something that is not shown here because it may be secret; it "
+                           "takes the URL of an HTTP proxy, such as http://host:8080 (proxies that "
+                           "speak SOCKS or TLS are not supported)" % name)
+    settings.shown[name] = settings.proxy.netloc
+
+MORE_SETTINGS.append(read_proxy)
+
 def find_proxy(upstream):
-    """The URL of the environment's proxy for this upstream. Never one for a loopback upstream."""
+    """Variable and URL of the environment's proxy for this upstream. None for a loopback one."""
     if upstream.is_loopback or urllib.request.proxy_bypass(upstream.netloc.decode()):
-        return None
-    return urllib.request.getproxies().get(upstream.scheme)
+        return "", None
+    proxies = urllib.request.getproxies()
+    kind = upstream.scheme if proxies.get(upstream.scheme) else "all"
+    name = kind + "_proxy"
+    if not os.environ.get(name):
+        name = name.upper()
+    return name, proxies.get(kind)
 
 
 class UpstreamProxy(urllib.request.BaseHandler):
     """An HTTP proxy in front of the upstream. ValueError for what is not the URL of one."""
 
     def __init__(self, url, upstream):
-        parts = urllib.parse.urlsplit(url if "//" in url else "//" + url)
-        if not parts.hostname:
+        parts = urllib.parse.urlsplit(url if "//" in url else "http://" + url)
+        has_more = parts.path.strip("/") or parts.query or parts.fragment
+        if parts.scheme != "http" or not parts.hostname or parts.port == 0 or has_more:
             raise ValueError()
         self.address = (parts.hostname, parts.port or 80)
         self.netloc = parts.netloc.rpartition("@")[2]       # without the user info: it is secret
@@ -4225,9 +4621,9 @@ def wait_with_heartbeats(seconds, wait, send):
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
 # Of a JSON object, wherever in it, or of a form (RFC 7578).
-MODEL_IN_JSON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.){1,200}")')
+MODEL_IN_JSON = re.compile(br'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.){1,200}")')
 MODEL_IN_FORM = re.compile(
-    rb'name="model"\r\n(?:(?i:content-)[^\r\n]{1,99}\r\n){0,2}\r\n([^\r\n]{1,200})\r\n')
+    br'name="model"\r\n(?:(?i:content-)[^\r\n]{1,99}\r\n){0,2}\r\n([^\r\n]{1,200})\r\n')
 MODEL_BYTES = 1024      # more than any of these takes
 
 def install_model_names(server):
@@ -4508,16 +4904,19 @@ class Direction:
 def print_banner(server):
     settings = server.settings
     client_names = [name for name, _ in settings.client_keys]
-    paths = ["%s %s" % rule for rule in settings.paths or ()]
+    shown = settings.shown
     origins = ["any"] if settings.any_origin else settings.origins
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
         "models       " + (", ".join(settings.models_shown) or "all"),
-        "paths        " + (", ".join(paths) or "all"),
+        "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + (", ".join(origins) or "none: browsers are refused"),
-        "limits       %d clients, %d bytes a body, %gs to connect, %gs of silence" % (
-            server.capacity, settings.max_body, settings.connect_timeout, settings.timeout),
+        "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
+            shown["AIPROXY_RATE"], shown["AIPROXY_MAX_TOKENS"], shown["AIPROXY_MAX_CHARS"],
+            settings.max_body),
+        "             %d clients, %d from an address, %gs to connect, %gs of silence" % (
+            server.capacity, settings.max_per_client, settings.connect_timeout, settings.timeout),
     ]
     lines += ["warning: " + warning for warning in warnings(server)]
     lines.append("try          " + curl_command(server))
@@ -4545,9 +4944,21 @@ def warnings(server):
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
     if settings.is_guarded_by_loopback and settings.any_origin:
         yield "AIPROXY_ORIGINS=*: any web page that you open can spend your key"
-    is_on_platform = any(os.environ.get(name) for name in PORT_VARIABLES)
+    for name, (ours, is_set) in others_names(settings).items():
+        if settings.environ.get(name) and not is_set:
+            yield "%s is not read; the name here is %s" % (name, ours)
+    is_on_platform = any(name in settings.environ for name in PORT_VARIABLES)
     if is_loopback(settings.host) and is_on_platform:
         yield "on this platform AIPROXY_HOST=0.0.0.0 is needed to be reached"
+
+def others_names(settings):
+    """By variables of similar programs, ours, and whether that is set."""
+    key_variable = settings.upstream.provider.key_variable
+    return {
+        "VALID_API_KEYS": ("AIPROXY_CLIENT_KEYS", settings.client_keys),
+        "API_KEY": (key_variable, settings.provider_keys),
+        "MODELS": ("AIPROXY_MODELS", settings.models),
+    }
 
 def curl_command(server):
     """A command to paste that asks this server for something."""

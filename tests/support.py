@@ -433,6 +433,20 @@ class Client:
             return True
 
 
+def watch(monkeypatch, owner, name):
+    """done(): wait until `owner.name` has been called once more than the last time."""
+    calls = threading.Semaphore(0)
+    original = getattr(owner, name)
+
+    def call(*args):
+        result = original(*args)
+        calls.release()
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+    return lambda: calls.acquire(timeout=PATIENCE)
+
+
 def run_program(*arguments, env=None, timeout=PATIENCE):
     """Run `aiproxy.py ARGUMENTS` under this Python, with only the settings in `env`."""
     return subprocess.run(

@@ -13,7 +13,7 @@ import tracemalloc
 import pytest
 
 import aiproxy
-from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, chunk, event
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, chunk, event, watch
 
 # ---- what is remembered of clients
 
@@ -81,9 +81,12 @@ def wait_until_no_client(running):
         assert server.client_ended.wait_for(lambda: not server.clients, PATIENCE)
 
 
-def status_of(client):
-    """The status that a client gets; it stays connected if that is 200."""
-    client.request("GET", "/health")
+def status_of(client, then=b"G"):
+    """The status that a client gets; it stays connected if that is 200, and not idle.
+
+    For it has begun its next request.
+    """
+    client.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + then)
     return client.read_reply().status
 
 
@@ -128,7 +131,15 @@ def test_one_connection_too_many_can_read_why_and_the_others_continue(coming_fro
         assert reply.code == "server_busy"
         assert reply.get("retry-after")
         assert third.ended()
-        assert status_of(first) == status_of(second) == 200
+
+        for client in (first, second):
+            client.send(b"ET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.read_reply().status == 200
+
+    record = next(record for record in running.records if record["status"] == 503)
+    assert record["client"] == "192.0.2.1"
+    assert record["outcome"] == "server_busy"
+    assert record["request_id"] == reply.get("x-request-id")
 
 
 def test_a_connection_that_has_ended_no_longer_counts(coming_from):
@@ -137,6 +148,64 @@ def test_a_connection_that_has_ended_no_longer_counts(coming_from):
         with running.client() as first, running.client() as second, running.client() as third:
             assert [status_of(client) for client in (first, second, third)] == [200, 200, 503]
         wait_until_no_client(running)
+
+
+def test_an_address_gives_up_its_own_idle_connections_first(coming_from, monkeypatch):
+    running = coming_from("192.0.2.2", *["192.0.2.1"] * 4)
+    idle = watch(monkeypatch, running.server, "mark_idle")
+
+    def idle_client():
+        client = running.client()
+        assert idle()
+        assert status_of(client, then=b"") == 200
+        assert idle()
+        return client
+
+    with idle_client() as other, idle_client() as first, idle_client() as second:
+        with running.client() as third, running.client() as fourth:
+            assert status_of(third) == 200
+            assert first.ended()
+            assert status_of(fourth) == 200
+            assert second.ended()
+            assert status_of(other) == 200
+
+
+def test_a_trusted_proxy_has_any_number_of_connections(relay, monkeypatch):
+    running = relay(MAX_PER_CLIENT="1", TRUSTED_PROXIES="private")
+    accept = running.server.get_request
+    monkeypatch.setattr(running.server, "get_request", lambda: (accept()[0], ("172.17.0.1", 1)))
+
+    with running.client() as first, running.client() as second, running.client() as third:
+        assert [status_of(client) for client in (first, second, third)] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("place", ["is_closed", "shutdown_request"])
+def test_an_idle_client_that_has_hung_up_takes_no_place(relay, monkeypatch, place):
+    """Wherever the thread that served it is: before it has seen that, or at its end."""
+    running = relay(MAX_CONNECTIONS="1")
+    owner = aiproxy if place == "is_closed" else running.server
+    idle = watch(monkeypatch, running.server, "mark_idle")
+    original = getattr(owner, place)
+    main_thread = running.thread
+    arrived = threading.Event()
+    served = threading.Event()
+
+    def wait_for_newcomer(*args):
+        if threading.current_thread() is not main_thread and not arrived.is_set():
+            arrived.set()
+            assert served.wait(PATIENCE)
+        return original(*args)
+
+    with running.client() as client:
+        assert idle()
+        assert status_of(client, then=b"") == 200
+        assert idle()
+        monkeypatch.setattr(owner, place, wait_for_newcomer)
+    assert arrived.wait(PATIENCE)
+
+    with running.client() as newcomer:
+        assert status_of(newcomer) == 200
+        served.set()
 
 
 # ---- threads, lines, bytes

@@ -5,6 +5,7 @@ The OpenAI SDK in a real browser needs these.
 
 import pytest
 
+import aiproxy
 from support import CHAT, OK
 
 AUTH = [("Authorization", "Bearer ck-alice")]
@@ -41,10 +42,7 @@ ORIGINS = [
     ),
     pytest.param(dict(KEY, ORIGINS=APP, **CLIENTS), "https://b.example", "", id="not listed"),
     pytest.param(dict(KEY, ORIGINS=APP, **CLIENTS), "http://app.example", "", id="another scheme"),
-    pytest.param(dict(KEY, ORIGINS=APP, **CLIENTS), APP + ":443", "", id="with its port"),
-    pytest.param(
-        dict(KEY, ORIGINS=APP, **CLIENTS), "https://APP.example", "", id="in another case"
-    ),
+    pytest.param(dict(KEY, ORIGINS=APP, **CLIENTS), APP + ":444", "", id="another port"),
     pytest.param(dict(KEY, ORIGINS=APP, **CLIENTS), APP + ".evil.example", "", id="a longer name"),
     pytest.param(
         dict(KEY, ORIGINS=APP, **CLIENTS), "https://xapp.example", "", id="a name with the same end"
@@ -55,7 +53,7 @@ ORIGINS = [
 
 
 @pytest.mark.parametrize("settings,origin,allowed", ORIGINS)
-def test_origins_are_compared_exactly(upstream, relay, settings, origin, allowed):
+def test_only_an_allowed_origin_is_served(upstream, relay, settings, origin, allowed):
     running = relay(**settings)
     first = preflight(running, origin)
     second = running.ask("POST", CHAT, b"{}", AUTH + [("Origin", origin)])
@@ -79,6 +77,48 @@ def test_origins_are_compared_exactly(upstream, relay, settings, origin, allowed
     else:
         assert second.code == "origin_not_allowed"
         assert "Origin" in second.all("vary") or "ORIGINS" not in settings
+
+
+# What AIPROXY_ORIGINS lists, origins that fit it, and origins that do not.
+PATTERNS = [
+    (APP, [APP, APP + ":443", "https://APP.example"], ["http://app.example", APP + ":80"]),
+    ("https://App.Example:443", [APP], [APP + ":8443"]),
+    ("HTTP://app.example:80", ["http://app.example"], [APP]),
+    ("https://app.example:08443", [APP + ":8443"], [APP]),
+    (
+        "https://*.app.example",
+        ["https://www.app.example", "https://a.b.app.example", "https://x_y.app.example:443"],
+        [APP, "https://.app.example", "https://xapp.example", "https://a.app.example.evil",
+         "https://a.app.example:8443", "http://a.app.example", "https://evil.test/.app.example"],
+    ),
+    (
+        "http://localhost:*",
+        ["http://localhost", "http://localhost:5173", "http://localhost:80"],
+        ["https://localhost:1", "http://localhost.evil.test:1", "http://localhost:", "http://x:1"],
+    ),
+    ("https://*.app.example:*", ["https://a.app.example:1", "https://a.app.example"], [APP]),
+    (
+        "chrome-extension://*,moz-extension://*",
+        ["chrome-extension://bpoadfk", "moz-extension://0a1b2c3d-1111"],
+        ["chrome-extension://", "safari-web-extension://1", "xchrome-extension://a"],
+    ),
+    ("safari-web-extension://0A1B", ["safari-web-extension://0A1B"], []),
+    ("https://例子.example", ["https://xn--fsqu00a.example"], []),
+    ("http://[0:0::1]:3000", ["http://[::1]:3000"], ["http://[::1]"]),
+    ("app://obsidian.md,null", ["app://obsidian.md", "null"], ["app://obsidian-md"]),
+    ("", [], ["", "null", APP]),
+]
+
+
+@pytest.mark.parametrize("listed,fit,others", PATTERNS, ids=[row[0] for row in PATTERNS])
+def test_what_is_listed_fits_the_origins_that_browsers_send(listed, fit, others):
+    settings = aiproxy.Settings({"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_ORIGINS": listed})
+
+    def is_listed(origin):
+        return aiproxy.is_listed_origin(origin.encode(), settings)
+
+    assert all(map(is_listed, fit))
+    assert not any(map(is_listed, others))
 
 
 @pytest.mark.parametrize("fields,status", [

@@ -13,7 +13,7 @@ import pytest
 
 import aiproxy
 from byhand import ByHand
-from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, chunk, event
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, chunk, event, watch
 
 KEY = ("Authorization", "Bearer ck-alice")
 CHUNKED = ("Transfer-Encoding", "chunked")
@@ -445,20 +445,6 @@ def test_too_many_clients_get_a_503_at_once_and_running_requests_continue(by_han
             assert client.read_reply().status == 200
 
     assert by_hand.nobody_came()
-
-
-def watch(monkeypatch, owner, name):
-    """done(): wait until `owner.name` has been called once more than the last time."""
-    calls = threading.Semaphore(0)
-    original = getattr(owner, name)
-
-    def call(*args):
-        result = original(*args)
-        calls.release()
-        return result
-
-    monkeypatch.setattr(owner, name, call)
-    return lambda: calls.acquire(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("kind", ["kept alive", "new"])

@@ -106,7 +106,18 @@ SHOWN = [
         id="provider key",
     ),
     pytest.param(
-        {"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_OPEN": "1"}, ["warning: AIPROXY_OPEN"], id="open"
+        {"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_OPEN": "1", "AIPROXY_MAX_TOKENS": "77"},
+        ["warning: AIPROXY_OPEN", "rate 60/min", "tokens 77", "256 from an address"],
+        id="open",
+    ),
+    pytest.param(
+        {"VALID_API_KEYS": "sk-hidden-2", "API_KEY": "sk-hidden-3", "MODELS": "small"},
+        [
+            "warning: VALID_API_KEYS .*AIPROXY_CLIENT_KEYS",
+            "warning: API_KEY .*AIPROXY_KEY",
+            "warning: MODELS .*AIPROXY_MODELS",
+        ],
+        id="names of similar programs",
     ),
     pytest.param(
         {"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_ORIGINS": "*"},

@@ -256,6 +256,51 @@ def test_an_invalid_forwarded_address_fails_no_request(limited, value, capsys):
     assert "fault" not in capsys.readouterr().err
 
 
+# What is trusted, who connects, what X-Forwarded-For says, and who asks.
+CLIENTS = [
+    ("loopback", "127.0.0.1", "192.0.2.1", "192.0.2.1"),
+    ("", "127.0.0.1", "192.0.2.1", "192.0.2.1"),
+    ("loopback", "127.0.0.1", "192.0.2.1:4711", "192.0.2.1"),
+    ("loopback", "::1", "[2001:db8::1]:4711", "2001:db8::1"),
+    ("loopback", "::ffff:127.0.0.1", "[2001:DB8::1]", "2001:db8::1"),
+    ("loopback", "127.0.0.1", "2001:db8:0::1", "2001:db8::1"),
+    ("loopback", "127.0.0.1", "192.0.2.1, 127.0.0.2", "192.0.2.1"),
+    ("loopback", "127.0.0.1", "192.0.2.1, unknown", "127.0.0.1"),
+    ("loopback", "127.0.0.1", "127.0.0.3, 127.0.0.2", "127.0.0.3"),
+    ("loopback", "10.0.0.1", "192.0.2.1", "10.0.0.1"),
+    ("private", "172.17.0.1", "198.51.100.9, 192.0.2.1, 10.0.0.9:80, 100.64.0.1", "192.0.2.1"),
+    ("private", "fe80::1%eth0", "192.0.2.1, fd00::1", "192.0.2.1"),
+    ("private", "127.0.0.1", "192.0.2.1", "127.0.0.1"),
+    ("private,loopback", "127.0.0.1", "192.0.2.1, 192.168.1.1", "192.0.2.1"),
+    ("*", "203.0.113.1", "192.0.2.1, 198.51.100.9", "192.0.2.1"),
+    ("203.0.113.0/24, 2001:db8::/32", "203.0.113.1", "192.0.2.1, 2001:db8::9", "192.0.2.1"),
+    ("203.0.113.1", "::ffff:203.0.113.1", "192.0.2.1", "192.0.2.1"),
+    ("203.0.113.1", "203.0.113.2", "192.0.2.1", "203.0.113.2"),
+]
+
+
+@pytest.mark.parametrize("trusted,address,forwarded_for,client", CLIENTS)
+def test_the_client_is_the_last_address_that_is_not_a_trusted_proxy(
+    trusted, address, forwarded_for, client
+):
+    settings = aiproxy.Settings({"AIPROXY_TRUSTED_PROXIES": trusted})
+    server = types.SimpleNamespace(settings=settings)
+    aiproxy.install_trusted_proxies(server)
+    headers = aiproxy.Headers([(b"X-Forwarded-For", forwarded_for.encode())])
+
+    assert aiproxy.find_client(address, headers, server.is_trusted_proxy) == client
+
+
+def test_a_trusted_proxy_decides_whom_the_rate_counts(relay, monkeypatch):
+    running = relay(RATE="1/min", OPEN="1", KEY="sk-1", TRUSTED_PROXIES="192.0.2.0/24")
+    accept = running.server.get_request
+    monkeypatch.setattr(running.server, "get_request", lambda: (accept()[0], ("192.0.2.7", 1)))
+    others = ["198.51.100.1", "198.51.100.2", "198.51.100.1"]
+
+    assert [running.ask(fields=forwarded(other)).status for other in others] == [200, 200, 429]
+    assert running.wait_for_record()["client"] == "198.51.100.1"
+
+
 @pytest.mark.parametrize("address", ["192.0.2.7", "2001:db8::7"])
 def test_a_client_that_connects_directly_cannot_choose_its_address(limited, monkeypatch, address):
     running = limited(RATE="1/min", HOST="127.0.0.1")

@@ -68,6 +68,7 @@ SETTING = re.compile(r"((?:AIPROXY|CLOUDFLARE)_[A-Z_]+)=([^\s,]+(?:,(?![A-Z]+_)[
 # Values for those that the README leaves out.
 REAL = {
     "AIPROXY_KEY": "sk-0123456789",
+    "AIPROXY_CLIENT_KEYS": "app=ck-0123456789",
     "CLOUDFLARE_ACCOUNT_ID": "0123456789abcdef",
     "CLOUDFLARE_API_TOKEN": "token-0123456789",
 }
@@ -87,6 +88,21 @@ def test_the_settings_in_the_readme_are_accepted(settings):
     done = run_program("--check", env={**settings, **real})
 
     assert done.returncode == 0, done.stderr
+
+
+SAMPLE_KEYS = re.findall(
+    r"""(?:Bearer |(?:api_?[kK]ey|KEYS?|TOKEN)[=:] ?"?(?:\w+=)?)([^\s"'`,;=|$:]+)(?![\w:-])""", README)
+
+
+@pytest.mark.parametrize("name", ["AIPROXY_KEY", "AIPROXY_CLIENT_KEYS", "CLOUDFLARE_API_TOKEN"])
+@pytest.mark.parametrize("key", sorted(set(SAMPLE_KEYS)))
+def test_a_key_that_stands_in_the_readme_is_not_accepted(name, key):
+    environ = {"AIPROXY_KEY": "sk-1", name: key, "AIPROXY_UPSTREAM": "openai"}
+    if name.startswith("CLOUDFLARE"):
+        environ.update(AIPROXY_UPSTREAM="workers-ai", CLOUDFLARE_ACCOUNT_ID="0123456789abcdef")
+
+    with pytest.raises(aiproxy.SettingError, match=name):
+        aiproxy.Settings(environ)
 
 
 def test_json_in_the_readme_parses():

@@ -4,11 +4,14 @@ The line never shows a secret.
 """
 
 import os
+import subprocess
+import sys
+import types
 
 import pytest
 
 import aiproxy
-from support import run_program
+from support import PROGRAM, clean_environ, run_program
 
 KEY = {"AIPROXY_KEY": "sk-hidden-key"}
 SECRETS = ("s3cret", "sk-hidden", "ck-alice")
@@ -47,14 +50,24 @@ INVALID = [
             "data:,x",
         ],
     ),
-    ("AIPROXY_KEY_HEADER", ["X Key", "Key:", "Schl\xfcssel"]),
     ("AIPROXY_MODELS", ["a,b=", "=a", "a,a", "a b"]),
     ("AIPROXY_DEFAULT_MODEL", ["a b"]),
     ("AIPROXY_PATHS", ["v1/chat", "FETCH /v1/chat", "/v1/../x", "/v1//x", "/v1?x", "GET"]),
     (
         "AIPROXY_ORIGINS",
-        ["app.example", "https://app.example/", "https://app.example/x", "https://me@app.example"],
+        [
+            "app.example",
+            "https://app.example/",
+            "https://app.example/x",
+            "https://me@app.example",
+            "https://app.example:65536",
+            "https://*",
+            "https://a.*.example",
+            "https://app*.example",
+            "http://127.1",
+        ],
     ),
+    ("AIPROXY_TRUSTED_PROXIES", ["10.0.0.0/8,everybody", "10.0.0.0/33", "10.0.0.1:80", ","]),
     ("AIPROXY_OPEN", ["2", "maybe", "ja"]),
     ("AIPROXY_HOST", ["a b"]),
     ("AIPROXY_PORT", ["http", "-1", "65536", "80.5"]),
@@ -94,12 +107,36 @@ PLACEHOLDERS = [
     "YOUR_KEY",
     "api-key",
     "\u4f60\u7684\u5bc6\u94a5",
+    "sk-proj-xxxxxxxxxxxx",
+    "sk-proj-...",
+    "my-secret-key",
+    "$OPENAI_API_KEY",
+    "${OPENAI_API_KEY}",
+    "%OPENAI_API_KEY%",
+    "{{key}}",
+    "[key]",
+    "insert-me",
+    "paste-it-here",
+    "enter_your_api_key",
+    "client_secret",
+    "password",
+    "not-needed-here",
+    "a-long-random-string",
+    "\u81ea\u5df1\u7f16\u7684\u957f\u968f\u673a\u4e32",
 ]
 # A variable that may hold a secret, an invalid value, and a word of the error message.
 SECRET_VALUES = [
     ("AIPROXY_KEY", "s3cret key", "visible ASCII"),
     ("AIPROXY_KEY", "\u201cs3cret\u201d", "visible ASCII"),
     ("AIPROXY_KEY", "s3cret\nX: y", "visible ASCII"),
+    ("AIPROXY_KEY_HEADER", "X s3cret", "field's name"),
+    ("AIPROXY_KEY_HEADER", "s3cret:", "field's name"),
+    ("AIPROXY_KEY_HEADER", "Authorization: Bearer sk-s3cret", "field's name"),
+    ("AIPROXY_KEY_HEADER", "sk-s3cret", "field's name"),
+    ("AIPROXY_KEY_HEADER", "Schl\xfcssel", "field's name"),
+    ("AIPROXY_UPSTREAM", "sk-s3cret", "base URL"),
+    ("AIPROXY_PORT", "sk-s3cret", "port"),
+    ("AIPROXY_LOG", "0123456789abcdef0123456789abcdef", "text"),
     ("AIPROXY_CLIENT_KEYS", "bad name=s3cret", "names of 1 to 32"),
     ("AIPROXY_CLIENT_KEYS", "a=s3cret,a=s3cret2", "once"),
     ("AIPROXY_CLIENT_KEYS", "a=s3cret,b=s3cret", "once"),
@@ -128,6 +165,109 @@ def test_an_invalid_value_that_may_be_secret_is_not_shown(check, name, value, wo
     assert len(err.splitlines()) == 1
     assert value not in err
     assert not any(secret in err for secret in SECRETS)
+
+
+REAL_KEYS = [
+    "sk-proj-Abcdxxx123456",
+    "gsk_0123456789abcdef",
+    "keyring-7f3a",
+    "hereby-secret-1",
+    "0123456789abcdef0123456789abcdef.AbCdEfGh",
+    "none",
+    "EMPTY",
+    "tokenizer",
+]
+
+
+@pytest.mark.parametrize("key", REAL_KEYS)
+def test_a_key_that_only_resembles_a_placeholder_is_taken(key):
+    settings = aiproxy.Settings({"AIPROXY_KEY": key})
+    assert settings.provider_keys == [key.encode()]
+
+
+# Values with quotes, and what is meant.
+QUOTED = [
+    ('"a,b=c"', "a b=c"),
+    ("'a,b=c'", "a b=c"),
+    (' "a" ', "a"),
+    ('"a","b"', "a b"),
+    ("'a', b", "a b"),
+    ('""', ""),
+    ("''", ""),
+    ('" "', ""),
+    ("", ""),
+    (" ", ""),
+]
+
+
+@pytest.mark.parametrize("value,meant", QUOTED, ids=ascii)
+def test_quotes_around_a_value_are_dropped_and_an_empty_one_is_not_set(value, meant):
+    settings = aiproxy.Settings({"AIPROXY_MODELS": value})
+    models = [name if name == model else name + "=" + model
+              for name, model in settings.models.items()]
+    assert models == meant.split()
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "https_proxy", "HTTP_PROXY", "ALL_PROXY"])
+def test_quotes_are_dropped_from_what_the_library_reads(name):
+    environ = {name: '"value"', "OTHER": '"value"'}
+    aiproxy.clean_environment(environ)
+    assert environ == {name: "value", "OTHER": '"value"'}
+
+    environ = {name: "''"}
+    aiproxy.clean_environment(environ)
+    assert environ == {}
+
+
+MISSPELT = [
+    ("AIPROXY_MODEL", "AIPROXY_MODELS"),
+    ("AIPROXY_CLIENT_KEY", "AIPROXY_CLIENT_KEYS"),
+    ("AIPROXY_APIKEY", "AIPROXY_KEY"),
+    ("AIPROXY_MAX_TOKEN", "AIPROXY_MAX_TOKENS"),
+    ("AIPROXY_ORIGIN", "AIPROXY_ORIGINS"),
+    ("AIPROXY_RATE_LIMIT", "AIPROXY_RATE"),
+    ("aiproxy_models", "AIPROXY_MODELS"),
+    ("AIPROXY_", "AIPROXY_"),
+]
+
+
+@pytest.mark.parametrize("name,meant", MISSPELT)
+def test_a_misspelt_variable_stops_the_start_and_the_nearest_is_named(check, tmp_path, name, meant):
+    status, out, err = check(**{name: "s3cret"})
+
+    assert (status, out) == (2, "")
+    assert err.startswith("aiproxy: %s is not a setting; did you mean %s" % (name, meant))
+    assert "s3cret" not in err
+
+    path = tmp_path / "env"
+    path.write_text(name + "=s3cret\n", encoding="utf-8")
+    assert check("--env-file", str(path)) == (status, out, err)
+    assert check(**{name: ""})[0] == 0
+
+
+SERVICE_VARIABLES = [
+    ("AIPROXY_SERVICE_HOST", "10.0.0.1"),
+    ("AIPROXY_SERVICE_PORT", "8000"),
+    ("AIPROXY_SERVICE_PORT_HTTP", "8000"),
+    ("AIPROXY_PORT", "tcp://10.0.0.1:81"),
+    ("AIPROXY_PORT", "udp://10.0.0.1:81"),
+    ("AIPROXY_PORT_81_TCP", "tcp://10.0.0.1:81"),
+    ("AIPROXY_PORT_81_TCP_ADDR", "10.0.0.1"),
+    ("AIPROXY_CANARY_SERVICE_HOST", "10.0.0.1"),
+    ("AIPROXY_CANARY_PORT", "tcp://10.0.0.1:81"),
+    ("AIPROXY_CANARY_PORT_81_TCP_PORT", "81"),
+]
+
+
+@pytest.mark.parametrize("name,value", SERVICE_VARIABLES)
+def test_what_kubernetes_sets_for_a_service_is_passed_over(check, tmp_path, name, value):
+    status, out, err = check(**{name: value})
+    assert (status, err) == (0, "")
+    assert "AIPROXY_PORT=8000\n" in out
+
+    path = tmp_path / "env"
+    path.write_text("AIPROXY_PORT=82\n", encoding="utf-8")
+    assert "AIPROXY_PORT=82\n" in check("--env-file", str(path), **{name: value})[1]
 
 
 # Settings that are unsafe together, and what the message must name.
@@ -164,6 +304,11 @@ UNSAFE = [
         id="the provider key as a client key",
     ),
     pytest.param(
+        {"AIPROXY_KEY_HEADER": "s3cret-1", "AIPROXY_KEY": "s3cret-1"},
+        ["AIPROXY_KEY_HEADER"],
+        id="the provider key as its field",
+    ),
+    pytest.param(
         {"AIPROXY_MODELS": "a,b=c", "AIPROXY_DEFAULT_MODEL": "c"},
         ["AIPROXY_DEFAULT_MODEL", "AIPROXY_MODELS"],
         id="default model not on the list",
@@ -189,6 +334,57 @@ UNSAFE = [
         id="the same on every address",
     ),
 ]
+
+
+OWN_HOSTS = [
+    "127.0.0.1",
+    "localhost",
+    "LOCALHOST.",
+    "0.0.0.0",
+    "0",
+    "127.1",
+    "2130706433",
+    "0x7f.0.0.1",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]",
+    "127.8.8.8",
+]
+
+
+@pytest.mark.parametrize("host", OWN_HOSTS)
+def test_an_upstream_that_is_the_relay_itself_does_not_start(check, host):
+    own = "http://%s:8765" % host
+    status, out, err = check(AIPROXY_UPSTREAM=own, AIPROXY_PORT="8765")
+    assert (status, out) == (2, "")
+    assert err.startswith("aiproxy: AIPROXY_UPSTREAM: ")
+
+    assert check(AIPROXY_UPSTREAM=own, AIPROXY_PORT="8766")[0] == 0
+    assert aiproxy.Upstream(own).is_loopback
+
+
+def test_another_machine_may_have_the_same_port(check):
+    for host in ("192.0.2.1", "host.invalid"):
+        assert check(AIPROXY_UPSTREAM="http://%s:8000" % host)[0] == 0
+        assert not aiproxy.Upstream("http://%s:8000" % host).is_loopback
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_certificates_that_cannot_be_read_stop_the_start(check, tmp_path, name):
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    text = tmp_path / "text"
+    text.write_text("no certificate\n", encoding="utf-8")
+    values = [str(tmp_path / "missing"), str(empty), str(text)]
+    if name == "SSL_CERT_DIR":
+        values.append(str(tmp_path) + os.pathsep + str(tmp_path / "missing"))
+        assert check(**{name: str(tmp_path)})[0] == 0
+
+    for value in values:
+        status, out, err = check(**{name: value})
+        assert (status, out) == (2, "")
+        assert err.startswith("aiproxy: %s: " % name)
+        assert check(AIPROXY_UPSTREAM="http://provider.test", **{name: value})[0] == 0
+    assert check(**{name: '""'})[0] == 0
 
 
 @pytest.mark.parametrize("environ,names", UNSAFE)
@@ -252,13 +448,108 @@ def test_without_client_keys_only_a_loopback_host_is_served(upstream, relay, hos
     assert len(upstream.received) == (status == 200)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"KEY": "sk-1", "CLIENT_KEYS": "ck-alice"}, {"KEY": "sk-1", "OPEN": "1"}, {}],
-    ids=["client keys", "open", "no provider key"],
-)
-def test_any_host_is_served_with_client_keys_or_open_or_no_provider_key(relay, settings):
-    assert relay(**settings).chat(fields=[("Host", "proxy.example")]).status == 200
+BASE_URLS = ["https://host.example", "https://host.example/v1", "http://10.0.0.1:1/api/paas/v4"]
+
+
+@pytest.mark.parametrize("base", BASE_URLS)
+@pytest.mark.parametrize("end", ["", "/"])
+@pytest.mark.parametrize("endpoint", [
+    "/chat/completions", "/completions", "/embeddings", "/responses", "/messages", "/rerank",
+    "/messages/count_tokens", "/Chat/Completions", "/audio/transcriptions",
+])
+def test_a_base_url_with_an_endpoint_is_an_error_that_shows_the_right_one(base, endpoint, end):
+    assert aiproxy.Upstream(base + end).url
+    with pytest.raises(aiproxy.SettingError) as raised:
+        aiproxy.Settings({"AIPROXY_UPSTREAM": base + endpoint + end})
+    assert "AIPROXY_UPSTREAM: got" in str(raised.value)
+    assert str(raised.value).endswith(": " + base)
+
+
+NOT_OURS = ["203.0.113.9", "203.0.113.9:4711", "[2001:db8::1]:4711", "10.0.0.1", "unknown"]
+OURS = ["127.0.0.1", "127.0.0.1:4711", "::1", "[::1]:4711", "::ffff:127.0.0.1", "localhost", ""]
+
+
+@pytest.mark.parametrize("name,value,status", [
+    *[("X-Forwarded-For", value, 403) for value in NOT_OURS],
+    ("X-Forwarded-For", "203.0.113.9, 127.0.0.1", 403),
+    ("X-Forwarded-For", "127.0.0.1, 203.0.113.9", 403),
+    *[("X-Real-IP", value, 403) for value in NOT_OURS],
+    *[("Forwarded", 'for="%s"' % value, 403) for value in NOT_OURS],
+    ("Forwarded", "for=203.0.113.9;proto=https", 403),
+    ("Forwarded", "proto=https; For = 203.0.113.9", 403),
+    ("Forwarded", "for=127.0.0.1, for=_hidden", 403),
+    ("Forwarded", 'for="127.0.0.1, 203.0.113.9"', 403),
+    *[(name, value, 200) for name in ("X-Forwarded-For", "X-Real-IP") for value in OURS],
+    *[("Forwarded", 'for="%s";host=localhost' % value, 200) for value in OURS],
+    ("Forwarded", "proto=https", 200),
+])
+def test_a_request_on_behalf_of_somebody_else_cannot_use_the_provider_key(
+    upstream, relay, name, value, status
+):
+    running = relay(KEY="sk-hidden-key")
+    reply = running.ask("GET", "/v1/models", None, [(name, value)])
+
+    assert reply.status == status
+    assert len(upstream.received) == (status == 200)
+    if status == 403:
+        assert reply.code == "host_not_allowed"
+        assert "AIPROXY_OPEN" in reply.json["error"]["message"]
+        assert "AIPROXY_CLIENT_KEYS" in reply.json["error"]["message"]
+
+
+# Settings, and whether a foreign Host and a foreign X-Forwarded-For are served.
+KEYLESS = {"UPSTREAM": "http://192.168.1.5:11434"}
+GUARDS = [
+    pytest.param({"KEY": "sk-1"}, False, False, id="provider key"),
+    pytest.param({"KEY": "sk-1", "CLIENT_KEYS": "ck-alice"}, True, True, id="client keys"),
+    pytest.param({"KEY": "sk-1", "OPEN": "1"}, True, True, id="open"),
+    pytest.param({}, True, True, id="a provider that wants a key"),
+    pytest.param({"UPSTREAM": "https://api.deepseek.com/v1"}, True, True, id="the same by its URL"),
+    pytest.param({"UPSTREAM": "ollama"}, False, True, id="no key at all"),
+    pytest.param(KEYLESS, False, True, id="perhaps no key at all"),
+    pytest.param({"OPEN": "1", **KEYLESS}, True, True, id="perhaps no key, open"),
+    pytest.param({"HOST": "0.0.0.0", **KEYLESS}, True, True, id="no key, for the network"),
+    pytest.param({"UPSTREAM": "ollama", "CLIENT_KEYS": "a"}, True, True, id="guarded ollama"),
+]
+
+
+@pytest.mark.parametrize("settings,by_name,by_proxy", GUARDS)
+def test_what_no_key_guards_is_served_to_this_machine_only(settings, by_name, by_proxy):
+    environ = {"AIPROXY_" + name: value for name, value in settings.items()}
+    in_force = aiproxy.Settings(environ)
+
+    def is_served(host, *fields):
+        headers = aiproxy.Headers([(b"Host", host), *fields])
+        try:
+            aiproxy.check_host_allowed(types.SimpleNamespace(headers=headers), in_force)
+        except aiproxy.ErrorResponse as error:
+            assert (error.status, error.code) == (403, "host_not_allowed")
+            return False
+        return True
+
+    assert is_served(b"localhost:8000")
+    assert is_served(b"proxy.example") == by_name
+    assert is_served(b"localhost", (b"X-Forwarded-For", b"203.0.113.9")) == by_proxy
+
+
+@pytest.mark.parametrize("settings,is_any", [
+    ({}, True),
+    ({"UPSTREAM": "https://api.anthropic.com"}, True),
+    ({"UPSTREAM": "ollama"}, False),
+    (KEYLESS, False),
+    ({"UPSTREAM": "https://api.provider.example/v1"}, False),
+    ({"UPSTREAM": "ollama", "CLIENT_KEYS": "a"}, True),
+    ({"KEY": "sk-1", "CLIENT_KEYS": "a"}, True),
+    ({"KEY": "sk-1", "OPEN": "1"}, False),
+], ids=str)
+def test_any_page_may_call_only_where_callers_must_present_a_key(settings, is_any):
+    environ = {"AIPROXY_" + name: value for name, value in settings.items()}
+    in_force = aiproxy.Settings(environ)
+    fields = [(b"Origin", b"https://app.example")]
+    without_origin = aiproxy.Headers([(b"Sec-Fetch-Site", b"cross-site")])
+
+    assert aiproxy.is_origin_allowed(aiproxy.Headers(fields), in_force) == is_any
+    assert aiproxy.is_origin_allowed(without_origin, in_force) == is_any
 
 
 def test_check_prints_every_setting_and_no_key(check):
@@ -280,10 +571,57 @@ def test_check_prints_every_setting_and_no_key(check):
     assert not any(secret in out for secret in SECRETS)
 
 
+INFERENCE = ("POST /v1/chat/completions, POST /v1/completions, POST /v1/embeddings, "
+             "POST /v1/responses, GET /v1/models, GET /v1/models/*")
+# Settings, and what of them is in force.
+IN_FORCE = [
+    ({}, {"PATHS": "all", "ORIGINS": "*", "RATE": "none", "KEY_HEADER": "none", "MODELS": "all"}),
+    (KEY, {"PATHS": INFERENCE, "ORIGINS": "none", "RATE": "none", "KEY_HEADER": "Authorization"}),
+    ({**KEY, "AIPROXY_OPEN": "yes"}, {"ORIGINS": "none", "RATE": "60/min", "OPEN": "1"}),
+    ({**KEY, "AIPROXY_CLIENT_KEYS": "a=b"}, {"ORIGINS": "*", "CLIENT_KEYS": "a=***"}),
+    (
+        {**KEY, "AIPROXY_UPSTREAM": "anthropic"},
+        {
+            "PATHS": "POST /v1/messages, POST /v1/messages/count_tokens, GET /v1/models, "
+            "GET /v1/models/*",
+            "KEY_HEADER": "x-api-key",
+        },
+    ),
+    (
+        {"AIPROXY_ORIGINS": "https://App.Example:443", "AIPROXY_PATHS": "/v1/x,* /v1/y"},
+        {"ORIGINS": "https://app.example", "PATHS": "POST /v1/x, * /v1/y"},
+    ),
+    (
+        {"AIPROXY_MAX_TOKENS": "0", "AIPROXY_MAX_CHARS": "9"},
+        {"MAX_TOKENS": "none", "MAX_CHARS": "9", "MAX_PER_CLIENT": "256"},
+    ),
+    (
+        {
+            "AIPROXY_UPSTREAM": "workers-ai",
+            "CLOUDFLARE_ACCOUNT_ID": "0123",
+            "CLOUDFLARE_API_TOKEN": "s3cret-1",
+        },
+        {"MAX_CHARS": "131072", "PATHS": INFERENCE, "TRUSTED_PROXIES": "loopback"},
+    ),
+]
+
+
+@pytest.mark.parametrize("environ,in_force", IN_FORCE, ids=str)
+def test_check_prints_what_is_in_force_and_not_what_was_typed(check, environ, in_force):
+    status, out, err = check(**environ)
+    printed = dict(line.split("=", 1) for line in out.splitlines())
+
+    assert (status, err) == (0, "")
+    assert {name: printed["AIPROXY_" + name] for name in in_force} == in_force
+    assert not any(secret in out for secret in SECRETS)
+
+
 @pytest.mark.parametrize("environ,port", [
     ({}, "8000"),
     ({"PORT": "81"}, "81"),
     ({"FC_SERVER_PORT": "82"}, "82"),
+    ({"FC_CUSTOM_LISTEN_PORT": "83"}, "83"),
+    ({"PORT": "", "FC_SERVER_PORT": "82"}, "82"),
     ({"PORT": "81", "FC_SERVER_PORT": "82"}, "81"),
     ({"PORT": "81", "AIPROXY_PORT": "80"}, "80"),
     ({"AIPROXY_PORT": " "}, "8000"),
@@ -317,7 +655,72 @@ def test_an_invalid_option_stops_the_start(check, arguments):
     assert status == 2
     assert out == ""
     assert "usage" in err
-    assert "s3cret" not in err or arguments == ["s3cret"]
+    assert "s3cret" not in err
+
+
+@pytest.mark.parametrize("option", ["--port", "--upstream", "--env-file"])
+@pytest.mark.parametrize("value", ["s3cret", "https://me:s3cret@host"])
+def test_the_value_of_an_option_may_be_a_key_and_is_not_shown(check, option, value):
+    for arguments in ([option, value], [option + "=" + value]):
+        status, out, err = check(*arguments)
+
+        assert status == 2
+        assert out == ""
+        assert option in err
+        assert "s3cret" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]], ids=["start", "check"])
+def test_a_host_may_be_a_key_and_is_not_shown(arguments):
+    environ = {"AIPROXY_KEY": "sk-1"} if arguments else {}
+    done = run_program("--host", "s3cret@0123", *arguments, env=environ)
+
+    assert done.returncode == (2 if arguments else 1)
+    assert "AIPROXY_HOST" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+# Constants at the top of the file as somebody may write them, and what --check prints.
+CONSTANTS = [
+    ("AIPROXY_PORT", 81, "81"),
+    ("AIPROXY_OPEN", True, "1"),
+    ("AIPROXY_MODELS", ["a", "b=c"], "a,b=c"),
+    ("AIPROXY_MAX_CHARS", None, None),
+    ("AIPROXY_GRACE", 2.5, "2.5"),
+]
+
+
+@pytest.mark.parametrize("name,value,shown", CONSTANTS)
+def test_a_constant_may_be_a_number_or_a_list(monkeypatch, check, name, value, shown):
+    replace_constants(monkeypatch, **{name: value})
+    status, out, err = check()
+
+    assert (status, err) == (0, "")
+    assert shown is None or "%s=%s\n" % (name, shown) in out
+
+
+def replace_constants(monkeypatch, **constants):
+    """As if other values stood at the top of the file."""
+    options = [option._replace(default=constants.get(option.name, option.default))
+               for option in aiproxy.OPTIONS]
+    monkeypatch.setattr(aiproxy, "OPTIONS", tuple(options))
+
+
+def test_help_shows_no_secret_that_is_set_in_the_file(monkeypatch, check):
+    replace_constants(
+        monkeypatch,
+        AIPROXY_KEY="sk-s3cret",
+        AIPROXY_CLIENT_KEYS="a=s3cret",
+        CLOUDFLARE_API_TOKEN="s3cret",
+        AIPROXY_KEY_HEADER="s3cret",
+        AIPROXY_UPSTREAM="https://me:s3cret@host.example",
+        AIPROXY_DEFAULT_MODEL="sk-s3cret",
+    )
+    status, out, err = check("--help", AIPROXY_KEY="sk-s3cret-2")
+
+    assert (status, err) == (0, "")
+    assert "AIPROXY_KEY" in out
+    assert "s3cret" not in out
 
 
 def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
@@ -345,9 +748,27 @@ def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"AIPROXY_KEY=s3cret\xff\xfe"], ids=["missing", "not text"]
+    "content,number",
+    [
+        (None, None),
+        (b"AIPROXY_KEY=s3cret\xff\xfe", 1),
+        ("AIPROXY_KEY=s3cret\n".encode("utf-16"), 1),
+        ("AIPROXY_KEY=s3cret\n".encode("utf-16-le"), 1),
+        ("AIPROXY_KEY=s3cret\n".encode("utf-16-be"), 1),
+        (b"\n# note\nAIPROXY_KEY: s3cret\n", 3),
+        (b"AIPROXY_RATE=1/s\r\n\r\ns3cret\r\n", 3),
+        (b"AIPROXY_RATE=1/s\rs3cret\r", 2),
+        (b"AIPROXY_KEY", 1),
+        (b"export AIPROXY_KEY\n", 1),
+        (b"set AIPROXY_KEY=s3cret\n", 1),
+        (b"AIPROXY_KEY=s3cret\0\n", 1),
+        (b"AIPROXY_MODELS=a\n\xef\xbb\xbfAIPROXY_KEY=s3cret\n", 2),
+        (b"AIPROXY_KEY='s3cret\n", 1),
+        (b'AIPROXY_KEY="s3cret" # note\n', 1),
+        (b"AIPROXY_MODELS=a\\\nb\n", 2),
+    ],
 )
-def test_an_env_file_that_cannot_be_read_stops_the_start(check, tmp_path, content):
+def test_a_line_that_is_no_assignment_stops_the_start(check, tmp_path, content, number):
     if content:
         (tmp_path / "env").write_bytes(content)
 
@@ -357,6 +778,22 @@ def test_an_env_file_that_cannot_be_read_stops_the_start(check, tmp_path, conten
     assert out == ""
     assert "--env-file" in err
     assert "s3cret" not in err
+    assert number is None or "line %d " % number in err
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+def test_a_byte_order_mark_is_skipped_and_later_lines_win(check, tmp_path, start):
+    first = tmp_path / "first"
+    first.write_bytes(start + b"AIPROXY_MODELS=a\nAIPROXY_MODELS=b\nAIPROXY_LOG=json\n")
+    second = tmp_path / "second"
+    second.write_bytes(start + b"AIPROXY_LOG=off\nAIPROXY_MODELS=\n")
+    files = ["--env-file", str(first), "--env-file", str(second)]
+    status, out, err = check(*files, AIPROXY_MODELS="")
+
+    assert (status, err) == (0, "")
+    assert "AIPROXY_MODELS=b\n" in out
+    assert "AIPROXY_LOG=off\n" in out
+    assert "AIPROXY_MODELS=c\n" in check(*files, AIPROXY_MODELS="c")[1]
 
 
 def test_help_and_version(check):
@@ -383,6 +820,17 @@ def test_the_program_exits_with_the_right_status(arguments, env, status, expecte
     assert expected in (done.stderr if status else done.stdout)
     assert "Traceback" not in done.stderr
     assert "sk-hidden" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--check", "--version"])
+def test_what_is_printed_need_not_be_read(option):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, PROGRAM, option]
+    done = subprocess.run(command, env=clean_environ(), stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_variables_of_the_openai_sdk_are_ignored():

@@ -553,13 +553,61 @@ def test_a_loopback_upstream_is_never_reached_through_a_proxy(relay, monkeypatch
         assert not proxy.connections
 
 
-@pytest.mark.parametrize("url", ["http://me:pa/ss@proxy.test:8080", "http://:80", "proxy:x"])
-def test_a_proxy_that_is_no_url_stops_the_start_and_is_not_shown(relay, monkeypatch, url):
-    monkeypatch.setenv("HTTPS_PROXY", url)
-    with pytest.raises(SystemExit) as stopped:
-        relay(UPSTREAM="https://provider.test")
-    assert "the proxy for https" in str(stopped.value)
-    assert url not in str(stopped.value)
+UNUSABLE = [
+    "http://me:pa/ss@proxy.test:8080",
+    "http://me:1#ss@proxy.test:8080",
+    "http://me:1?ss@proxy.test:8080",
+    "http://:80",
+    "http://proxy.test:port",
+    "http://proxy.test:99999",
+    "http://proxy.test:0",
+    "http://proxy.test/path",
+    "proxy:x",
+    "socks5://me:s3cret@127.0.0.1:1080",
+    "SOCKS5h://127.0.0.1:1080",
+    "socks4://127.0.0.1:1080",
+    "https://proxy.test:8443",
+    "ftp://proxy.test",
+]
+
+
+@pytest.mark.parametrize("url", UNUSABLE)
+@pytest.mark.parametrize("name,scheme", [
+    ("HTTPS_PROXY", "https"),
+    ("http_proxy", "http"),
+    ("ALL_PROXY", "https"),
+    ("all_proxy", "http"),
+])
+def test_a_proxy_that_cannot_be_used_stops_the_start_and_is_not_shown(
+    monkeypatch, name, scheme, url
+):
+    monkeypatch.setenv(name, url)
+    with pytest.raises(aiproxy.SettingError) as raised:
+        aiproxy.Settings({"AIPROXY_UPSTREAM": scheme + "://provider.test"})
+    assert str(raised.value).startswith(name + ": ")
+    assert url not in str(raised.value)
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("environ,upstream,shown", [
+    ({"ALL_PROXY": "http://me:pw@a.test:1"}, "https://provider.test", ("ALL_PROXY", "a.test:1")),
+    ({"ALL_PROXY": "a.test:1"}, "http://provider.test", ("ALL_PROXY", "a.test:1")),
+    (
+        {"ALL_PROXY": "socks5://a.test:1", "HTTPS_PROXY": "http://b.test:2/"},
+        "https://provider.test",
+        ("HTTPS_PROXY", "b.test:2"),
+    ),
+    ({"HTTP_PROXY": "socks5://a.test:1"}, "https://provider.test", None),
+    ({"ALL_PROXY": "socks5://a.test:1"}, "http://127.1:11434", None),
+    ({"ALL_PROXY": "socks5://a.test:1", "NO_PROXY": "*"}, "http://provider.test", None),
+], ids=str)
+def test_a_proxy_is_shown_among_the_settings_in_force(monkeypatch, environ, upstream, shown):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    settings = aiproxy.Settings({"AIPROXY_UPSTREAM": upstream})
+
+    in_force = [pair for pair in settings.shown.items() if pair[0].endswith("_PROXY")]
+    assert in_force == ([shown] if shown else [])
 
 
 # -- certificates
