@@ -1032,11 +1032,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 error.code, error.message, self.record.upstream_status))
         if self.head_sent:
             return
+        if self.request is None:
+            self.name_broken_request()
         try:
             self.send_response(error.status, error.headers + [JSON_TYPE],
                                self.server.render_error(error, self.record))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
+
+    def name_broken_request(self):
+        """What the log and the error's form need of a head that could not be read as a whole."""
+        first_line = REQUEST_LINE.fullmatch(self.client.buffer.partition(b"\r\n")[0])
+        if first_line:
+            self.record.method = first_line[1].decode()
+            self.record.path = first_line[2].decode()
 
     def render_error_event(self, error):
         """The event that tells of an error in a stream that has begun."""
@@ -2828,8 +2837,9 @@ def read_head(connection, first_line, read_more):
         if end < 0 or end > MAX_LINE:
             check_unfinished(head, searched, first_line)
         if end >= 0:
+            parsed = parse_head(head, first_line)
             connection.buffer = connection.buffer[end + 4:]
-            return parse_head(head, first_line)
+            return parsed
         searched = max(0, len(connection.buffer) - 3)       # the end may have begun
         read_more()
 

@@ -188,6 +188,26 @@ def test_an_error_on_the_messages_api_has_anthropics_form(
     assert reply.json["error"]["type"] == kind
 
 
+@pytest.mark.parametrize("head,status", [
+    (b"X Y: z\r\n\r\n", 400), (b"X: y\r\n" * 101 + b"\r\n", 431), (b"X: " + b"y" * 70000, 431),
+    (b"Transfer-Encoding: x\r\n\r\n", 400), (b"Host: y\r\n\r\n", 400),
+    (b"Expect: x\r\n\r\n", 417), (b"", 408)])
+def test_a_broken_head_of_the_messages_api_has_anthropics_form_too(
+    upstream, hidden, monkeypatch, head, status
+):
+    monkeypatch.setattr(aiproxy, "HEAD_SECONDS", 0.1)
+    with hidden.client() as client:
+        client.send(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\n" + head)
+        reply = client.read_reply()
+        assert client.ended()
+
+    assert reply.status == status
+    assert reply.json["error"]["type"] == "invalid_request_error"
+    assert reply.json["request_id"]
+    assert hidden.wait_for_record()["path"] == MESSAGES
+    assert not upstream.received
+
+
 GOOGLE = [
     pytest.param(GENERATE, WRONG, b"{}", 401, "UNAUTHENTICATED", id="wrong key"),
     pytest.param(GENERATE + "?key=x", CLIENT, b"{}", 400, "INVALID_ARGUMENT", id="key in query"),
