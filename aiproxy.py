@@ -173,6 +173,7 @@ MAX_DIGITS = 400        # of a number in a JSON body
 LOOP_SECONDS = 5        # without a sign from the relay loop: /health calls it dead
 
 BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
+SMALL_BODY = 1 / 8192   # of that: a body that is never refused for the others' sake
 LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
 
 READ_SIZE = 65536       # bytes that are read at a time
@@ -1475,15 +1476,19 @@ class BodyBudget:
         self.parsing = threading.Lock()     # held while a large body is parsed
 
     def count(self, upload, most):
-        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes."""
+        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes.
+
+        A small one passes all the same: a few large ones that come slowly must not lock out chats.
+        """
         for piece in read_pieces(upload, upload.wait, math.inf):
+            size = upload.held + len(piece)
             with self.lock:
-                if self.held + len(piece) > most:
+                if self.held + len(piece) > most and size > most * SMALL_BODY:
                     raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
                                         "requests as it can. Try again.",
                                         headers=[(b"Retry-After", b"1")])
                 self.held += len(piece)
-                upload.held += len(piece)
+                upload.held = size
             yield piece
 
     def let_go(self, upload):
