@@ -3362,9 +3362,8 @@ MODEL_MEMBERS = ("model",) + MODEL_LISTS
 MODEL_SPELLINGS = {name: name for name in MODEL_MEMBERS + ("tools", "plugins")}
 MAX_MODELS = 100        # in one request
 
-# Azure's /openai/deployments/MODEL/..., Gemini's /v1beta/models/MODEL:method, decoded.
-PATH_MODEL = re.compile(
-    r"(.*?/deployments/)([^/]+)(/.*)|(.*?/(?:tuned)?models/)(.+)(:[a-z]+)", re.I)
+# Azure's /openai/deployments/MODEL/..., Gemini's /v1beta/models/MODEL:method.
+BEFORE_MODEL = re.compile("/(deployments|models|tunedmodels)/", re.I)
 QUERY_MODELS = ("model", "deployment")
 
 # RFC 7578, read strictly: a boundary that needs no escapes, names and file names in plain quotes or
@@ -3394,18 +3393,27 @@ def check_named_model(handler):
     for name, value in urllib.parse.parse_qsl(request.query[1:]):
         if name.casefold() in QUERY_MODELS:
             check_model(value, settings)
-    match = PATH_MODEL.fullmatch(urllib.parse.unquote(request.path))
-    if match:
-        before, name, after = filter(None, match.groups())
-        model = check_model(name, settings)
-        request.model = name
-        handler.record.model = name
-        if model != name:
-            quoted = urllib.parse.quote(model, "@")
-            request.path = quote_path(before) + quoted + quote_path(after)
+    before, name, after = find_path_model(urllib.parse.unquote(request.path))
+    if not name:
+        return
+    model = check_model(name, settings)
+    request.model = name
+    handler.record.model = name
+    if model != name:
+        parts = (before, "/:@"), (model, "@"), (after, "/:@")
+        request.path = "".join(urllib.parse.quote(part, safe) for part, safe in parts)
 
-def quote_path(path):
-    return urllib.parse.quote(path, "/:@")
+def find_path_model(path):
+    """The model that a decoded path names, between what stands before and behind it."""
+    for match in BEFORE_MODEL.finditer(path):
+        rest = path[match.end():]
+        if match.group(1).lower() == "deployments":
+            name, mark, after = rest.partition("/")
+        else:
+            name, mark, after = rest.rpartition(":")
+        if mark:
+            return path[:match.end()], name, mark + after
+    return path, "", ""
 
 # -- in JSON
 
