@@ -3373,6 +3373,7 @@ FORM_TYPE = re.compile(rb"multipart/form-data[ \t]*;[ \t]*boundary=(\"?)([0-9A-Z
 FORM_FIELD = re.compile(rb'form-data;[ \t]*name=("?)([\w.\[\]-]+)\1'
                         rb'(;[ \t]*filename=(?:"[^"\\;]*"|[\w.-]+))?', re.I)
 FORM_PLAIN = re.compile(rb"text/plain(?:;[ \t]*charset=\"?(?:utf-8|us-ascii)\"?)?", re.I)
+FORM_CODINGS = (b"binary", b"8bit", b"7bit")
 MAX_PARTS = 1000
 
 def install_model_rules(server):
@@ -3387,21 +3388,25 @@ def check_named_model(handler):
     """
     request = handler.request
     settings = handler.settings
-    has_body = request.method == "POST" or not handler.upload.done
-    if not settings.models or not (settings.has_own_keys and has_body):
+    if not (settings.models and settings.has_own_keys):
+        return
+    if request.method != "POST" and handler.upload.done:
         return
     for name, value in urllib.parse.parse_qsl(request.query[1:]):
         if name.casefold() in QUERY_MODELS:
             check_model(value, settings)
-    before, name, after = find_path_model(urllib.parse.unquote(request.path))
+
+    path = urllib.parse.unquote(request.path)
+    before, name, after = find_path_model(path)
     if not name:
         return
     model = check_model(name, settings)
     request.model = name
     handler.record.model = name
     if model != name:
-        parts = (before, "/:@"), (model, "@"), (after, "/:@")
-        request.path = "".join(urllib.parse.quote(part, safe) for part, safe in parts)
+        before = urllib.parse.quote(before, "/:@")
+        after = urllib.parse.quote(after, "/:@")
+        request.path = before + urllib.parse.quote(model, "@") + after
 
 def find_path_model(path):
     """The model that a decoded path names, between what stands before and behind it."""
@@ -3457,13 +3462,17 @@ def find_other_models(members):
     for name in MODEL_LISTS:
         others = members.get(name)
         for other in others if isinstance(others, list) else [others]:
-            is_name = isinstance(other, str)
-            has_name = isinstance(other, dict) and isinstance(other.get("model"), str)
-            if other is not None and not is_name and not has_name:
-                raise invalid_model("must name models in `%s`, by strings or by `model`" % name)
+            check_other_model(name, other)
         yield from find_models(others, (name,), True)
     for name in ("tools", "plugins"):
         yield from find_models(members.get(name), (name,), False)
+
+def check_other_model(name, other):
+    """400 unless an item of `models` or `fallbacks` has a form that we know."""
+    if isinstance(other, dict):
+        other = other.get("model", 0)
+    if other is not None and not isinstance(other, str):
+        raise invalid_model("must name models in `%s`, by strings or by `model`" % name)
 
 def find_models(value, path, is_name):
     """Pairs of a path and a name, of each member that names models; `value` does if `is_name`.
@@ -3490,21 +3499,23 @@ def missing_model():
 def apply_form_rules(body, request, settings):
     """A multipart/form-data body with the real name of its model. ErrorResponse 400 or 403."""
     fields = read_form(body, request.headers)
-    places = [(start, end) for name, start, end in fields if name == b"model"]
-    if len(places) > 1:
+    models = [field for field in fields if field[0] == b"model"]
+    if len(models) > 1:
         raise invalid_model("must hold `model` once")
-    if not places:
+    if not models:
         if settings.needs_model and not request.model:
             raise missing_model()
         return body
-    start, end = places[0]
+    _, start, end = models[0]
     try:
         name = body[start:end].decode()
     except UnicodeDecodeError:
         raise invalid_model("must hold `model` in UTF-8")
     model = check_model(name, settings)
     request.model = request.model or name
-    return body if model == name else body[:start] + model.encode() + body[end:]
+    if model == name:
+        return body
+    return body[:start] + model.encode() + body[end:]
 
 def read_form(body, headers):
     """The fields of a form: for each its name, where its value begins and ends. Else 400.
@@ -3536,22 +3547,22 @@ def read_form(body, headers):
 
 def read_part(body, start, end):
     """The name of a part, where its value begins and ends. Each line begins with CRLF."""
-    value_start = body.find(b"\r\n\r\n", start, min(end, start + MAX_LINE))
-    if value_start < 0:
+    head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_LINE))
+    if head_end < 0:
         raise invalid_form("a part has no end of its header fields")
-    head = body[start:value_start]
-    fields = [(name.lower(), value.strip()) for name, value in FIELD_LINES.findall(head)]
-    names = [name for name, _ in fields]
-    if len(fields) != head.count(b"\n") or len(set(names)) != len(names):
+    head = body[start:head_end]
+    headers = Headers(FIELD_LINES.findall(head))
+    is_malformed = len(headers.fields) != head.count(b"\n")
+    if is_malformed or headers.has_duplicates:
         raise invalid_form("a part has malformed header fields")
-    headers = dict(fields)
+
     disposition = FORM_FIELD.fullmatch(headers.get(b"content-disposition", b""))
     if not disposition:
         raise invalid_form("a part needs a plain name: form-data; name=\"...\"")
-    name = disposition.group(2)
+    _, name, filename = disposition.groups()
     if looks_like_model(name):
-        check_model_part(name, disposition.group(3), headers)
-    return name, value_start + 4, end
+        check_model_part(name, filename, headers)
+    return name, head_end + 4, end
 
 def looks_like_model(name):
     """Might some parser make a list of models, or a charset for all, of a field of this name?"""
@@ -3560,9 +3571,10 @@ def looks_like_model(name):
 
 def check_model_part(name, filename, headers):
     """400 unless it is the field `model`, as plain text."""
-    coding = headers.get(b"content-transfer-encoding", b"binary").lower()
-    is_text = FORM_PLAIN.fullmatch(headers.get(b"content-type", b"text/plain"))
-    if name != b"model" or filename or not is_text or coding not in (b"binary", b"8bit", b"7bit"):
+    coding = headers.get(b"content-transfer-encoding", b"binary")
+    kind = headers.get(b"content-type", b"text/plain")
+    is_plain_text = FORM_PLAIN.fullmatch(kind) and coding.lower() in FORM_CODINGS
+    if name != b"model" or filename or not is_plain_text:
         raise invalid_model("may name its model only in the field `model`, as plain text")
 
 def invalid_form(reason):
@@ -3612,7 +3624,7 @@ MEDIA_DATA = re.compile(r"[a-z]+://\S*|data:(?!text/|[,;])\S*|[A-Za-z0-9+/=_\r\n
 # The names in these objects are a tool's own; in those everything is.
 NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))
-TOKEN_CHARACTERS = 4
+ONE_TOKEN = "...."     # what a token number counts as
 
 def install_limits(server):
     server.body_rules.append(limit_body)
@@ -3659,12 +3671,15 @@ def limit_tokens(members, path, settings):
 
 def missing_limit(members, path, host):
     """The name under which a limit must be added, so that this upstream keeps it; "" for none."""
-    suffix = next((suffix for suffix in LIMITED_PATHS if path.endswith(suffix)), None)
-    names = LIMITED_PATHS.get(suffix, ("",))
+    for suffix, names in LIMITED_PATHS.items():
+        if path.endswith(suffix):
+            break
+    else:
+        return ""
+    given = [name for name in names if members.get(name) is not None]
     if NEW_NAME_HOSTS.fullmatch(host):      # they know all names, and refuse two of them
-        is_given = any(members.get(name) is not None for name in names)
-        return "" if is_given else names[-1]
-    return names[0] if members.get(names[0]) is None else ""
+        return "" if given else names[-1]
+    return "" if names[0] in given else names[0]
 
 def count_answers(members, holders, most):
     """How many answers a request wants, to all prompts. 400 for more than it can have tokens."""
@@ -3708,37 +3723,42 @@ def check_prompt_length(members, most):
                             "AIPROXY_MAX_CHARS allows %d." % (count, most))
 
 def count_characters(members):
-    """The characters that a model reads. A number in a list is a token."""
-    parts = [value for name, value in members.items()
-             if name not in NOT_PROMPT and isinstance(value, (str, list, dict))]
+    """The characters that a model reads."""
+    values = [value for name, value in members.items()
+              if name not in NOT_PROMPT and isinstance(value, (str, list, dict))]
     count = 0
-    pending = [(parts, False, False)]       # arrays and objects; do all names count, all strings?
+    pending = [(values, False, False)]
     while pending:
-        value, names_count, all_counts = pending.pop()
-        if isinstance(value, dict):
-            inner = list(text_members(value, names_count, all_counts))
-        else:
-            inner = [(item, False, all_counts) for item in value]
-        for item, names_count, all_counts in inner:
+        for item, names_count, all_counts in text_parts(*pending.pop()):
             if isinstance(item, str):
                 count += len(item)
-            elif isinstance(item, (list, dict)):
+            else:
                 pending.append((item, names_count, all_counts))
-            elif isinstance(value, list) and type(item) is int:
-                count += TOKEN_CHARACTERS
     return count
 
+def text_parts(value, names_count, all_counts):
+    """The strings, arrays and objects in one that count; of the last, do all names, all strings?"""
+    if isinstance(value, dict):
+        yield from text_members(value, names_count, all_counts)
+        return
+    for item in value:
+        if isinstance(item, (str, list, dict)):
+            yield item, False, all_counts
+        elif type(item) is int:
+            yield ONE_TOKEN, False, False
+
 def text_members(members, names_count, all_counts):
-    """The names and values that count, as count_characters has them pending."""
     for name, value in members.items():
         if names_count or all_counts or len(name) > MAX_NOT_TEXT:
             yield name, False, False
-        if all_counts:
-            yield value, False, True
+        if isinstance(value, str):
+            if all_counts or is_text(name, value, members):
+                yield value, False, False
+        elif isinstance(value, list):
+            yield value, False, all_counts
         elif isinstance(value, dict):
-            yield value, name in NAMED_BY_TOOL, name in WRITTEN_FOR_TOOL
-        elif not isinstance(value, str) or is_text(name, value, members):
-            yield value, False, False
+            all_inside = all_counts or name in WRITTEN_FOR_TOOL
+            yield value, name in NAMED_BY_TOOL, all_inside
 
 def is_text(name, value, siblings):
     """Is a string that has this name for the model to read? Documents are, also as `data`."""
@@ -3746,9 +3766,10 @@ def is_text(name, value, siblings):
         return len(value) > MAX_NOT_TEXT
     if name not in MEDIA or siblings.get("type") == "text":
         return True
-    types = [siblings.get(media_type) for media_type in MEDIA_TYPES]
-    is_text_type = any(isinstance(one, str) and one.lower().startswith("text/") for one in types)
-    return is_text_type or not MEDIA_DATA.fullmatch(value)
+    for media_type in MEDIA_TYPES:
+        if str(siblings.get(media_type)).lower().startswith("text/"):
+            return True
+    return not MEDIA_DATA.fullmatch(value)
 
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
