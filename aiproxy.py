@@ -14,7 +14,7 @@ Part two holds what can be taken out, each section entered at one place.
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
     Part two   Env files . Review of the settings . CORS . Errors in the form of other APIs .
-               Refusals in the right form . Redirects . Rates . Trusted proxies .
+               Refusals in the right form . Redirects . Rates . Trusted proxies . Model rules .
                Token and prompt limits . Several provider keys . Proxies on the way up .
                Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
                Tuning of the process . Workers AI . Start page . Demo
@@ -220,14 +220,10 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
 
-# Members of a body that rules are about: other capitalisations of them are refused.
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-ANSWER_COUNTS = ("n", "best_of")        # how requests ask for several answers at once
-POLICY_MEMBERS = frozenset(("model",) + ANSWER_COUNTS + TOKEN_LIMITS)
-
 # Where a client may carry its key.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
 CLIENT_KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
+KEY_PARAMETERS = ("key", "api_key", "access_token")     # of a query, where none belongs
 
 # Meant for one connection alone (RFC 9110 section 7.6.1). `Trailer` announces what we drop; the
 # last one belongs to the upgrade to HTTP/2, which would be a way around every check.
@@ -259,6 +255,7 @@ DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | {
 SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-type",
                     b"authorization", b"origin")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+NEVER_METHODS = ("TRACE", "CONNECT")
 
 # RFC 9110 section 5.6.2, RFC 9112 sections 3, 4, 5 and 7.1. No folding, no bare CR or LF.
 TOKEN = br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -295,8 +292,9 @@ SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
 DOT_SEGMENT = re.compile(
     r"(?:^|" + SEPARATOR + r")(?:\.|%(?:25)*2e){1,2}(?:" + SEPARATOR + r"|;|%(?:25)*3b|$)", re.I)
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
-# What a `*` in a path may be, decoded: no part of it is empty.
-SEGMENT = re.compile(r"[A-Za-z0-9@:._~+,=()!$&'* -]+(?:/[A-Za-z0-9@:._~+,=()!$&'* -]+)*")
+# What a `*` in a path may be, decoded; behind /v1/models/, the name of a model, with slashes in it.
+SEGMENT = re.compile(r"[\w@:.~+,=()!$&'* -]+")
+MODEL_SEGMENTS = re.compile(r"%s(?:/%s)*" % (SEGMENT.pattern, SEGMENT.pattern))
 
 NO_RETRY = (b"x-should-retry", b"false")        # the SDKs retry 5xx unless a header forbids it
 JSON_TYPE = (b"Content-Type", b"application/json")
@@ -402,7 +400,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.error_form = openai_form       # (path): the form of errors in the API there
         self.response_checks = []           # (handler, exchange), before its head goes down
         self.checks = []                    # (handler), before the body is read; may raise
-        self.body_rules = []                # (members, path, settings): changes to the members
+        self.body_rules = []                # (members, request, settings): changes to the members
+        self.check_form = refuse_form       # (body, request, settings): the form to send up
+        self.warnings = []                  # for the banner
         self.use_key = use_first_key        # which provider key a request is sent with
         self.add_heartbeats = no_heartbeats     # (wait, send): what to wait with
         self.on_silence = do_nothing        # (job): called while an event stream is silent
@@ -420,6 +420,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_redirects(self)             # part two: Redirects
         install_rates(self)                 # part two: Rates
         install_trusted_proxies(self)       # part two: Trusted proxies
+        install_model_rules(self)           # part two: Model rules
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
@@ -689,9 +690,9 @@ class Request:
         self.is_read_only = self.method in ("GET", "HEAD")
         self.caller = address               # whom rates count: a client key's name, or an address
         self.client_name = ""               # of the client key, once it has been checked
-        self.model = ""                     # as the client named it
+        self.model = ""                     # as the client named it, in the path or in the body
         self.upgrade = b""                  # the protocol to change to, once that is sure
-        self.is_inspected = False           # do rules read the body, and so take it for JSON?
+        self.is_json = False                # have rules read the body, as JSON?
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -781,18 +782,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer_about_us()
         upgrade = self.find_upgrade()
         self.check_caller()                                 # 403 400 401
-        if settings.provider_keys:
-            request.path = normalize_path(request.path)
-        models = self.list_models() if is_model_list(request) else None     # 502
-        if models is not None:
-            return self.send_json(find_model(request.path, models))     # 404
+        if settings.lists_models and is_model_list(request):
+            return self.send_json(find_model(request.path, self.list_models()))     # 429 502 404
         self.check_path()                                   # 404 405
-        if request.method == "OPTIONS" and settings.provider_keys:
+        if request.method == "OPTIONS" and settings.has_own_keys:
             return self.send_response(204, [allow_header(request.path, settings)])
         if upgrade:
             upgrade.check(request, settings)                # 400 403
-        for check in self.server.checks:
-            check(self)                                     # 429
+        self.run_checks()                                   # 429 400 403
         body = self.read_body()                             # 408 413 415 503 400 403
         if upgrade:
             return upgrade.relay(self)                      # 502 504
@@ -812,8 +809,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                              self.server.is_trusted_proxy)
             request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
-        check_method(request)                               # 405 501
-        check_target(request)                               # 400
+        check_method(request, self.settings)                # 405 501
+        check_target(request, self.settings)                # 400
         self.record.path = request.path
         check_expectation(request)                          # 417
 
@@ -842,6 +839,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A method, so that the handler of a translated API can serve other paths."""
         check_path(self.request, self.settings)
 
+    def run_checks(self):
+        for check in self.server.checks:
+            check(self)
+
     # -- what we answer ourselves
 
     def answer_about_us(self):
@@ -861,9 +862,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.send_json(health)
 
     def list_models(self):
-        """The items of the model list, in OpenAI's form; None if it is the upstream's to give."""
-        if not self.settings.models:
-            return None
+        """The items of the model list, in OpenAI's form."""
         return [{"id": name, "object": "model", "created": self.server.started,
                  "owned_by": "aiproxy"} for name in self.settings.models_shown]
 
@@ -873,46 +872,48 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What may go up of the body now: all of it if it is small or rules apply, else a part."""
         request = self.request
         upload = self.upload
-        request.is_inspected = needs_body_inspection(request, self.settings)
-        if request.is_inspected:
+        is_inspected = needs_body_inspection(request, not upload.done, self.settings)
+        if is_inspected:
             check_content_coding(request)                   # 415
-        if request.is_inspected or self.settings.provider_keys:
+        if is_inspected or self.settings.has_own_keys:
             upload.limit = self.settings.max_body
         upload.check_limit()                                # 413
         expects = b"expect" in request.headers and not request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not (request.is_inspected or self.server.needs_whole_bodies):
+        is_whole = is_inspected or self.server.needs_whole_bodies
+        if not is_inspected:
             upload.observe = self.server.observe_request(self.record)
+        if not is_whole:
             return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
         budget = self.server.body_budget
-        if not request.is_inspected:
-            upload.observe = self.server.observe_request(self.record)
         body = join_pieces(budget.count(upload, BODIES_HELD * self.settings.max_body))      # 503
-        if not request.is_inspected:
+        if not is_inspected:
             return body
         with budget.one_at_a_time(len(body)):
             return self.apply_body_rules(body)              # 400 403
 
     def apply_body_rules(self, body):
         """The body to send up: only what a setting changes differs."""
-        members, changes = self.check_body(body)            # 400 403
-        model = self.settings.aliases.get(self.request.model, self.request.model)
-        if model and model != members.get("model"):
-            changes["model"] = model
-        return edit_members(body, changes)
+        request = self.request
+        if not is_inference(request):
+            if not body:                    # a job is cancelled so
+                return body
+            if is_form(request.headers):
+                body = self.server.check_form(body, request, self.settings)
+                self.record.model = request.model
+                return body
+        return edit_members(body, self.check_body(body)[1])
 
     def check_body(self, body):
-        """Its members, and the changes that the limits of part two want."""
+        """Its members, and the changes that the rules of part two want."""
+        request = self.request
+        request.is_json = True
         members = parse_object(body)
-        check_spelling(members)
-        model = named_model(members, self.settings)
-        self.request.model = model
-        self.record.model = model
-        check_model(model, self.settings)
         changes = {}
         for rule in self.server.body_rules:
-            changes.update(rule(members, self.request.path, self.settings))
+            changes.update(rule(members, request, self.settings))
+            self.record.model = request.model
         return members, changes
 
     # -- to the upstream
@@ -1112,6 +1113,10 @@ def no_heartbeats(wait, send):
 def do_nothing(job):
     """See "Heartbeats"."""
 
+def refuse_form(body, request, settings):
+    """No rule reads forms. See "Model rules"."""
+    raise ErrorResponse(400, "invalid_form", "The body must be JSON here.")
+
 def no_observer(record):
     """No one looks at the bytes. See "Token counts" and "Model names for the log"."""
     return None
@@ -1137,17 +1142,16 @@ def check_host_field(request):
     if not may_lack and not HOST.fullmatch(request.headers.get(b"host", b"")):
         raise ProtocolError("The request needs one valid Host field.")
 
-def check_method(request):
+def check_method(request, settings):
     """405 for TRACE, which would echo keys, and CONNECT, which would make an open proxy of us."""
-    if request.method in METHODS:
-        return
     message = "The method %s is not served here." % request.method[:20]
-    if request.method in ("TRACE", "CONNECT"):
+    if request.method in NEVER_METHODS:
         allow = (b"Allow", ", ".join(METHODS).encode())
         raise ErrorResponse(405, "method_not_allowed", message, headers=[allow])
-    raise ErrorResponse(501, "method_not_allowed", message)
+    if settings.has_own_keys and request.method not in METHODS:
+        raise ErrorResponse(501, "method_not_allowed", message)
 
-def check_target(request):
+def check_target(request, settings):
     """400 unless the target is a plain path, or a whole URL of our own (RFC 9112 section 3.2.2)."""
     if request.path == "*" and request.method == "OPTIONS" and not request.query:
         return                              # asks about the server as a whole
@@ -1157,6 +1161,8 @@ def check_target(request):
         if authority.encode().lower() != request.headers.get(b"host", b"").lower():
             raise ProtocolError("The authority in the request target is not the Host field.")
         request.path = path or "/"
+    if settings.has_own_keys:
+        request.path = normalize_path(request.path, settings.paths)
     if not is_plain_path(request.path) or "#" in request.query:
         raise ProtocolError("The request target is not a plain path: "
                             "no // in front, no dot segments, no fragment.")
@@ -1251,8 +1257,7 @@ def canonical_origin(origin):
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
-    query = urllib.parse.parse_qs(request.query[1:], keep_blank_values=True)
-    if settings.provider_keys and "key" in query:
+    if settings.has_own_keys and has_key_in_query(request.query, settings):
         raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
                             "it. Send it as Authorization: Bearer.")
     if not settings.client_keys:
@@ -1272,6 +1277,20 @@ def check_client_key(request, settings):
             message = "Incorrect client key."
         raise ErrorResponse(401, "invalid_api_key", message,
                             headers=[(b"WWW-Authenticate", b"Bearer")])
+
+def has_key_in_query(query, settings):
+    """Does a part of the query have a key's name, or is it one of our client keys?
+
+    A set compares hashes, which Python salts: its time tells nothing of how near a guess was.
+    """
+    for part in set(query[1:].split("&")):
+        name, _, value = part.partition("=")
+        if urllib.parse.unquote(name).casefold() in KEY_PARAMETERS:
+            return True
+        words = {urllib.parse.unquote(word).encode() for word in (name, value)}
+        if words & settings.client_key_values:
+            return True
+    return False
 
 def carried_keys(headers):
     """The different keys that a request carries, as a set of bytes."""
@@ -1298,13 +1317,21 @@ def is_probe(request):
 
 # -- for what: paths and models
 
-def normalize_path(path):
-    """The path that a client with a slightly wrong base URL meant: /v1/v1/x and /x are /v1/x."""
-    if path.startswith("/v1/v1/"):
-        return path[len("/v1"):]
-    if "/v1" + path in OPENAI_PATHS or path == "/models":
-        return "/v1" + path
-    return path
+def normalize_path(path, rules):
+    """The path that a client with a slightly wrong base URL meant: /v1/v1/x, /x, //v1/x/ are /v1/x.
+
+    Only if that leads to something, and never for a path that AIPROXY_PATHS names as it is.
+    """
+    meant = re.sub("//+", "/", path)
+    meant = meant.rstrip("/") or "/"
+    if meant.startswith("/v1/v1/"):
+        meant = meant[len("/v1"):]
+    elif "/v1" + meant in INFERENCE_PATHS or meant == "/models":
+        meant = "/v1" + meant
+    if meant == path or any(path == pattern for _, pattern in rules):
+        return path
+    leads_to_something = meant.startswith("/v1/models") or allowed_methods(meant, rules)
+    return meant if leads_to_something else path
 
 def is_model_list(request):
     return request.is_read_only and (request.path + "/").startswith("/v1/models/")
@@ -1330,16 +1357,24 @@ def check_path(request, settings):
     if settings.paths is not None and (request.method, request.path) not in settings.paths:
         methods = allowed_methods(request.path, settings.paths)
         if not methods:
-            raise ErrorResponse(404, "not_found", "There is nothing at this path. What may be "
-                                "called is set by AIPROXY_PATHS.")
-        answers_options = request.method == "OPTIONS" and settings.provider_keys
-        if request.method not in methods and not answers_options:
+            raise ErrorResponse(404, "not_found", "There is nothing at this path. Did you mean %s? "
+                                "What may be called is set by AIPROXY_PATHS."
+                                % nearest(request.path, settings.paths))
+        answers_options = request.method == "OPTIONS" and settings.has_own_keys
+        takes_any = methods == list(METHODS)        # without keys of ours also PROPFIND and others
+        if request.method not in methods and not (answers_options or takes_any):
             raise ErrorResponse(405, "method_not_allowed",
                                 "This path takes %s." % ", ".join(methods),
                                 headers=[allow_header(request.path, settings)])
     if settings.upstream.map_path(request.path) is None:
         raise ErrorResponse(404, "not_found",
                             "The upstream's base URL has a path, so only /v1/... can be called.")
+
+def nearest(path, rules):
+    """The path of the rules that is most like this one, for somebody who has mistyped it."""
+    def likeness(pattern):
+        return difflib.SequenceMatcher(None, pattern, path[:200]).ratio()
+    return max((pattern for _, pattern in rules), key=likeness)
 
 def allow_header(path, settings):
     return (b"Allow", ", ".join(allowed_methods(path, settings.paths)).encode())
@@ -1354,21 +1389,27 @@ def allowed_methods(path, rules):
 
 def path_matches(path, pattern):
     """Does `pattern` fit the raw path? A `*` in it stands for exactly one plain segment."""
+    if pattern == "/v1/models/*" and path.startswith("/v1/models/"):
+        return is_plain(path[len("/v1/models/"):], MODEL_SEGMENTS)
     segments = path.split("/")
     wanted = pattern.split("/")
     return len(segments) == len(wanted) and all(
-        want == segment or (want == "*" and is_plain_segment(segment))
+        want == segment or (want == "*" and is_plain(segment, SEGMENT))
         for segment, want in zip(segments, wanted))
 
-def is_plain_segment(segment):
-    """Plain ASCII when decoded once. (`check_target` has refused dot segments already.)"""
-    return SEGMENT.fullmatch(urllib.parse.unquote(segment, "latin-1")) is not None
+def is_plain(text, pattern):
+    """Is it plain when decoded once? (`check_target` has refused dot segments already.)"""
+    try:
+        return pattern.fullmatch(urllib.parse.unquote(text, errors="strict")) is not None
+    except UnicodeDecodeError:
+        return False
 
 def check_model(model, settings):
-    """403 unless the model is on the list."""
-    if settings.models and model not in settings.models:
+    """The real name of a model. 403 unless it is on the list, or fits a pattern there."""
+    if settings.models and not settings.allows_model(model):
         raise ErrorResponse(403, "model_not_allowed", "Model not allowed. Allowed models are: %s."
-                            % ", ".join(settings.models_shown), param="model")
+                            % ", ".join(settings.models), param="model")
+    return settings.aliases.get(model, model)
 
 # -- the form of our own errors
 
@@ -1501,16 +1542,26 @@ class BodyBudget:
         return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
 
 
-def needs_body_inspection(request, settings):
+def needs_body_inspection(request, has_body, settings):
     """Does a setting want the body looked into? The path decides, never the content type."""
-    if not settings.has_body_rules or request.method != "POST":
+    if not settings.has_body_rules:
         return False
-    return bool(settings.provider_keys) or request.path in INFERENCE_PATHS
+    return is_inference(request) or (has_body and settings.has_own_keys)
+
+def is_inference(request):
+    return request.method == "POST" and request.path in INFERENCE_PATHS
+
+def is_form(headers):
+    return headers.get(b"content-type", b"").lower().startswith(b"multipart/")
 
 def check_content_coding(request):
-    """415 for a body that we cannot read without decompressing it."""
-    codings = request.headers.elements(b"content-encoding")
-    if any(coding.lower() != b"identity" for coding in codings):
+    """415 for a body that we cannot read without decompressing it.
+
+    A misspelt field counts, too: CGI-like servers take `_` for `-`.
+    """
+    codings = [(name.lower(), value.lower()) for name, value in request.headers.fields
+               if name.lower().replace(b"_", b"-") == b"content-encoding"]
+    if codings and codings != [(b"content-encoding", b"identity")]:
         raise ErrorResponse(415, "unsupported_encoding",
                             "The body must not be compressed here: its model has to be read.",
                             headers=[(b"Accept-Encoding", b"identity")])
@@ -1588,48 +1639,54 @@ STRICT_JSON = json.JSONDecoder(
     parse_int=functools.partial(parse_number, kind=int),
     parse_float=functools.partial(parse_number, kind=float))
 
-# -- what the settings say about a body
+def check_spelling(members, names):
+    """400 for `Model` and its like: some parsers would take it for the real one.
 
-def check_spelling(members):
-    """400 for `Model` and its like: some parsers would take it for the real one."""
+    `names` has the right spellings, each by its own in lower case.
+    """
     for name in members:
-        plain = name.casefold()
-        if plain in POLICY_MEMBERS and name not in POLICY_MEMBERS:
-            code = "invalid_model" if plain == "model" else "invalid_parameter"
-            raise ErrorResponse(400, code, "`%s` must be written in lower case." % plain)
+        right = names.get(name.casefold(), name)
+        if name != right:
+            code = "invalid_model" if right == "model" else "invalid_parameter"
+            raise ErrorResponse(400, code, "`%s` must be written so." % right, right)
 
-def named_model(members, settings):
-    """The model that a request names, or the default one; "" where none is needed."""
-    if "model" not in members:
-        if settings.needs_model and not settings.default_model:
-            raise ErrorResponse(400, "missing_model", "Missing required parameter: `model`.",
-                                "model")
-        return settings.default_model
-    model = members["model"]
-    if not isinstance(model, str) or not model:
-        raise ErrorResponse(400, "invalid_model", "`model` must be a string that is not empty.",
-                            "model")
-    return model
+# -- changing a body
 
 # A body that is edited has been parsed strictly before.
 JSON = json.JSONDecoder()
 # What stands between names and values: RFC 8259 section 2.
-JSON_GAP = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
+JSON_GAP = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 
-def find_members(text):
-    """The members of a JSON object: for each its name, where that and its value begin, its end."""
-    start = JSON_GAP.match(text).end()
-    while text[start] != "}":
-        name, name_end = JSON.raw_decode(text, start)
-        value_start = JSON_GAP.match(text, name_end).end()
-        end = JSON.raw_decode(text, value_start)[1]
-        yield name, start, value_start, end
-        start = JSON_GAP.match(text, end).end()
+def find_values(text, start, wanted):
+    """Where wanted values stand in the array or object that begins at `start`; returns its end.
+
+    `wanted` has, by name or index, what to call a value, or a dict of the same kind for what is
+    inside it. Yields for each what it is called, where its name begins (in an array: the value),
+    where it begins and where it ends. Nothing is decoded twice.
+    """
+    has_names = text[start] == "{"
+    position = JSON_GAP.match(text, start + 1).end()
+    for name in itertools.count():
+        if text[position] in "]}":
+            return position + 1
+        name_start = position
+        if has_names:
+            name, name_end = JSON.raw_decode(text, position)
+            position = JSON_GAP.match(text, name_end).end()
+        called = wanted.get(name)
+        if isinstance(called, dict):
+            end = yield from find_values(text, position, called)
+        else:
+            _, end = JSON.raw_decode(text, position)
+            if called is not None:
+                yield called, name_start, position, end
+        position = JSON_GAP.match(text, end).end()
 
 def edit_members(body, changes, renames=None):
-    """A JSON object with other values for the members in `changes`, new ones put in front.
+    """A JSON object with other values for what `changes` names, new members put in front.
 
-    `renames` gives some of the changed members another name. No other byte differs.
+    A key of `changes` is the name of a member, or the path to a value inside one: a tuple of names
+    and indexes. `renames` gives some of the changed members another name. No other byte differs.
     """
     if not changes:
         return body
@@ -1637,22 +1694,33 @@ def edit_members(body, changes, renames=None):
     added = dict(changes)
     inside = text.index("{") + 1
     copied = inside                         # up to here, `edited` has the text
-    edited = ""
-    for name, start, value_start, end in find_members(text):
-        if name in added:
-            label = text[start:value_start]
-            if renames and name in renames:
-                label = json.dumps(renames[name]) + label.rpartition('"')[2]
-            edited += text[copied:start] + label + json.dumps(added.pop(name))
-            copied = end
+    edited = []
+    for key, name_start, start, end in find_values(text, inside - 1, as_tree(changes)):
+        label = text[name_start:start]
+        if renames and key in renames:
+            label = json.dumps(renames[key]) + label.rpartition('"')[2]
+        edited += [text[copied:name_start], label, json.dumps(added.pop(key))]
+        copied = end
         if not added:
             break
 
     front = json.dumps(added)[1:-1]
-    is_empty = text[JSON_GAP.match(text).end()] == "}"
+    is_empty = text[JSON_GAP.match(text, inside).end()] == "}"
     if front and not is_empty:
         front += ", "
-    return "".join((text[:inside], front, edited, text[copied:])).encode("latin-1")
+    pieces = [text[:inside], front] + edited + [text[copied:]]
+    return "".join(pieces).encode("latin-1")
+
+def as_tree(changes):
+    """The keys of `changes` as find_values wants them: ("a", 0) becomes {"a": {0: ("a", 0)}}."""
+    tree = {}
+    for key in changes:
+        *outer, last = key if isinstance(key, tuple) else (key,)
+        node = tree
+        for name in outer:
+            node = node.setdefault(name, {})
+        node[last] = key
+    return tree
 
 # ---- Header fields up and down -------------------------------------------------------------------
 
@@ -1665,9 +1733,9 @@ def upstream_headers(request, settings):
     for name, value in request.headers.fields:
         if goes_up(name.lower(), request, settings):
             fields.append((name, value))
-    if request.is_inspected:
+    if request.is_json:
         fields.append((b"Content-Type", b"application/json"))
-    if settings.provider_keys:
+    if settings.has_own_keys:
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
     if request.upgrade:
@@ -1681,14 +1749,13 @@ def goes_up(low, request, settings):
         return False
     if name.startswith(DROPPED_REQUEST_PREFIXES):
         return False
-    if request.is_inspected and name == b"content-type":
+    if request.is_json and name == b"content-type":
         return False                    # ours says that it is JSON
-    has_own_keys = settings.provider_keys or settings.client_keys
-    if has_own_keys and name in CLIENT_KEY_FIELDS:
-        return False
-    if has_own_keys and name.startswith(b"sec-websocket-"):
+    if not settings.has_own_keys:
+        return True
+    if name.startswith(b"sec-websocket-"):
         return bool(request.upgrade)    # one of these may carry a client key: see "WebSocket"
-    return not settings.provider_keys or name in ALLOWED_REQUEST_FIELDS
+    return low in ALLOWED_REQUEST_FIELDS
 
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
@@ -3463,16 +3530,24 @@ def parse_client_keys(text):
         keys[name] = parse_key(key)
     return list(keys.items())
 
+def parse_model(text):
+    """The name of a model, of whatever script. A full-width comma would make one name of two."""
+    takes = "a model's name: printable characters but commas, '=' and white space"
+    if not text.isprintable():
+        raise ValueError(takes)
+    return match_all("[^\\s=,，]*", text, takes).group()
+
 def parse_models(text):
     """Names and aliases, each with the model behind it, in the order of the list."""
     models = {}
-    takes = "names, comma-separated, each model or alias=model"
+    takes = ("names, comma-separated, each once: model, alias=model, or a pattern such as gpt-4o* "
+             "that is no alias")
     for entry in parse_list(text):
-        name, model = match_all(r"([\x21-\x3c\x3e-\x7e]+)(?:\s*=\s*([\x21-\x7e]+))?", entry,
-                                takes).groups()
-        if name in models:
+        name, equals, model = map(str.strip, entry.partition("="))
+        has_bad_alias = equals and (not model or "*" in entry)
+        if not name or name in models or has_bad_alias:
             raise ValueError(takes)
-        models[name] = model or name
+        models[parse_model(name)] = parse_model(model or name)
     return models
 
 def parse_paths(text):
@@ -3564,9 +3639,11 @@ OPTIONS = (
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
     Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
-           "models allowed, comma-separated; alias=model adds a short name; empty: all"),
-    Option("AIPROXY_DEFAULT_MODEL", AIPROXY_DEFAULT_MODEL, matching(VISIBLE, "one model's name"),
-           "the model of a request that names none; empty: it is refused if AIPROXY_MODELS is set"),
+           "models allowed, comma-separated; alias=model adds a short name; gpt-4o* allows all "
+           "that begin so; empty: all"),
+    Option("AIPROXY_DEFAULT_MODEL", AIPROXY_DEFAULT_MODEL, parse_model,
+           "the model of a request on an inference path that names none; empty: it is refused if "
+           "AIPROXY_MODELS is set"),
     Option("AIPROXY_PATHS", AIPROXY_PATHS, parse_paths,
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
@@ -3585,9 +3662,11 @@ OPTIONS = (
            "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
            "empty: no limit, or 60/min with AIPROXY_OPEN"),
     Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
-           "most output tokens of a request, and what one that names none gets; empty: no limit"),
+           "most output tokens of a request, all its answers together: larger limits are lowered, "
+           "missing ones added; empty: no limit"),
     Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
-           "most characters of prompt text; 0: no limit; empty: 131072 for workers-ai, else 0"),
+           "most characters of prompt text, a token number being four; 0: no limit; empty: 131072 "
+           "for workers-ai, else 0"),
     Option("AIPROXY_MAX_BODY", AIPROXY_MAX_BODY, parse_size,
            "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
@@ -3646,6 +3725,20 @@ def may_be_secret(option, text):
     return bool(option.parse in SECRET_PARSERS or has_user_info or LIKE_KEY.search(text))
 
 
+def fits(name, parts):
+    """Does a name consist of these parts, with anything between them? In linear time."""
+    first, *middle, last = parts
+    if not name.startswith(first):
+        return False
+    position = len(first)
+    for part in middle:
+        found = name.find(part, position)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return name.endswith(last) and position + len(last) <= len(name)
+
+
 class Settings:
     """The settings in force, read from `environ` here and nowhere else. Raises SettingError."""
 
@@ -3663,6 +3756,7 @@ class Settings:
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = self.models      # name to model
         self.needs_model = bool(self.models)
+        self.lists_models = bool(self.models)       # do we answer /v1/models?
         self.has_body_rules = False     # does a setting want bodies looked into?
         self.set_defaults()
         self.derive_keys()
@@ -3705,7 +3799,9 @@ class Settings:
             self.rate = parse_rate("60/min")
         if not self.shown["AIPROXY_MAX_CHARS"]:
             self.max_chars = provider.max_chars
-        if self.provider_keys and self.paths is None:
+        # Client keys without a provider key guard an upstream that wants none in the same way.
+        self.has_own_keys = bool(self.provider_keys or self.client_keys)
+        if self.has_own_keys and self.paths is None:
             rules = [("POST", path) for path in provider.paths]
             self.paths = tuple(rules + [("GET", "/v1/models"), ("GET", "/v1/models/*")])
 
@@ -3716,6 +3812,7 @@ class Settings:
         scheme = b"Bearer " if header.lower() == "authorization" else b""
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
+        self.client_key_values = {key for _, key in self.client_keys}
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
         if self.provider_keys:
             lengths = ["%d characters" % len(key) for key in self.provider_keys]
@@ -3726,7 +3823,8 @@ class Settings:
 
     def derive_rules(self):
         """What follows from the settings, worked out once."""
-        self.models_shown = list(self.aliases)
+        self.models_shown = [name for name in self.aliases if "*" not in name]
+        self.model_patterns = [name.split("*") for name in self.models if "*" in name]
         if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
             self.has_body_rules = True
 
@@ -3751,6 +3849,10 @@ class Settings:
         self.any_origin = "*" in self.origins
         self.origin_pattern = origin_pattern(self.origins)
 
+    def allows_model(self, name):
+        """Is it on the list of models, or does it fit a pattern there?"""
+        return name in self.models or any(fits(name, parts) for parts in self.model_patterns)
+
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
         if self.is_guarded_by_loopback and not is_loopback(self.host):
@@ -3772,7 +3874,7 @@ class Settings:
         if any(client_key in self.provider_keys for _, client_key in self.client_keys):
             raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                                "for the client")
-        if self.models and self.default_model and self.default_model not in self.models:
+        if self.models and self.default_model and not self.allows_model(self.default_model):
             raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
                                % self.default_model)
         if self.key_header.encode() in self.secrets:
@@ -4334,92 +4436,426 @@ OPTIONS += (
            "comma-separated"),
 )
 
+# ---- Model rules ---------------------------------------------------------------------------------
+# Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
+# Touches: the path, members of an inspected body, a form: aliases become the models behind them.
+# Entered: `install_model_rules` in Server.install_features adds checks and a rule.
+
+# Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
+# and what has a model of its own. (Below `messages` and `input` stands what a model has written.)
+MODEL_LISTS = ("models", "fallbacks")
+MODEL_MEMBERS = ("model",) + MODEL_LISTS
+MODEL_SPELLINGS = {name: name for name in MODEL_MEMBERS + ("tools", "plugins")}
+MAX_MODELS = 100        # in one request
+
+# Azure's /openai/deployments/MODEL/..., Gemini's /v1beta/models/MODEL:method.
+BEFORE_MODEL = re.compile("/(deployments|models|tunedmodels)/", re.I)
+QUERY_MODELS = ("model", "deployment")
+
+# RFC 7578, read strictly: a boundary that needs no escapes, names and file names in plain quotes or
+# bare, values as they are.
+FORM_TYPE = re.compile(br"multipart/form-data[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'+_.-]{1,70})\1",
+                       re.I)
+FORM_FIELD = re.compile(br'form-data;[ \t]*name=("?)([\w.\[\]-]+)\1'
+                        br'(;[ \t]*filename=(?:"[^"\\;]*"|[\w.-]+))?', re.I)
+FORM_PLAIN = re.compile(br"text/plain(?:;[ \t]*charset=\"?(?:utf-8|us-ascii)\"?)?", re.I)
+FORM_CODINGS = (b"binary", b"8bit", b"7bit")
+MAX_PARTS = 1000
+
+def install_model_rules(server):
+    server.checks.append(check_named_model)
+    server.body_rules.append(apply_model_rules)
+    server.check_form = apply_form_rules
+
+def check_named_model(handler):
+    """400 or 403 for the model that a path or a query names; an alias in the path is replaced.
+
+    A request without a body, such as one that cancels a job, names none.
+    """
+    request = handler.request
+    settings = handler.settings
+    if not (settings.models and settings.has_own_keys):
+        return
+    if request.method != "POST" and handler.upload.done:
+        return
+    for name, value in urllib.parse.parse_qsl(request.query[1:]):
+        if name.casefold() in QUERY_MODELS:
+            check_model(value, settings)
+
+    path = urllib.parse.unquote(request.path)
+    before, name, after = find_path_model(path)
+    if not name:
+        return
+    model = check_model(name, settings)
+    request.model = name
+    handler.record.model = name
+    if model != name:
+        before = urllib.parse.quote(before, "/:@")
+        after = urllib.parse.quote(after, "/:@")
+        request.path = before + urllib.parse.quote(model, "@") + after
+
+def find_path_model(path):
+    """The model that a decoded path names, between what stands before and behind it."""
+    for match in BEFORE_MODEL.finditer(path):
+        rest = path[match.end():]
+        if match.group(1).lower() == "deployments":
+            name, mark, after = rest.partition("/")
+        else:
+            name, mark, after = rest.rpartition(":")
+        if mark:
+            return path[:match.end()], name, mark + after
+    return path, "", ""
+
+# -- in JSON
+
+def apply_model_rules(members, request, settings):
+    """The changes that aliases and the default model want. ErrorResponse 400 or 403."""
+    check_spelling(members, MODEL_SPELLINGS)
+    changes = {}
+    name = named_model(members, request, settings)
+    if name:
+        request.model = request.model or name
+        model = check_model(name, settings)
+        if model != members.get("model"):
+            changes["model"] = model
+    if not settings.aliases:                # any model will do
+        return changes
+    for count, (path, name) in enumerate(find_other_models(members), 1):
+        if count > MAX_MODELS:
+            raise invalid_model("names more than %d models" % MAX_MODELS)
+        model = check_model(name, settings)
+        if model != name:
+            changes[path] = model
+    return changes
+
+def named_model(members, request, settings):
+    """The member `model`, or the default one; "" where none is needed. ErrorResponse 400."""
+    if "model" in members:
+        model = members["model"]
+        if not isinstance(model, str) or not model:
+            raise invalid_model("must hold `model` as a string that is not empty")
+        return model
+    if request.model:                       # it stands in the path
+        return ""
+    if settings.default_model and is_inference(request):
+        return settings.default_model
+    if settings.needs_model:
+        raise missing_model()
+    return ""
+
+def find_other_models(members):
+    """Pairs of a path and a name: the models of a request besides `model`."""
+    for name in MODEL_LISTS:
+        others = members.get(name)
+        for other in others if isinstance(others, list) else [others]:
+            check_other_model(name, other)
+        yield from find_models(others, (name,), True)
+    for name in ("tools", "plugins"):
+        yield from find_models(members.get(name), (name,), False)
+
+def check_other_model(name, other):
+    """400 unless an item of `models` or `fallbacks` has a form that we know."""
+    if isinstance(other, dict):
+        other = other.get("model", 0)
+    if other is not None and not isinstance(other, str):
+        raise invalid_model("must name models in `%s`, by strings or by `model`" % name)
+
+def find_models(value, path, is_name):
+    """Pairs of a path and a name, of each member that names models; `value` does if `is_name`.
+
+    An object that is called `model`, as in a tool's schema, is none, but may hold some.
+    """
+    if isinstance(value, str) and is_name:
+        yield path, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from find_models(item, path + (index,), is_name)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from find_models(item, path + (name,), name.casefold() in MODEL_MEMBERS)
+
+def invalid_model(rule):
+    return ErrorResponse(400, "invalid_model", "The body %s." % rule, "model")
+
+def missing_model():
+    return ErrorResponse(400, "missing_model", "Missing required parameter: `model`.", "model")
+
+# -- in a form
+
+def apply_form_rules(body, request, settings):
+    """A multipart/form-data body with the real name of its model. ErrorResponse 400 or 403."""
+    fields = read_form(body, request.headers)
+    models = [field for field in fields if field[0] == b"model"]
+    if len(models) > 1:
+        raise invalid_model("must hold `model` once")
+    if not models:
+        if settings.needs_model and not request.model:
+            raise missing_model()
+        return body
+    _, start, end = models[0]
+    try:
+        name = body[start:end].decode()
+    except UnicodeDecodeError:
+        raise invalid_model("must hold `model` in UTF-8")
+    model = check_model(name, settings)
+    request.model = request.model or name
+    if model == name:
+        return body
+    return body[:start] + model.encode() + body[end:]
+
+def read_form(body, headers):
+    """The fields of a form: for each its name, where its value begins and ends. Else 400.
+
+    Strict, so that nobody can read another model in it: nothing in front of the first part or
+    behind the last, and the delimiter nowhere else than between two parts.
+    """
+    form_type = FORM_TYPE.fullmatch(headers.get(b"content-type"))
+    if not form_type:
+        raise invalid_form("its type must be multipart/form-data with a plain boundary")
+    delimiter = b"--" + form_type.group(2)
+    if body.count(delimiter) > MAX_PARTS:
+        raise invalid_form("it has more than %d parts" % MAX_PARTS)
+    fields = []
+    position = body.find(delimiter)
+    if position:
+        raise invalid_form("it must begin with its boundary")
+    while True:
+        start = position + len(delimiter)
+        position = body.find(delimiter, start)
+        if position < 0:
+            break
+        if body[start:start + 2] != b"\r\n" or body[position - 2:position] != b"\r\n":
+            raise invalid_form("a line with its boundary holds more than that")
+        fields.append(read_part(body, start, position - 2))
+    if body[start:] not in (b"--", b"--\r\n"):
+        raise invalid_form("it must end with its boundary")
+    return fields
+
+def read_part(body, start, end):
+    """The name of a part, where its value begins and ends. Each line begins with CRLF."""
+    head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_LINE))
+    if head_end < 0:
+        raise invalid_form("a part has no end of its header fields")
+    head = body[start:head_end]
+    headers = Headers(FIELD_LINES.findall(head))
+    is_malformed = len(headers.fields) != head.count(b"\n")
+    if is_malformed or headers.has_duplicates:
+        raise invalid_form("a part has malformed header fields")
+
+    disposition = FORM_FIELD.fullmatch(headers.get(b"content-disposition", b""))
+    if not disposition:
+        raise invalid_form("a part needs a plain name: form-data; name=\"...\"")
+    _, name, filename = disposition.groups()
+    if looks_like_model(name):
+        check_model_part(name, filename, headers)
+    return name, head_end + 4, end
+
+def looks_like_model(name):
+    """Might some parser make a list of models, or a charset for all, of a field of this name?"""
+    plain = re.split(br"[\[.]", name.lower())[0]
+    return plain.decode() in MODEL_SPELLINGS or plain == b"_charset_"
+
+def check_model_part(name, filename, headers):
+    """400 unless it is the field `model`, as plain text."""
+    coding = headers.get(b"content-transfer-encoding", b"binary")
+    kind = headers.get(b"content-type", b"text/plain")
+    is_plain_text = FORM_PLAIN.fullmatch(kind) and coding.lower() in FORM_CODINGS
+    if name != b"model" or filename or not is_plain_text:
+        raise invalid_model("may name its model only in the field `model`, as plain text")
+
+def invalid_form(reason):
+    return ErrorResponse(400, "invalid_form", "The form cannot be read: %s." % reason)
+
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
-# Touches: the members of an inspected body; it adds a token limit where there is none.
-# Entered: `install_limits` in Server.install_features adds a rule.
+# Touches: members of an inspected body: token limits are lowered, and added where there is none.
+# Entered: `install_limits` in Server.install_features adds a rule, and a warning for the banner.
 
-# The names of the token limit that count on a path, the one that all providers take first.
-TOKEN_LIMITS_BY_PATH = {
-    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
-    "/v1/completions": ("max_tokens",),
-    "/v1/responses": ("max_output_tokens",),
+# The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
+# llama.cpp's, Ollama's, Hugging Face's, SGLang's, and Gemini's in both of its spellings.
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict",
+                "num_predict", "max_new_tokens", "maxOutputTokens")
+LIMIT_HOLDERS = ("options", "parameters", "sampling_params", "generationConfig",
+                 "generation_config")
+ANSWER_COUNTS = ("n", "best_of", "candidateCount", "candidate_count")
+LIMIT_SPELLINGS = {name.casefold(): name
+                   for name in TOKEN_LIMITS + LIMIT_HOLDERS + ANSWER_COUNTS}
+# How paths end where we know the names of the limit: the one that all providers take first.
+LIMITED_PATHS = {
+    "/chat/completions": ("max_tokens", "max_completion_tokens"),
+    "/completions": ("max_tokens",),
+    "/responses": ("max_output_tokens",),
     "/v1/messages": ("max_tokens",),
 }
-# What of a request a model reads, and which strings below it are no text.
-PROMPT_MEMBERS = ("messages", "prompt", "suffix", "input", "instructions", "system", "tools",
-                  "functions", "response_format", "text")
+UNLIMITED_PATHS = ("/embeddings", "/count_tokens")      # nothing is written there
+# The newer models here refuse max_tokens; all others know it.
+NEW_NAME_HOSTS = re.compile(
+    r"(.+\.)?(api\.openai\.com|(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn))", re.I)
+
+# What of a request is not for the model, and which strings inside are no text: short ones of these
+# names, and media of those.
 NOT_PROMPT = frozenset((
-    "role", "type", "id", "call_id", "tool_call_id", "status", "detail", "format", "url",
-    "image_url", "image", "data", "file_data", "file_id", "filename", "encrypted_content"))
+    "model", "models", "user", "metadata", "service_tier", "stop", "reasoning_effort", "reasoning",
+    "tool_choice", "safety_identifier", "prompt_cache_key", "previous_response_id", "include",
+    "modalities", "truncation", "encoding_format", "keep_alive", "store", "stream_options"))
+MEDIA_TYPES = ("media_type", "mime_type", "mimeType")
+NOT_TEXT = frozenset(MEDIA_TYPES + (
+    "role", "type", "id", "call_id", "tool_call_id", "tool_use_id", "status", "detail", "format",
+    "filename", "file_id"))
+MAX_NOT_TEXT = 256      # characters
+MEDIA = frozenset((
+    "url", "image_url", "file_url", "file_uri", "fileUri", "image", "data", "file_data",
+    "encrypted_content", "signature", "thoughtSignature"))
+MEDIA_DATA = re.compile(r"[a-z]+://\S*|data:(?!text/|[,;])\S*|[A-Za-z0-9+/=_\r\n-]*", re.I)
+# The names in these objects are a tool's own; in those everything is.
+NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))
+ONE_TOKEN = "...."     # what a token number counts as
 
 def install_limits(server):
     server.body_rules.append(limit_body)
+    settings = server.settings
+    if not settings.max_tokens or settings.paths is None:
+        return
+    paths = [path for method, path in settings.paths if method in ("POST", "PUT", "PATCH", "*")]
+    paths = [path for path in paths if not path.endswith((*LIMITED_PATHS, *UNLIMITED_PATHS))]
+    if paths:
+        server.warnings.append(
+            "AIPROXY_MAX_TOKENS adds no limit on %s: there it only lowers one that a request names"
+            % ", ".join(paths))
 
-def limit_body(members, path, settings):
+def limit_body(members, request, settings):
     """The changes that the limits want. ErrorResponse 400."""
     check_prompt_length(members, settings.max_chars)
-    return limit_tokens(members, path, settings)
+    return limit_tokens(members, request.path, settings)
 
 def limit_tokens(members, path, settings):
-    """What AIPROXY_MAX_TOKENS adds to a request that names no limit: a dict of changes.
+    """What AIPROXY_MAX_TOKENS changes in a request: a dict of changes.
 
-    400 for a request that wants more, all its answers together.
+    It holds for all answers together. 400 if they are too many, or if a limit is no number.
     """
     most = settings.max_tokens
     if not most:
         return {}
-    answers = 1
-    for name in ANSWER_COUNTS:
-        count = whole_number(members, name) or 1
-        if count > most:
-            raise ErrorResponse(400, "invalid_parameter", "`%s` asks for more answers than "
-                                "AIPROXY_MAX_TOKENS allows tokens." % name, param=name)
-        answers = max(answers, count)
-    for name in TOKEN_LIMITS:
-        tokens = whole_number(members, name) or 0
-        if tokens * answers > most:
-            each = " in each of %d answers" % answers if answers > 1 else ""
-            raise ErrorResponse(400, "invalid_parameter", "`%s` asks for %d output tokens%s; "
-                                "AIPROXY_MAX_TOKENS allows %d." % (name, tokens, each, most),
-                                param=name)
+    holders = {name: members[name] for name in LIMIT_HOLDERS
+               if isinstance(members.get(name), dict)}
+    holders[""] = members
+    each = most // count_answers(members, holders, most)
+    changes = {}
+    for place, holder in holders.items():
+        for name in TOKEN_LIMITS:
+            tokens = whole_number(holder, name)
+            if tokens is None:
+                continue
+            if not 0 < tokens <= each:      # 0 and negative numbers mean unlimited to some
+                changes[(place, name) if place else name] = each
+    added = missing_limit(members, path, settings.upstream.server_name)
+    if added:
+        wanted = whole_number(members, "max_completion_tokens") or each     # the newer name
+        changes[added] = wanted if 0 < wanted < each else each
+    return changes
 
-    names = TOKEN_LIMITS_BY_PATH.get(path, ())
-    if not names or any(members.get(name) is not None for name in names):
-        return {}
-    # The newer models of OpenAI's own API refuse max_tokens; all others know it.
-    name = names[-1] if settings.upstream.server_name == "api.openai.com" else names[0]
-    return {name: most // answers}
+def missing_limit(members, path, host):
+    """The name under which a limit must be added, so that this upstream keeps it; "" for none."""
+    for suffix, names in LIMITED_PATHS.items():
+        if path.endswith(suffix):
+            break
+    else:
+        return ""
+    given = [name for name in names if members.get(name) is not None]
+    if NEW_NAME_HOSTS.fullmatch(host):      # they know all names, and refuse two of them
+        return "" if given else names[-1]
+    return "" if names[0] in given else names[0]
+
+def count_answers(members, holders, most):
+    """How many answers a request wants, to all prompts. 400 for more than it can have tokens."""
+    count = 1
+    param = "prompt"
+    for holder in holders.values():
+        check_spelling(holder, LIMIT_SPELLINGS)
+        for name in ANSWER_COUNTS:
+            number = whole_number(holder, name) or 1
+            if number < 0:
+                raise not_whole(name)
+            if number > count:
+                count = number
+                param = name
+    prompts = members.get("prompt")
+    if isinstance(prompts, list) and not all(isinstance(item, int) for item in prompts):
+        count *= len(prompts)               # else it is one prompt, in tokens
+    if count > most:
+        raise ErrorResponse(400, "invalid_parameter", "`%s` asks for more answers than "
+                            "AIPROXY_MAX_TOKENS allows tokens." % param, param=param)
+    return count
 
 def whole_number(members, name):
-    """The value of a member that must be a whole number from 0; None if it is absent."""
+    """The value of a member that must be a whole number; None if it is absent."""
     value = members.get(name)
     if value is None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or value != int(value) or value < 0:
-        raise ErrorResponse(400, "invalid_parameter", "`%s` must be a whole number." % name,
-                            param=name)
+    if not is_number or value != int(value):
+        raise not_whole(name)
     return int(value)
 
+def not_whole(name):
+    return ErrorResponse(400, "invalid_parameter", "`%s` must be a whole number." % name, name)
+
 def check_prompt_length(members, most):
-    """400 for a prompt of more than `most` characters: all text together, no images or audio."""
-    if not most:
-        return
-    count = 0
-    values = [members[name] for name in PROMPT_MEMBERS if name in members]
-    while values:
-        value = values.pop()
-        if isinstance(value, str):
-            count += len(value)
-        elif isinstance(value, list):
-            values.extend(value)
-        elif isinstance(value, dict):
-            values.extend(inner for name, inner in value.items()
-                          if not (isinstance(inner, str) and name in NOT_PROMPT))
+    """400 for a prompt of more than `most` characters: all that is text, no images or audio."""
+    count = count_characters(members) if most else 0
     if count > most:
         raise ErrorResponse(400, "invalid_parameter", "The request holds %d characters of text; "
                             "AIPROXY_MAX_CHARS allows %d." % (count, most))
+
+def count_characters(members):
+    """The characters that a model reads."""
+    values = [value for name, value in members.items()
+              if name not in NOT_PROMPT and isinstance(value, (str, list, dict))]
+    count = 0
+    pending = [(values, False, False)]
+    while pending:
+        for item, names_count, all_counts in text_parts(*pending.pop()):
+            if isinstance(item, str):
+                count += len(item)
+            else:
+                pending.append((item, names_count, all_counts))
+    return count
+
+def text_parts(value, names_count, all_counts):
+    """The strings, arrays and objects in one that count; of the last, do all names, all strings?"""
+    if isinstance(value, dict):
+        yield from text_members(value, names_count, all_counts)
+        return
+    for item in value:
+        if isinstance(item, (str, list, dict)):
+            yield item, False, all_counts
+        elif type(item) is int:
+            yield ONE_TOKEN, False, False
+
+def text_members(members, names_count, all_counts):
+    for name, value in members.items():
+        if names_count or all_counts or len(name) > MAX_NOT_TEXT:
+            yield name, False, False
+        if isinstance(value, str):
+            if all_counts or is_text(name, value, members):
+                yield value, False, False
+        elif isinstance(value, list):
+            yield value, False, all_counts
+        elif isinstance(value, dict):
+            all_inside = all_counts or name in WRITTEN_FOR_TOOL
+            yield value, name in NAMED_BY_TOOL, all_inside
+
+def is_text(name, value, siblings):
+    """Is a string that has this name for the model to read? Documents are, also as `data`."""
+    if name in NOT_TEXT:
+        return len(value) > MAX_NOT_TEXT
+    if name not in MEDIA or siblings.get("type") == "text":
+        return True
+    for media_type in MEDIA_TYPES:
+        if str(siblings.get(media_type)).lower().startswith("text/"):
+            return True
+    return not MEDIA_DATA.fullmatch(value)
 
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
@@ -4777,7 +5213,11 @@ class WebSocketUpgrade:
         request.headers = Headers(fields)
 
     def check(self, request, settings):
-        """The model stands in the query. ErrorResponse 400 or 403."""
+        """The model stands in the query, at one path for all of the connection. Else 400 or 403."""
+        reads_frames = settings.models or settings.max_tokens or settings.max_chars
+        if reads_frames and request.path != "/v1/realtime":
+            raise ErrorResponse(403, "websocket_not_allowed", "AIPROXY_MODELS, AIPROXY_MAX_TOKENS "
+                                "and AIPROXY_MAX_CHARS cannot hold in a WebSocket here.")
         pairs = urllib.parse.parse_qsl(request.query[1:])
         models = [value for name, value in pairs if name.casefold() == "model"]
         request.model = ",".join(models)
@@ -4786,9 +5226,9 @@ class WebSocketUpgrade:
         if len(models) != 1:
             code = "invalid_model" if models else "missing_model"
             raise ErrorResponse(400, code, "The query must hold `model` once.", param="model")
-        check_model(request.model, settings)
+        model = check_model(request.model, settings)
         request.query = "?" + "&".join(
-            self.replace_model(part, settings.aliases[request.model])
+            self.replace_model(part, model)
             for part in request.query[1:].split("&"))
 
     def replace_model(self, part, model):
@@ -4924,7 +5364,7 @@ def print_banner(server):
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
-        "models       " + (", ".join(settings.models_shown) or "all"),
+        "models       " + (", ".join(settings.aliases) or "all"),
         "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + (", ".join(origins) or "none: browsers are refused"),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
@@ -4952,6 +5392,7 @@ def describe_upstream(server):
 
 def warnings(server):
     settings = server.settings
+    yield from server.warnings
     if server.capacity < settings.max_connections:
         yield ("the limit of open files leaves room for %d clients, not %d (ulimit -n)"
                % (server.capacity, settings.max_connections))
@@ -5671,6 +6112,7 @@ def prepare_workers(settings):
     settings.hidden_words = [account.encode()]
     settings.workers_secrets = [account] + [key.decode() for key in settings.provider_keys]
     settings.needs_model = True
+    settings.lists_models = True
     settings.has_body_rules = True
     if not settings.models:
         settings.aliases = WORKERS_ALIASES
@@ -5728,6 +6170,7 @@ class WorkersHandler(Handler):
                                                   "here." % ", ".join(WORKERS_PATHS))
 
     def list_models(self):
+        self.run_checks()               # the list may cost a call
         catalogue = self.settings.catalogue
         items = catalogue.items(self.read_catalogue)
         if items is not None:

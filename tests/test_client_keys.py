@@ -100,7 +100,10 @@ def test_without_a_client_key_every_request_is_refused(upstream, hidden, method,
     assert not upstream.received
 
 
-@pytest.mark.parametrize("query", ["?key=ck-alice", "?a=1&key=x", "?key", "?%6bey=x"])
+@pytest.mark.parametrize("query", [
+    "?key=ck-alice", "?a=1&key=x", "?key", "?%6bey=x", "?KEY=x", "?api_key=x", "?Access_Token=x",
+    "?x=ck-alice", "?a&x=ck%2dalice&b", "?ck-alice", "?a=1&%63k-alice=",
+])
 def test_a_key_in_the_query_is_refused(upstream, hidden, query):
     reply = hidden.ask("POST", CHAT + query, BODY, [("Authorization", "Bearer ck-alice")])
 
@@ -110,11 +113,11 @@ def test_a_key_in_the_query_is_refused(upstream, hidden, query):
 
 
 def test_a_query_without_a_key_is_sent_upstream_unchanged(upstream, hidden):
-    path = CHAT + "?api-version=1&k%65ys=a+b"
+    path = CHAT + "?api-version=1&k%65ys=a+b&x=key&y=ck-alicf"
     reply = hidden.ask("POST", path, BODY, [("x-api-key", "ck-alice")])
 
     assert reply.status == 200
-    assert upstream.received[0].line == "POST %s?api-version=1&k%%65ys=a+b HTTP/1.1" % CHAT
+    assert upstream.received[0].line == "POST %s?api-version=1&k%%65ys=a+b&x=key&y=ck-alicf HTTP/1.1" % CHAT
 
 
 def test_client_keys_protect_a_loopback_upstream_that_needs_no_key(upstream, relay):
@@ -125,6 +128,36 @@ def test_client_keys_protect_a_loopback_upstream_that_needs_no_key(upstream, rel
     assert running.chat().status == 200
     assert upstream.received[0].field("authorization") is None
     assert b"ck-alice" not in upstream.all_bytes
+
+
+@pytest.mark.parametrize("method,path,body,status", [
+    ("POST", "/api/chat", b'{"model":"small"}', 404),
+    ("POST", CHAT, b'{"model":"big"}', 403),
+    ("POST", "/v1//chat/completions/", b'{"model":"big"}', 403),
+    ("POST", "/v1/embeddings", b'{"model":"big"}', 403),
+    ("POST", CHAT + "?key=x", b'{"model":"small"}', 400),
+    ("DELETE", "/api/delete", None, 404),
+    ("PROPFIND", CHAT, None, 501),
+    ("GET", "/api/tags", None, 404),
+    ("GET", CHAT, None, 405),
+])
+def test_client_keys_alone_guard_an_upstream_as_a_provider_key_does(
+    upstream, relay, method, path, body, status
+):
+    running = relay(CLIENT_KEYS="ck-alice", MODELS="small")
+    reply = running.ask(method, path, body, [("x-api-key", "ck-alice")])
+    assert reply.status == status
+    assert not upstream.received
+
+
+def test_client_keys_alone_keep_what_a_client_sends_to_the_allowed_fields(upstream, relay):
+    fields = [("X-Secret", "x"), ("Cookie", "a=b"), ("Accept", "a/b"), ("Accept-Encoding", "gzip")]
+    assert relay(CLIENT_KEYS="ck-alice").chat(fields=fields).status == 200
+    received = upstream.received[0]
+    assert received.field("accept") == "a/b"
+    assert received.field("accept-encoding") == "identity"
+    assert received.field("x-secret") is None
+    assert received.field("cookie") is None
 
 
 def test_a_browser_may_send_its_client_key_as_a_websocket_subprotocol(upstream, relay):

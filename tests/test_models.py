@@ -2,10 +2,12 @@
 
 import json
 import threading
+import urllib.parse
 
 import pytest
 
-from support import CHAT
+import aiproxy
+from support import CHAT, Relay, Upstream
 
 ALL = {
     "MODELS": "small,big=vendor/big-2,vendor/big-2",
@@ -287,6 +289,8 @@ def test_without_model_settings_the_body_is_not_read(upstream, hidden):
     ("/v1/models/small", 200, ["small"]),
     ("/v1/models/vendor%2Fbig-2", 200, ["vendor/big-2"]),
     ("/v1/models/vendor%2fbig-2", 200, ["vendor/big-2"]),
+    ("/v1/models/vendor/big-2", 200, ["vendor/big-2"]),
+    ("//v1/models/", 200, ["small", "big", "vendor/big-2"]),
     ("/v1/models/other", 404, None),
 ])
 def test_the_list_of_models_is_answered_by_the_relay(upstream, relay, path, status, ids):
@@ -330,3 +334,290 @@ def test_strings_do_not_count_as_nesting_whatever_their_number(upstream, relay, 
     reply = relay(**ALL).chat(body)
     assert reply.status == status
     assert len(upstream.received) == (status == 200)
+
+
+# ---- wherever a request names a model
+
+RESPONSES = "/v1/responses"
+EVERYWHERE = dict(
+    KEY="sk-hidden-key",
+    CLIENT_KEYS="ck-alice",
+    MODELS="small,big=vendor/big-2,name/*",
+    PATHS="/v1/chat/completions,/v1/responses,/openai/deployments/*/chat/completions,"
+          "/v1beta/models/*,/v1/audio/transcriptions,POST /v1/responses/*/cancel,"
+          "* /v1/files/*",
+)
+AUTH = [("Authorization", "Bearer ck-alice")]
+
+
+@pytest.fixture(scope="module")
+def everywhere():
+    """A relay with three models, for many requests; and its upstream."""
+    with Upstream() as fake:
+        running = Relay(UPSTREAM=fake.url, **EVERYWHERE)
+        yield fake, running
+        running.close()
+
+
+def ask(everywhere, path, body, fields=(), method="POST"):
+    """The reply, and the request that went up for it, if any."""
+    fake, running = everywhere
+    del fake.received[:]
+    reply = running.ask(method, path, body, AUTH + list(fields))
+    assert len(fake.received) <= 1
+    return reply, fake.received[0] if fake.received else None
+
+
+@pytest.mark.parametrize("members,sent", [
+    (b'"models":["small","big"]', b'"models":["small","vendor/big-2"]'),
+    (b'"models":[ "big" ,"b\\u0069g"] ', b'"models":[ "vendor/big-2" ,"vendor/big-2"] '),
+    (b'"models":["name/x"]', None),
+    (b'"models":null,"fallbacks":[]', None),
+    (b'"fallbacks":[{"x":1.50,"model" : "big"},"small"]',
+     b'"fallbacks":[{"x":1.50,"model" : "vendor/big-2"},"small"]'),
+    (b'"tools":[{"type":"t","model":"big","a":[{}]},{"b":[{"model":"small"}]}]',
+     b'"tools":[{"type":"t","model":"vendor/big-2","a":[{}]},{"b":[{"model":"small"}]}]'),
+    (b'"plugins":[{"engine":{"model":"big"}}]', b'"plugins":[{"engine":{"model":"vendor/big-2"}}]'),
+    (b'"tools":[{"parameters":{"properties":{"model":{"type":"string"}}}}]', None),
+    (b'"tools":[{"parameters":{"properties":{"Models":{"type":"array"}}}}]', None),
+    (b'"messages":[{"model":"x","models":["x"],"tools":[{"model":"x"}]}]', None),
+    (b'"input":[{"model":"x"}],"metadata":{"model":"x"}', None),
+], ids=ascii)
+def test_other_models_are_allowed_by_the_same_list(everywhere, members, sent):
+    reply, received = ask(everywhere, CHAT, b'{"model":"small",%b}' % members)
+    assert reply.status == 200
+    assert received.body == b'{"model":"small",%b}' % (sent or members)
+
+
+@pytest.mark.parametrize("members,status", [
+    ('"models":["small","other"]', 403),
+    ('"models":"other"', 403),
+    ('"models":[["small"]]', 400),
+    ('"models":[{"id":"other"}]', 400),
+    ('"models":[{"model":"other"}]', 403),
+    ('"models":{"model":"other"}', 403),
+    ('"models":[1]', 400),
+    ('"Models":["small"]', 400),
+    ('"fallbacks":["other"]', 403),
+    ('"fallbacks":[{"model":"other"}]', 403),
+    ('"fallbacks":[{"small":["other"]}]', 400),
+    ('"fallbacks":[{"model":"small","fallbacks":["other"]}]', 403),
+    ('"tools":[{"model":"other"}]', 403),
+    ('"tools":[{"Model":"other"}]', 403),
+    ('"tools":[{"a":[{"models":["other"]}]}]', 403),
+    ('"tools":{"model":["other"]}', 403),
+    ('"tools":[{"m\\u006fdel":"other"}]', 403),
+    ('"tools":[{"properties":{"model":{"model":"other"}}}]', 403),
+    ('"TOOLS":[{"model":"other"}]', 400),
+    ('"plugins":[{"engine":{"model":"other"}}]', 403),
+    ('"models":[%s]' % ",".join(['"small"'] * 101), 400),
+])
+def test_no_other_model_gets_around_the_list(everywhere, members, status):
+    reply, received = ask(everywhere, RESPONSES, ('{"model":"small",%s}' % members).encode())
+    assert reply.status == status
+    assert received is None
+
+
+AZURE = "/openai/deployments/%s/chat/completions"
+GEMINI = "/v1beta/models/%s:streamGenerateContent"
+
+
+@pytest.mark.parametrize("path,body,sent_path,sent_body", [
+    (AZURE % "small", b'{"x": 1.50}', AZURE % "small", None),
+    (AZURE % "big" + "?api-version=1", b"{}", AZURE % "vendor%2Fbig-2" + "?api-version=1", None),
+    (AZURE % "b%69g", b"{}", AZURE % "vendor%2Fbig-2", None),
+    (AZURE % "small", b'{"model":"big"}', AZURE % "small", b'{"model":"vendor/big-2"}'),
+    (GEMINI % "small", b"{}", GEMINI % "small", None),
+    (GEMINI % "big" + "?alt=sse", b"{}", GEMINI % "vendor%2Fbig-2" + "?alt=sse", None),
+])
+def test_a_model_in_the_path_needs_none_in_the_body(everywhere, path, body, sent_path, sent_body):
+    reply, received = ask(everywhere, path, body)
+    assert reply.status == 200
+    assert received.line == "POST %s HTTP/1.1" % sent_path
+    assert received.body == (sent_body or body)
+
+
+@pytest.mark.parametrize("path,body,status", [
+    (AZURE % "other", b'{"model":"small"}', 403),
+    (AZURE % "o%74her", b"{}", 403),
+    (AZURE % "small%2Fother", b"{}", 404),
+    (AZURE % "small", b'{"model":"other"}', 403),
+    (AZURE % "small" + "?model=other", b"{}", 403),
+    (AZURE % "other", b"", 403),
+    (GEMINI % "other", b'{"model":"small"}', 403),
+    (GEMINI % "%6fther", b"{}", 403),
+    ("/v1beta/models/small", b"{}", 400),
+])
+def test_a_model_in_the_path_must_be_on_the_list(everywhere, path, body, status):
+    reply, received = ask(everywhere, path, body)
+    assert reply.status == status
+    assert received is None
+
+
+@pytest.mark.parametrize("method,path", [
+    ("POST", "/v1/responses/resp_1/cancel"),
+    ("DELETE", "/v1/files/file-1"),
+    ("GET", "/v1/files/file-1"),
+])
+def test_a_request_without_a_body_names_no_model(everywhere, method, path):
+    for body in (None, b""):
+        reply, received = ask(everywhere, path, body, method=method)
+        assert reply.status == 200
+        assert received.line == "%s %s HTTP/1.1" % (method, path)
+        assert received.body == b""
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "POST"])
+def test_every_method_with_a_body_is_looked_into(everywhere, method):
+    for body, status in ((b'{"model":"other"}', 403), (b'{"model":"small"}', 200), (b"x", 400)):
+        reply, received = ask(everywhere, "/v1/files/f", body, method=method)
+        assert reply.status == status
+        assert bool(received) == (status == 200)
+
+
+# ---- in a form
+
+TRANSCRIBE = "/v1/audio/transcriptions"
+FORM = [("Content-Type", "multipart/form-data; boundary=b-1")]
+FILE = b'Content-Disposition: form-data; name="file"; filename="a%22.wav"\r\n' \
+       b"Content-Type: audio/wav\r\n\r\nRIFF\0\xff\r\n--b\r\nmodel=other"
+MODEL = b'Content-Disposition: form-data; name="model"\r\n\r\n'
+
+
+def make_form(*parts, end=b"--\r\n"):
+    return b"".join(b"--b-1\r\n%b\r\n" % part for part in parts) + b"--b-1" + end
+
+
+@pytest.mark.parametrize("body,sent", [
+    (make_form(MODEL + b"small", FILE), None),
+    (make_form(FILE, MODEL + b"big", end=b"--"),
+     make_form(FILE, MODEL + b"vendor/big-2", end=b"--")),
+    (make_form(FILE, b"content-disposition: Form-Data;name=model\r\nContent-Type: text/plain; "
+                     b"charset=utf-8\r\nContent-Length: 5\r\n\r\nsmall"), None),
+], ids=["first", "an alias", "bare name"])
+def test_a_form_passes_verbatim_but_for_an_alias(everywhere, body, sent):
+    reply, received = ask(everywhere, TRANSCRIBE, body, FORM)
+    assert reply.status == 200
+    assert received.body == (sent or body)
+    assert received.field("content-type") == FORM[0][1]
+
+
+GOOD = make_form(MODEL + b"small", FILE)
+BAD_FORMS = {
+    "another model": (make_form(MODEL + b"other", FILE), 403),
+    "no model": (make_form(FILE), 400),
+    "two models": (make_form(MODEL + b"small", MODEL + b"other"), 400),
+    "one model twice": (make_form(MODEL + b"small", MODEL + b"small"), 400),
+    "a blank behind": (make_form(MODEL + b"small "), 403),
+    "a list": (make_form(MODEL + b"small", MODEL.replace(b"model", b"model[]") + b"other"), 400),
+    "capitals": (make_form(MODEL + b"small", MODEL.replace(b"model", b"Model") + b"other"), 400),
+    "models": (make_form(MODEL + b"small", MODEL.replace(b"model", b"models") + b"other"), 400),
+    "a charset for all": (make_form(MODEL + b"small", MODEL.replace(b"model", b"_charset_")), 400),
+    "a file": (make_form(MODEL.replace(b"\r\n\r\n", b'; filename="x"\r\n\r\n') + b"small"), 400),
+    "filename*": (make_form(MODEL + b"small", FILE.replace(b"filename=", b"filename*=")), 400),
+    "name*": (make_form(MODEL + b"small", MODEL.replace(b"name=", b"name*=") + b"x"), 400),
+    "single quotes": (make_form(MODEL.replace(b'"', b"'") + b"other", MODEL + b"small"), 400),
+    "escaped quote": (make_form(MODEL + b"small", FILE.replace(b"%22", b'\\"')), 400),
+    "a second name": (make_form(MODEL.replace(b"\r\n", b'; name="x"\r\n', 1) + b"small"), 400),
+    "another coding": (
+        make_form(b"Content-Transfer-Encoding: base64\r\n" + MODEL + b"small"), 400),
+    "UTF-16": (make_form(b"Content-Type: text/plain; charset=utf-16\r\n" + MODEL + b"small"), 400),
+    "not UTF-8": (make_form(MODEL + b"small\xff"), 400),
+    "two dispositions": (make_form(MODEL[:-2] + MODEL + b"small"), 400),
+    "a preamble": (b"x\r\n" + GOOD, 400),
+    "JSON in front": (b'{"model":"other"}\r\n' + GOOD, 400),
+    "an epilogue": (GOOD + b"--b-1\r\n" + MODEL + b"other\r\n--b-1--", 400),
+    "no end": (GOOD[:-4], 400),
+    "bare line ends": (GOOD.replace(b"\r\n", b"\n"), 400),
+    "a bare boundary inside": (make_form(MODEL + b"small", FILE + b"\n--b-1\n" + MODEL), 400),
+    "a longer boundary": (make_form(MODEL + b"small", FILE + b"\r\n--b-1x\r\n" + MODEL), 400),
+    "a blank at the boundary": (GOOD.replace(b"--b-1\r\n", b"--b-1 \r\n"), 400),
+    "folded": (make_form(MODEL.replace(b"; ", b";\r\n ") + b"small"), 400),
+    "no fields": (make_form(b"\r\n\r\nsmall"), 400),
+    "JSON": (b'{"model":"small"}', 400),
+    "empty": (b"--b-1--", 400),
+    "too many parts": (make_form(*[b"Content-Disposition: form-data; name=x\r\n\r\n"] * 1001), 400),
+}
+
+
+@pytest.mark.parametrize("body,status", list(BAD_FORMS.values()), ids=list(BAD_FORMS))
+def test_a_form_that_can_be_read_in_two_ways_is_refused(everywhere, body, status):
+    reply, received = ask(everywhere, TRANSCRIBE, body, FORM)
+    assert reply.status == status
+    assert received is None
+
+
+@pytest.mark.parametrize("kind", [
+    "multipart/form-data",
+    "multipart/form-data; boundary=b-1; boundary=c",
+    "multipart/form-data; boundary=\"b-1",
+    "multipart/form-data; charset=x; boundary=b-1",
+    "multipart/form-data; boundary*=utf-8''b-1",
+    "multipart/mixed; boundary=b-1",
+])
+def test_a_form_needs_a_plain_boundary(everywhere, kind):
+    reply, received = ask(everywhere, TRANSCRIBE, GOOD, [("Content-Type", kind)])
+    assert (reply.status, reply.code) == (400, "invalid_form")
+    assert received is None
+
+
+def test_a_form_is_no_way_to_an_inference_path(everywhere):
+    reply, received = ask(everywhere, CHAT, GOOD, FORM)
+    assert (reply.status, reply.code) == (400, "invalid_json")
+    assert received is None
+
+
+# ---- names and patterns
+
+
+@pytest.mark.parametrize("pattern,names,others", [
+    ("gpt-4o*", ["gpt-4o", "gpt-4o-mini"], ["gpt-4", "xgpt-4o", "GPT-4o"]),
+    ("*/llama-*-8b", ["a/llama-3-8b", "/llama--8b"], ["a/llama-8b", "a/llama-3-8bx"]),
+    ("a*a", ["aa", "aba"], ["a", "ab"]),
+    ("*", ["x", "通义"], []),
+])
+def test_a_star_in_a_name_stands_for_anything(pattern, names, others):
+    settings = aiproxy.Settings({"AIPROXY_MODELS": pattern})
+    assert all(settings.allows_model(name) for name in names)
+    assert not any(settings.allows_model(name) for name in others)
+    assert settings.models_shown == []
+
+
+@pytest.mark.parametrize("value", [
+    "a=b*", "a*=b", "a=", "=b", "a b", "a,a", "a=b=c", "通义，千问", "a\x07", "a\u200b",
+])
+def test_a_list_of_models_that_is_unclear_stops_the_start(value):
+    with pytest.raises(aiproxy.SettingError, match="AIPROXY_MODELS"):
+        aiproxy.Settings({"AIPROXY_MODELS": value})
+
+
+def test_names_of_models_may_be_chinese(upstream, relay):
+    running = relay(MODELS="通义千问-max,快=通义千问-max", DEFAULT_MODEL="通义千问-max", KEY="k-1")
+    for name in ("通义千问-max", "快"):
+        assert running.chat(json.dumps({"model": name}).encode(), key=None).status == 200
+    assert running.chat('{"model":"快"}'.encode(), key=None).status == 200
+    assert running.chat(b"{}", key=None).status == 200
+    sent = [json.loads(received.body)["model"] for received in upstream.received]
+    assert sent == ["通义千问-max"] * 4
+
+    path = "/v1/models/" + urllib.parse.quote("通义千问-max")
+    assert running.ask("GET", path).json["id"] == "通义千问-max"
+
+
+@pytest.mark.parametrize("fields", [
+    [("Content-Encoding", "identity"), ("Content-Encoding", "identity")],
+    [("Content_Encoding", "identity")],
+    [("Content-Encoding", "identity, gzip")],
+])
+def test_a_content_coding_that_is_unclear_is_refused(everywhere, fields):
+    reply, received = ask(everywhere, CHAT, b'{"model":"small"}', fields)
+    assert (reply.status, reply.code) == (415, "unsupported_encoding")
+    assert received is None
+
+
+def test_the_default_model_is_for_inference_paths(upstream, relay):
+    running = relay(DEFAULT_MODEL="small", KEY="k-1", PATHS="/v1/chat/completions,/v1/other")
+    for path in ("/v1/other", CHAT):
+        assert running.ask("POST", path, b'{"x":1}').status == 200
+    sent = [received.body for received in upstream.received]
+    assert sent == [b'{"x":1}', b'{"model": "small", "x":1}']

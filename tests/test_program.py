@@ -512,7 +512,7 @@ def test_it_is_written_so_that_an_older_python_can_say_that_it_is_too_old():
 
 
 def test_an_older_python_says_in_one_line_that_it_is_too_old():
-    found = [shutil.which("python" + version) for version in ("2.7", "3.5", "3.6", "3.7")]
+    found = [shutil.which("python" + version) for version in ("3.5", "3.6", "3.7")]
     for python in filter(None, found):
         done = subprocess.run([python, PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if b"pyenv" not in done.stderr:     # which only stands in for it

@@ -210,12 +210,6 @@ REFUSED = [
     *cases("method", [405], raw, {
         "CONNECT": request(b"CONNECT evil.test:443 HTTP/1.1"),
     }),
-    *cases("method", [501], method, {
-        "PROPFIND": b"PROPFIND",
-        "lower case": b"get",
-        "long": b"A" * 3000,
-        "prefix": b"GETX",
-    }),
     *cases("method", [400], method, {
         "control": b"GE\x01T",
         "nul": b"GET\0",
@@ -644,6 +638,18 @@ def test_a_body_without_a_length_is_read_as_a_malformed_next_request(transparent
     assert received.body == b""
 
 
+@pytest.mark.parametrize("name", [b"PROPFIND", b"get", b"A" * 3000, b"GETX", b"M-SEARCH"])
+def test_an_unknown_method_goes_up_only_without_keys_of_ours(transparent, restricted, name):
+    line = name + b" /v1/models HTTP/1.1"
+    with transparent.exchange(request(line, b"Content-Length: 4", body=b"<x/>")) as client:
+        assert client.read_reply().status == 200
+    (received,) = transparent.upstream.received
+    assert received.line.encode() == line
+    assert received.body == b"<x/>"
+
+    restricted.check_refused(request(line, KEY), [501])
+
+
 def test_a_405_names_the_allowed_methods(transparent):
     with transparent.exchange(method(b"TRACE")) as client:
         assert client.read_reply().get("allow") == "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
@@ -656,10 +662,11 @@ NOT_FOUND = [
     b"/v1/files/a",
     b"/v1/files/a/content/b",
     b"/v1/files/a/b/content",
-    b"/v1//files/a/content",
+    b"/v1//batches",
     b"/v1/files//content",
     b"/V1/files/a/content",
-    b"/v1/files/a/content/",
+    b"/v1/files/a%2Fb/content",
+    b"/v1/batches/",
     b"/v1/files/a%3fb/content",
     b"/v1/files/a%0d%0ab/content",
     b"/v1/files/%c0%ae%c0%ae/content",
@@ -669,7 +676,7 @@ NOT_FOUND = [
     b"/v1/chat%2fcompletions",
     b"/v1/%63hat/completions",
     b"/v1/chat/completions%20",
-    b"/v1/models/a/b",
+    b"/v1/models/a//b%ff",
     b"/v1/batches",
     b"/admin",
     b"/.env",
@@ -701,8 +708,30 @@ ALLOWED_PATHS = [
     b"/v1/files/a%20b/content?x=%00",
     b"/v1/models/org%2Fmodel:free",
     b"/v1/models/gpt-4.1",
+    b"/v1/models/org/model",
+    b"/v1/models/%E9%80%9A%E4%B9%89/max",
     b"/v1/models?limit=..%2f",
 ]
+
+
+@pytest.mark.parametrize("path,sent", [
+    (b"/v1//files/a/content", b"/v1/files/a/content"),
+    (b"//v1/files///a/content/", b"/v1/files/a/content"),
+    (b"http://relay.test//v1/models/", b"/v1/models"),
+    (b"/v1/v1//models?a=//", b"/v1/models?a=//"),
+])
+def test_doubled_slashes_and_a_trailing_one_are_dropped(restricted, path, sent):
+    with restricted.exchange(request(b"GET " + path + b" HTTP/1.1", KEY)) as client:
+        assert client.read_reply().status == 200
+    (received,) = restricted.upstream.received
+    assert received.line.encode() == b"GET " + sent + b" HTTP/1.1"
+
+
+def test_a_404_names_the_nearest_allowed_path(restricted):
+    with restricted.exchange(request(b"POST /v1/chat/completion HTTP/1.1", KEY)) as client:
+        reply = client.read_reply()
+    assert reply.status == 404
+    assert "Did you mean /v1/chat/completions?" in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ALLOWED_PATHS)

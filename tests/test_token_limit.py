@@ -1,4 +1,4 @@
-"""AIPROXY_MAX_TOKENS: requests above it are refused, requests without a limit get it."""
+"""AIPROXY_MAX_TOKENS: larger limits are lowered to it, requests without a limit get it."""
 
 import json
 
@@ -27,9 +27,11 @@ def ask(running, body, path=CHAT):
 
 @pytest.mark.parametrize("path,body", [
     (CHAT, b'{"model":"m","max_tokens":100}'),
-    (CHAT, b' { "max_completion_tokens" :\t1e2 , "model":"\\u006d" }\n'),
+    (CHAT, b' { "max_tokens" :\t1e2 , "model":"\\u006d" }\n'),
     (CHAT, b'{"max_tokens":1}'),
-    (CHAT, b'{"max_tokens":0}'),
+    (COMPLETIONS, b'{"prompt":["a","b"],"max_tokens":50}'),
+    (COMPLETIONS, b'{"prompt":[1,2,3],"max_tokens":100}'),
+    (CHAT, b'{"max_tokens":1,"options":{"num_predict":100},"generationConfig":null}'),
     (CHAT, b'{"max_tokens":50,"max_completion_tokens":100}'),
     (RESPONSES, b'{"max_output_tokens":100.0}'),
     (MESSAGES, b'{"max_tokens":100}'),
@@ -46,30 +48,50 @@ def test_a_request_within_the_limit_is_sent_upstream_byte_for_byte(upstream, fru
     assert upstream.received[0].body == body
 
 
+@pytest.mark.parametrize("path,body,sent", [
+    (CHAT, b'{"max_tokens":101}', b'{"max_tokens":100}'),
+    (CHAT, b'{"max_tokens":0}', b'{"max_tokens":100}'),
+    (CHAT, b'{"max_tokens" : -1 }', b'{"max_tokens" : 100 }'),
+    (CHAT, b'{"max_tokens":0.0,"n":null}', b'{"max_tokens":100,"n":null}'),
+    (CHAT, b'{"max\\u005ftokens":99999999999999999999}', b'{"max\\u005ftokens":100}'),
+    (CHAT, b'{"max_completion_tokens":1e3}', b'{"max_tokens": 100, "max_completion_tokens":100}'),
+    (CHAT, b'{"max_completion_tokens":7}', b'{"max_tokens": 7, "max_completion_tokens":7}'),
+    (CHAT, b'{"max_completion_tokens":-7}', b'{"max_tokens": 100, "max_completion_tokens":100}'),
+    (CHAT, b'{"max_output_tokens":101,"max_tokens":1}', b'{"max_output_tokens":100,"max_tokens":1}'),
+    (RESPONSES, b'{"max_output_tokens":100.5e1}', b'{"max_output_tokens":100}'),
+    (MESSAGES, b'{"max_tokens":32000}', b'{"max_tokens":100}'),
+    (CHAT, b'{"n":2,"max_tokens":51}', b'{"n":2,"max_tokens":50}'),
+    (COMPLETIONS, b'{"n":2,"best_of":5,"max_tokens":21}', b'{"n":2,"best_of":5,"max_tokens":20}'),
+    (COMPLETIONS, b'{"prompt":["a","b"],"n":5,"max_tokens":11}',
+     b'{"prompt":["a","b"],"n":5,"max_tokens":10}'),
+    (COMPLETIONS, b'{"prompt":[[1],[2]]}', b'{"max_tokens": 50, "prompt":[[1],[2]]}'),
+    (COMPLETIONS, b'{"prompt":[]}', b'{"max_tokens": 100, "prompt":[]}'),
+    (CHAT, b'{"max_tokens":1,"n_predict":-1,"num_predict":200,"max_new_tokens":0}',
+     b'{"max_tokens":1,"n_predict":100,"num_predict":100,"max_new_tokens":100}'),
+    (CHAT, b'{"options" : { "x":[{}], "num_predict" : -1, "y": "}" }, "max_tokens":1}',
+     b'{"options" : { "x":[{}], "num_predict" : 100, "y": "}" }, "max_tokens":1}'),
+    (CHAT, b'{"generationConfig":{"maxOutputTokens":65536,"candidateCount":4},"max_tokens":9}',
+     b'{"generationConfig":{"maxOutputTokens":25,"candidateCount":4},"max_tokens":9}'),
+], ids=lambda value: value.decode() if isinstance(value, bytes) else "")
+def test_a_larger_limit_is_lowered_and_no_other_byte_changes(upstream, frugal, path, body, sent):
+    assert ask(frugal, body, path).status == 200
+    assert upstream.received[0].body == sent
+
+
 @pytest.mark.parametrize("path,body,param", [
-    (CHAT, b'{"max_tokens":101}', "max_tokens"),
-    (CHAT, b'{"max_completion_tokens":1e3}', "max_completion_tokens"),
-    (RESPONSES, b'{"max_output_tokens":100.5e1}', "max_output_tokens"),
-    (MESSAGES, b'{"max_tokens":99999999999999999999}', "max_tokens"),
-    (CHAT, b'{"max_tokens":1,"max_completion_tokens":101}', "max_completion_tokens"),
-    (CHAT, b'{"max_output_tokens":101,"max_tokens":1}', "max_output_tokens"),
-    (CHAT, b'{"max\\u005ftokens":101}', "max_tokens"),
-    (CHAT, b'{"n":2,"max_tokens":51}', "max_tokens"),
-    (COMPLETIONS, b'{"best_of":5,"max_tokens":21}', "max_tokens"),
-    (COMPLETIONS, b'{"n":2,"best_of":5,"max_tokens":21}', "max_tokens"),
-    (COMPLETIONS, b'{"n":5,"best_of":1,"max_tokens":21}', "max_tokens"),
     (CHAT, b'{"n":101}', "n"),
     (COMPLETIONS, b'{"best_of":101}', "best_of"),
     (CHAT, b'{"max_tokens":"101"}', "max_tokens"),
     (CHAT, b'{"max_tokens":true}', "max_tokens"),
-    (CHAT, b'{"max_tokens":-1}', "max_tokens"),
+    (CHAT, b'{"options":{"num_predict":"9"}}', "num_predict"),
+    (COMPLETIONS, b'{"prompt":[%s]}' % b",".join([b'"x"'] * 101), "prompt"),
     (CHAT, b'{"max_tokens":1.5}', "max_tokens"),
     (CHAT, b'{"max_tokens":[101]}', "max_tokens"),
     (CHAT, b'{"n":"2","max_tokens":100}', "n"),
     (CHAT, b'{"n":-3,"max_tokens":100}', "n"),
     (COMPLETIONS, b'{"best_of":1.5}', "best_of"),
 ], ids=lambda value: value.decode() if isinstance(value, bytes) else "")
-def test_a_request_above_the_limit_is_refused_and_not_sent_upstream(
+def test_what_cannot_be_held_to_the_limit_is_refused_and_not_sent_upstream(
     upstream, frugal, path, body, param
 ):
     reply = ask(frugal, body, path)
@@ -86,6 +108,9 @@ def test_a_request_above_the_limit_is_refused_and_not_sent_upstream(
     b'{"MAX_TOKENS":1,"max_tokens":1}',
     b'{"N":9}',
     b'{"Best_of":9}',
+    b'{"maxoutputtokens":101}',
+    b'{"Options":{"num_predict":101}}',
+    b'{"options":{"Num_Predict":101}}',
     b'{"max_token\xc5\xbf":101}',
     b'{"max_to\xe2\x84\xaaens":101}',
 ], ids=ascii)
@@ -137,12 +162,41 @@ def test_a_request_without_a_limit_gets_one_and_no_other_byte_changes(
     ("deepseek", CHAT, "max_tokens"),
     ("anthropic", MESSAGES, "max_tokens"),
     ("ollama", CHAT, "max_tokens"),
+    ("https://x.openai.azure.com", "/openai/deployments/m/chat/completions",
+     "max_completion_tokens"),
+    ("https://x.openai.azure.com/openai/v1", CHAT, "max_completion_tokens"),
+    ("https://openai.azure.com.example", CHAT, "max_tokens"),
+    ("https://api.example", "/openai/deployments/m/chat/completions", "max_tokens"),
+    ("gemini", "/v1beta/models/m:generateContent", None),
+    ("ollama", "/api/chat", None),
+    ("openai", "/v1/threads/t/messages", None),
     ("openai", EMBEDDINGS, None),
     ("anthropic", COUNT_TOKENS, None),
 ])
 def test_the_limit_is_added_under_the_name_that_the_provider_takes(provider, path, name):
     settings = aiproxy.Settings({"AIPROXY_UPSTREAM": provider, "AIPROXY_MAX_TOKENS": "100"})
     assert aiproxy.limit_tokens({}, path, settings) == ({name: 100} if name else {})
+
+
+def test_two_names_of_the_limit_are_not_sent_to_those_who_refuse_that():
+    settings = aiproxy.Settings({"AIPROXY_MAX_TOKENS": "100"})
+    assert aiproxy.limit_tokens({"max_tokens": 7}, CHAT, settings) == {}
+    assert aiproxy.limit_tokens({"max_tokens": 101}, CHAT, settings) == {"max_tokens": 100}
+
+
+@pytest.mark.parametrize("paths,named", [
+    (CHAT + ",/openai/deployments/*/chat/completions,/v1/embeddings,GET /v1/files", None),
+    (CHAT + ",/v1beta/models/*", "/v1beta/models/*"),
+    ("/api/chat,/api/generate", "/api/chat, /api/generate"),
+    ("*", "*"),
+])
+def test_the_banner_names_allowed_paths_where_no_limit_is_added(relay, paths, named):
+    warnings = list(aiproxy.warnings(relay(KEY="k-1", MAX_TOKENS="9", PATHS=paths).server))
+    warnings = [warning for warning in warnings if "MAX_TOKENS" in warning]
+    if named is None:
+        assert not warnings
+    else:
+        assert "no limit on %s:" % named in warnings[0]
 
 
 def test_without_the_setting_bodies_are_not_changed(upstream, hidden):
@@ -165,16 +219,18 @@ def test_with_a_provider_key_no_post_bypasses_the_limit(upstream, frugal):
     text = [key, ("Content-Type", "text/plain")]
 
     assert frugal.ask("POST", CHAT, b"\x1f\x8b", compressed).status == 415
-    assert frugal.ask("POST", CHAT, b'{"max_tokens":101}', text).status == 400
     assert upstream.all_bytes == b""
+    assert frugal.ask("POST", CHAT, b'{"max_tokens":101}', text).status == 200
+    assert upstream.received[0].body == b'{"max_tokens":100}'
 
 
 def test_without_a_provider_key_only_inference_paths_are_limited(upstream, relay):
     running = relay(MAX_TOKENS="100")
 
-    assert running.ask("POST", CHAT, b'{"max_tokens":101}').status == 400
-    assert running.ask("POST", "/v1/files", b'{"max_tokens":101}').status == 200
-    assert upstream.received[0].body == b'{"max_tokens":101}'
+    for path in (CHAT, "/v1/files"):
+        assert running.ask("POST", path, b'{"max_tokens":101}').status == 200
+    sent = [received.body for received in upstream.received]
+    assert sent == [b'{"max_tokens":100}', b'{"max_tokens":101}']
 
 
 def test_the_limit_works_together_with_an_alias(upstream, relay):

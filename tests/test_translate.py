@@ -176,9 +176,31 @@ def test_a_completion_takes_one_prompt(members, param):
                         "content": [
                             {"type": "input_text", "text": "3"},
                             {"type": "input_image", "image_url": "x" * 99}]},
-                    {"type": "function_call_output", "call_id": "c", "output": "45"}]}, 5)],
-    ids=["strings", "parts", "tools", "prompt", "inputs", "responses"])
+                    {"type": "function_call_output", "call_id": "c", "output": "45"}]}, 5),
+        ({"prompt": [1, 22, 333]}, 12),
+        ({"input": [[1, 2], [3]], "n": 7}, 12),
+        ({"tools": [{"input_schema": {"type": "x", "properties": {"12345": {"id": {}}}}}]}, 5),
+        ({"messages": [{"content": [{"type": "document", "source": {
+            "type": "text", "media_type": "text/plain", "data": "123"}}]}]}, 3),
+        ({"messages": [{"content": [{"source": {
+            "type": "base64", "media_type": "image/png", "data": "QUJD" * 99}}]}]}, 0),
+        ({"messages": [{"content": [{"source": {
+            "type": "base64", "media_type": "text/plain", "data": "QUJD"}}]}]}, 4),
+        ({"input": [{"type": "input_file", "file_data": "data:text/plain;base64,QQ=="}]}, 27),
+        ({"messages": [{"content": [{"type": "tool_use", "input": {"url": "1", "data": "23"}}]}]},
+         10),
+        ({"messages": [{"role": "x" * 257}]}, 257),
+        ({"contents": [{"role": "user", "parts": [
+            {"text": "123"}, {"inlineData": {"mimeType": "image/png", "data": "QUJD"}}]}],
+          "systemInstruction": {"parts": [{"text": "45"}]}}, 5),
+        ({"documents": ["12"], "template": "3", "model": "m", "metadata": {"a": "b"}}, 3)],
+    ids=["strings", "parts", "tools", "prompt", "inputs", "responses", "tokens", "lists of tokens",
+         "properties", "a text document", "an image", "an encoded document", "a file",
+         "arguments of a tool", "a long role", "Gemini", "other members"])
 def test_all_text_counts_together_and_images_do_not(members, characters):
+    assert aiproxy.count_characters(members) == characters
+    if characters < 2:
+        return
     check_prompt_length(members, characters)
     bad = raised(check_prompt_length, members, characters - 1)
     assert (bad.status, bad.code) == (400, "invalid_parameter")

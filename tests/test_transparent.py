@@ -76,6 +76,13 @@ def test_every_method_goes_up(upstream, relay, method, path):
     assert upstream.received[0].body == b"abc"
 
 
+def test_a_path_that_is_allowed_for_any_method_is_so_for_unknown_ones(upstream, relay):
+    running = relay(PATHS="* /dav/*, /v1/x")
+    assert running.ask("PROPFIND", "/dav/a").status == 200
+    assert running.ask("PROPFIND", "/v1/x").status == 405
+    assert [received.line for received in upstream.received] == ["PROPFIND /dav/a HTTP/1.1"]
+
+
 def test_an_OPTIONS_request_that_is_no_preflight_goes_up(upstream, relay):
     running = relay(ORIGINS="*")
     fields = [("Origin", "https://app.example")]

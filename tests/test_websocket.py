@@ -323,6 +323,26 @@ def test_a_handshake_passes_the_same_checks_as_any_request(
     assert upstream.all_bytes == b""
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/realtime/x?model=m"])
+@pytest.mark.parametrize("rule", [{"MODELS": "m"}, {"MAX_TOKENS": 9}, {"MAX_CHARS": 9}], ids=str)
+@pytest.mark.parametrize("mode", [{}, dict(PROVIDER_KEY, PATHS="*")], ids=["transparent", "key"])
+def test_where_a_rule_would_read_the_frames_an_upgrade_is_refused(
+    upstream, relay, path, rule, mode
+):
+    reply = relay(**mode, **rule).ask("GET", path, fields=UPGRADE + (KEY if mode else []))
+    assert (reply.status, reply.code) == (403, "websocket_not_allowed")
+    assert upstream.all_bytes == b""
+
+
+def test_an_alias_in_the_query_of_a_handshake_is_replaced(by_hand, relay):
+    running = relay(UPSTREAM=by_hand.url, MODELS="rt=gpt-realtime,gpt-*", **PROVIDER_KEY)
+    for name, sent in (("rt", b"gpt-realtime"), ("gpt-x", b"gpt-x")):
+        with running.client() as client:
+            client.request("GET", "/v1/realtime?a=b&model=" + name, None, UPGRADE + KEY)
+            head = by_hand.accept().read_until(b"\r\n\r\n")
+        assert head.startswith(b"GET /v1/realtime?a=b&model=%b HTTP/1.1" % sent)
+
+
 def test_a_handshake_for_an_allowed_model_is_relayed(by_hand, relay):
     running = relay(UPSTREAM=by_hand.url, MODELS="gpt-realtime", **PROVIDER_KEY)
     client, reply, _, head = open_tunnel(by_hand, running, KEY)

@@ -156,13 +156,13 @@ def test_each_path_has_its_own_upstream(cloudflare, workers, path, body, up, sen
     "requested,sent_up",
     [
         ({}, {"max_tokens": 100}), ({"n": 2}, {"max_tokens": 50, "n": 2}),
-        ({"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
+        ({"max_tokens": 101}, {"max_tokens": 100}),
+        ({"max_completion_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 7}),
         ({"max_output_tokens": 7}, {"max_output_tokens": 7, "max_tokens": 100})], ids=str)
 def test_aiproxy_max_tokens_is_the_most_that_goes_up(cloudflare, workers, requested, sent_up):
     running = workers(MAX_TOKENS=100)
     assert post(running, **requested).status == 200
     assert json.loads(cloudflare.wait_for().body) == dict(sent_up, model=LLAMA, messages=HELLO)
-    assert post(running, max_tokens=101).code == "invalid_parameter"
     assert len(cloudflare.received) == 1
 
 
