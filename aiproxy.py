@@ -3620,7 +3620,8 @@ MAX_NOT_TEXT = 256      # characters
 MEDIA = frozenset((
     "url", "image_url", "file_url", "file_uri", "fileUri", "image", "data", "file_data",
     "encrypted_content", "signature", "thoughtSignature"))
-MEDIA_DATA = re.compile(r"[a-z]+://\S*|data:(?!text/|[,;])\S*|[A-Za-z0-9+/=_\r\n-]*", re.I)
+MEDIA_DATA = re.compile(        # a URL, or base64; without re.I, which would be slow
+    r"(?i:[a-z]{1,20})://\S*|(?i:data:(?!text/|[,;]))\S*|[A-Za-z0-9+/=_\r\n-]*")
 # The names in these objects are a tool's own; in those everything is.
 NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))
