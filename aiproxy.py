@@ -3448,6 +3448,8 @@ def named_model(members, request, settings):
         model = members["model"]
         if not isinstance(model, str) or not model:
             raise invalid_model("must hold `model` as a string that is not empty")
+        if request.model and model == "models/" + request.model:
+            return ""                       # Gemini's SDKs say it again
         return model
     if request.model:                       # it stands in the path
         return ""
