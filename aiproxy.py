@@ -4534,6 +4534,8 @@ def named_model(members, request, settings):
         model = members["model"]
         if not isinstance(model, str) or not model:
             raise invalid_model("must hold `model` as a string that is not empty")
+        if request.model and model == "models/" + request.model:
+            return ""                       # Gemini's SDKs say it again
         return model
     if request.model:                       # it stands in the path
         return ""
@@ -4706,7 +4708,8 @@ MAX_NOT_TEXT = 256      # characters
 MEDIA = frozenset((
     "url", "image_url", "file_url", "file_uri", "fileUri", "image", "data", "file_data",
     "encrypted_content", "signature", "thoughtSignature"))
-MEDIA_DATA = re.compile(r"[a-z]+://\S*|data:(?!text/|[,;])\S*|[A-Za-z0-9+/=_\r\n-]*", re.I)
+MEDIA_DATA = re.compile(        # a URL, or base64; without re.I, which would be slow
+    r"(?i:[a-z]{1,20})://\S*|(?i:data:(?!text/|[,;]))\S*|[A-Za-z0-9+/=_\r\n-]*")
 # The names in these objects are a tool's own; in those everything is.
 NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))

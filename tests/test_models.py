@@ -428,6 +428,7 @@ GEMINI = "/v1beta/models/%s:streamGenerateContent"
     (AZURE % "b%69g", b"{}", AZURE % "vendor%2Fbig-2", None),
     (AZURE % "small", b'{"model":"big"}', AZURE % "small", b'{"model":"vendor/big-2"}'),
     (GEMINI % "small", b"{}", GEMINI % "small", None),
+    (GEMINI % "small", b'{"model":"models/small"}', GEMINI % "small", None),
     (GEMINI % "big" + "?alt=sse", b"{}", GEMINI % "vendor%2Fbig-2" + "?alt=sse", None),
 ])
 def test_a_model_in_the_path_needs_none_in_the_body(everywhere, path, body, sent_path, sent_body):
@@ -446,6 +447,7 @@ def test_a_model_in_the_path_needs_none_in_the_body(everywhere, path, body, sent
     (AZURE % "other", b"", 403),
     (GEMINI % "other", b'{"model":"small"}', 403),
     (GEMINI % "%6fther", b"{}", 403),
+    (GEMINI % "small", b'{"model":"models/other"}', 403),
     ("/v1beta/models/small", b"{}", 400),
 ])
 def test_a_model_in_the_path_must_be_on_the_list(everywhere, path, body, status):

@@ -716,6 +716,12 @@ def test_one_model_is_found_by_its_id(workers, requested, listed):
         assert reply.json["error"]["param"] == "model"
 
 
+def test_the_model_list_is_inside_the_rate(workers):
+    running = workers(RATE="1/min")
+    for path, status in (("/v1/models", 200), ("/v1/models/gpt-oss-20b", 429)):
+        assert running.ask("GET", path, fields=AUTH).status == status
+
+
 def test_the_model_list_is_cached_for_ten_minutes(cloudflare, workers, clock):
     running = workers()
     for _ in range(3):
