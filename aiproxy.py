@@ -457,10 +457,11 @@ class Server(http.server.ThreadingHTTPServer):
         request.close()
         with self.client_ended:
             self.idle.pop(request, None)
-            address = self.clients.pop(request)
-            self.client_counts[address] -= 1
-            if not self.client_counts[address]:
-                del self.client_counts[address]
+            if request in self.clients:         # not if no thread could be started for it
+                address = self.clients.pop(request)
+                self.client_counts[address] -= 1
+                if not self.client_counts[address]:
+                    del self.client_counts[address]
             self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
