@@ -4054,8 +4054,10 @@ def check_names(environ):
     """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
     names = [option.name for option in OPTIONS]
     for name in environ:
-        if name.upper().startswith("AIPROXY_") and name not in names:
-            nearest = difflib.get_close_matches(name.upper(), names, 1, 0)
+        # Docker takes the byte order mark of an env file for a part of the first name.
+        plain_name = name.strip("\ufeff").upper()
+        if plain_name.startswith("AIPROXY_") and name not in names:
+            nearest = difflib.get_close_matches(plain_name, names, 1, 0)
             raise SettingError("%s is not a setting; did you mean %s?"
                                % (printable(name[:64]), nearest[0]))
 
@@ -4073,8 +4075,11 @@ def check_upstream(settings):
 
 def is_own_address(host):
     """Does this host lead to this machine? Only to an address of its own can a socket be bound."""
+    host = numeric_host(host)
+    if is_loopback(host):
+        return True
     try:
-        found = socket.getaddrinfo(numeric_host(host), 0, 0, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, 0, 0, socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
     for family, kind, protocol, _, address in found:

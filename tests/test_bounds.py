@@ -4,6 +4,7 @@ Sizes of heads and bodies are in test_requests.py; the number of all clients, id
 connections and the lingering close are in test_limits.py.
 """
 
+import contextlib
 import gc
 import socket
 import sys
@@ -79,6 +80,8 @@ def wait_until_no_client(running):
     server = running.server
     with server.client_ended:
         assert server.client_ended.wait_for(lambda: not server.clients, PATIENCE)
+        assert not server.client_counts
+        assert not server.idle
 
 
 def status_of(client, then=b"G"):
@@ -122,9 +125,13 @@ def test_one_address_has_a_limited_number_of_connections_and_loopback_any(
 
 def test_one_connection_too_many_can_read_why_and_the_others_continue(coming_from):
     running = coming_from(*["192.0.2.1"] * 3)
-    with running.client() as first, running.client() as second, running.client() as third:
-        assert status_of(first) == status_of(second) == 200
+    with contextlib.ExitStack() as clients:
+        first = clients.enter_context(running.client())
+        assert status_of(first) == 200
+        second = clients.enter_context(running.client())
+        assert status_of(second) == 200
 
+        third = clients.enter_context(running.client())
         third.request("POST", CHAT, bytes(1 << 20))
         reply = third.read_reply()
         assert reply.status == 503
@@ -145,8 +152,9 @@ def test_one_connection_too_many_can_read_why_and_the_others_continue(coming_fro
 def test_a_connection_that_has_ended_no_longer_counts(coming_from):
     running = coming_from(*["192.0.2.1"] * 9)
     for _ in range(2):
-        with running.client() as first, running.client() as second, running.client() as third:
-            assert [status_of(client) for client in (first, second, third)] == [200, 200, 503]
+        with contextlib.ExitStack() as clients:
+            for expected in (200, 200, 503):
+                assert status_of(clients.enter_context(running.client())) == expected
         wait_until_no_client(running)
 
 

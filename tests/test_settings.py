@@ -4,6 +4,7 @@ The line never shows a secret.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -360,6 +361,20 @@ def test_an_upstream_that_is_the_relay_itself_does_not_start(check, host):
 
     assert check(AIPROXY_UPSTREAM=own, AIPROXY_PORT="8766")[0] == 0
     assert aiproxy.Upstream(own).is_loopback
+
+
+def test_a_byte_order_mark_in_front_of_a_name_is_not_passed_over():
+    with pytest.raises(aiproxy.SettingError, match="did you mean AIPROXY_MODELS"):
+        aiproxy.Settings({"\ufeffAIPROXY_MODELS": "a"})
+
+
+def test_every_address_of_this_machine_is_recognized(monkeypatch):
+    own = ("192.0.2.1", 0)
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", own)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: found)
+    assert not aiproxy.is_own_address("host.example")
+    monkeypatch.setattr(socket.socket, "bind", lambda sock, address: None)
+    assert aiproxy.is_own_address("host.example")
 
 
 def test_another_machine_may_have_the_same_port(check):
