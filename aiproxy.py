@@ -540,6 +540,7 @@ class Server(http.server.ThreadingHTTPServer):
             address = self.lingering.pop(job, None)
             if address:                     # else it has been hung up on
                 self.uncount(address)
+            self.client_ended.notify_all()
 
     def uncount(self, address):
         """One connection of this address has ended. Called with the lock."""
@@ -618,6 +619,16 @@ class Server(http.server.ThreadingHTTPServer):
         with self.client_ended:
             self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS)
         self.log.close(max(0.1, deadline - time.monotonic()))
+
+    def close(self):
+        """Hang up on all clients and end all threads: for a Server inside of a longer program."""
+        self.server_close()
+        for sock in list(self.clients):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.relay_loop.close()
+        self.threads.shutdown(wait=False)
+        self.log.close(0)
 
     def url(self):
         """Where this machine reaches us."""
@@ -2297,6 +2308,7 @@ class RelayLoop(threading.Thread):
         self.every_tick = every_tick        # called twice a second with the time
         self.warn = warn
         self.stopping = False               # the grace time is over: cut what is left
+        self.closed = False                 # nobody needs the loop any more
         self.selector = selectors.DefaultSelector()
         self.masks = {}                     # what each registered connection is watched for
         self.jobs = set()
@@ -2319,6 +2331,11 @@ class RelayLoop(threading.Thread):
         with contextlib.suppress(OSError):      # it has been woken already
             self.wakeup_writer.send(b"!")
 
+    def close(self):
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self.wakeup_writer.send(b"!")
+
     def run_and_wait(self, job):
         """Submit a job and sleep until it has ended."""
         job.ended = threading.Event()
@@ -2327,7 +2344,7 @@ class RelayLoop(threading.Thread):
 
     def run(self):
         last_tick = 0
-        while True:
+        while not self.closed:
             for key, mask in self.select():
                 self.guard(key.data, mask)
             while self.submitted:

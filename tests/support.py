@@ -289,7 +289,7 @@ class Relay:
 
     def close(self):
         self.server.shutdown()
-        self.server.socket.close()
+        self.server.close()
 
 
 class Reply:

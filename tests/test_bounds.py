@@ -79,7 +79,8 @@ def wait_until_no_client(running):
     """Wait until the relay counts no connection any more."""
     server = running.server
     with server.client_ended:
-        assert server.client_ended.wait_for(lambda: not server.clients, PATIENCE)
+        assert server.client_ended.wait_for(
+            lambda: not (server.clients or server.lingering), PATIENCE)
         assert not server.client_counts
         assert not server.idle
 

@@ -726,6 +726,9 @@ def test_lingering_clients_count_and_are_given_up_for_new_ones(relay, monkeypatc
     for client in refused:
         client.request("POST", CHAT, b"", [("Expect", "miracles"), ("Content-Length", "1000")])
         assert client.read_reply().status == 417
+    deadline = time.monotonic() + PATIENCE
+    while len(running.server.lingering) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert running.server.is_crowded()
 
     with running.client() as client:

@@ -492,7 +492,7 @@ def test_a_host_that_is_no_name_is_reported_as_one():
     settings = aiproxy.Settings({"AIPROXY_HOST": "a..b"})
     with pytest.raises(aiproxy.CannotListen) as raised:
         aiproxy.Server(settings)
-    assert str(raised.value).startswith("cannot listen on a..b port 8000: ")
+    assert str(raised.value).startswith("cannot listen on AIPROXY_HOST port 8000: ")
 
 
 def test_the_status_after_a_signal_is_0_though_the_end_fails():
