@@ -706,39 +706,38 @@ def test_a_lingering_close_ends_when_the_client_is_silent(relay, limit):
     with running.client() as client:
         client.request("POST", CHAT, b"", [("Expect", "miracles"), ("Content-Length", "1000")])
         assert client.read_reply().status == 417
-        wait_for_no_lingering(running)
+        wait_for_lingering(running, 1)
+        wait_for_lingering(running, 0)
         with pytest.raises(ConnectionError):
             while True:
                 client.send(b"x")
 
 
-def wait_for_no_lingering(running):
+def wait_for_lingering(running, count):
     deadline = time.monotonic() + PATIENCE
-    while running.server.lingering and time.monotonic() < deadline:
+    while len(running.server.lingering) != count and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not running.server.lingering
+    assert len(running.server.lingering) == count
 
 
 def test_lingering_clients_count_and_are_given_up_for_new_ones(relay, monkeypatch):
     monkeypatch.setattr(aiproxy, "SPARE_FILES", 0)
-    running = relay(MAX_CONNECTIONS=2)
-    refused = [running.client() for _ in range(2)]
-    for client in refused:
+    running = relay(MAX_CONNECTIONS=4)
+    refused = [running.client() for _ in range(3)]
+    for number, client in enumerate(refused, 1):
         client.request("POST", CHAT, b"", [("Expect", "miracles"), ("Content-Length", "1000")])
         assert client.read_reply().status == 417
-    deadline = time.monotonic() + PATIENCE
-    while len(running.server.lingering) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert running.server.is_crowded()
+        wait_for_lingering(running, number)
+    wait_until_no_client(running)
 
     with running.client() as client:
         client.request("GET", "/health")
         assert client.read_reply().status == 200
-        assert len(running.server.lingering) <= 1
+        assert len(running.server.lingering) == 2
 
     for client in refused:
         client.sock.close()
-    wait_for_no_lingering(running)
+    wait_for_lingering(running, 0)
 
 
 def test_a_client_that_takes_a_byte_now_and_then_is_cut(upstream, relay, limit):
