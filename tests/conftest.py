@@ -1,5 +1,6 @@
 """Fixtures: a relay in this process on a free port, and a fake upstream that a test scripts."""
 
+import gc
 import os
 import sys
 import threading
@@ -9,6 +10,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import aiproxy  # noqa: E402
 from support import Relay, Upstream  # noqa: E402
 
 PROXY_AND_PLATFORM_VARIABLES = {
@@ -70,3 +72,10 @@ def no_thread_fails(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda args: failures.append(args))
     yield
     assert not failures
+
+
+def pytest_sessionfinish():
+    """Close what a test has left open: Python waits for its threads, and they for idle clients."""
+    for thing in gc.get_objects():
+        if isinstance(thing, aiproxy.Server):
+            thing.close()

@@ -721,8 +721,7 @@ def wait_for_lingering(running, count):
 
 
 def test_lingering_clients_count_and_are_given_up_for_new_ones(relay, monkeypatch):
-    monkeypatch.setattr(aiproxy, "SPARE_FILES", 0)
-    running = relay(MAX_CONNECTIONS=4)
+    running = relay(MAX_CONNECTIONS=3)
     refused = [running.client() for _ in range(3)]
     for number, client in enumerate(refused, 1):
         client.request("POST", CHAT, b"", [("Expect", "miracles"), ("Content-Length", "1000")])
@@ -730,6 +729,7 @@ def test_lingering_clients_count_and_are_given_up_for_new_ones(relay, monkeypatc
         wait_for_lingering(running, number)
     wait_until_no_client(running)
 
+    monkeypatch.setattr(aiproxy, "SPARE_FILES", 0)
     with running.client() as client:
         client.request("GET", "/health")
         assert client.read_reply().status == 200

@@ -231,8 +231,8 @@ await check("errors before the answer", async () => {
   }
 });
 await check("errors of our own", async () => {
-  await throws(OpenAI.BadRequestError, "invalid_parameter", 400, () =>
-    client.chat.completions.create({ model: LLAMA, messages: HELLO, temperature: 9 })
+  await throws(OpenAI.BadRequestError, "invalid_model", 400, () =>
+    client.chat.completions.create({ model: "", messages: HELLO })
   );
   await throws(OpenAI.NotFoundError, "model_not_found", 404, () =>
     client.models.retrieve("@cf/no/such")

@@ -173,8 +173,8 @@ def check_all(checks, client):
     with checks("errors of our own"):
         raised(
             openai.BadRequestError,
-            lambda: chat.create(model=LLAMA, messages=HELLO, temperature=9),
-            "invalid_parameter",
+            lambda: chat.create(model="", messages=HELLO),
+            "invalid_model",
             400,
         )
         raised(
