@@ -2347,16 +2347,22 @@ class RelayLoop(threading.Thread):
         while not self.closed:
             for key, mask in self.select():
                 self.guard(key.data, mask)
-            while self.submitted:
-                job = self.submitted.popleft()
-                self.jobs.add(job)
-                job.loop = self
-                self.guard(job.start)
+            self.start_submitted()
             if self.now - last_tick >= TICK_SECONDS:
                 last_tick = self.now
                 for job in list(self.jobs):
                     self.guard(job.stop if self.stopping else job.on_tick)
                 self.guard(self.every_tick, self.now)
+        self.start_submitted()
+        for job in list(self.jobs):         # somebody may be waiting for their ends
+            self.guard(job.stop)
+
+    def start_submitted(self):
+        while self.submitted:
+            job = self.submitted.popleft()
+            self.jobs.add(job)
+            job.loop = self
+            self.guard(job.start)
 
     def select(self):
         """What is ready within half a second.
