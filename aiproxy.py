@@ -220,9 +220,8 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
 
-# Where a client may carry its key.
+# Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
-CLIENT_KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
 KEY_PARAMETERS = ("key", "api_key", "access_token")     # of a query, where none belongs
 
 # Meant for one connection alone (RFC 9110 section 7.6.1). `Trailer` announces what we drop; the
