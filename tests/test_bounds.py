@@ -528,7 +528,7 @@ def test_a_body_is_edited_in_a_few_times_its_size(allocated, unit):
 
 def test_blank_space_of_a_megabyte_is_skipped_in_linear_time():
     blank = b" \n\t\r" * (MEGABYTE // 4)
-    body = blank + b"{" + blank + b'"x"' + blank + b": [" + blank + b'], "model": "m"' + blank + b"}"
+    body = blank.join([b"", b"{", b'"x"', b": [", b'], "model": "m"', b"}"])
     thread = threading.Thread(target=aiproxy.parse_object, args=(body + blank,), daemon=True)
     thread.start()
     thread.join(PATIENCE)

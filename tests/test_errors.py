@@ -232,7 +232,9 @@ def test_an_error_on_geminis_own_api_has_googles_form(
 
 
 @pytest.mark.parametrize("path", [
-    RESPONSES, "/v1/models", "/v1/models/llama3:8b", "/v1/models/llama3:latest", "/v1/threads/t/messages", "/v1/messagesx", "/v1/xmessages", "/x"])
+    RESPONSES, "/v1/models", "/v1/models/llama3:8b", "/v1/models/llama3:latest",
+    "/v1/threads/t/messages", "/v1/messagesx", "/v1/xmessages", "/x",
+])
 def test_an_error_anywhere_else_has_openais_form(hidden, path):
     assert hidden.ask("POST", path, b"{}").code == "invalid_api_key"
 

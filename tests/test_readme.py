@@ -91,7 +91,10 @@ def test_the_settings_in_the_readme_are_accepted(settings):
 
 
 SAMPLE_KEYS = re.findall(
-    r"""(?:Bearer |(?:api_?[kK]ey|KEYS?|TOKEN)[=:] ?"?(?:\w+=)?)([^\s"'`,;=|$:]+)(?![\w:-])""", README)
+    r"""(?:Bearer |(?:api_?[kK]ey|KEYS?|TOKEN)[=:] ?"?(?:\w+=)?)"""
+    r"""([^\s"'`,;=|$:]+)(?![\w:-])""",
+    README,
+)
 
 
 @pytest.mark.parametrize("name", ["AIPROXY_KEY", "AIPROXY_CLIENT_KEYS", "CLOUDFLARE_API_TOKEN"])

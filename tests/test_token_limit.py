@@ -57,7 +57,11 @@ def test_a_request_within_the_limit_is_sent_upstream_byte_for_byte(upstream, fru
     (CHAT, b'{"max_completion_tokens":1e3}', b'{"max_tokens": 100, "max_completion_tokens":100}'),
     (CHAT, b'{"max_completion_tokens":7}', b'{"max_tokens": 7, "max_completion_tokens":7}'),
     (CHAT, b'{"max_completion_tokens":-7}', b'{"max_tokens": 100, "max_completion_tokens":100}'),
-    (CHAT, b'{"max_output_tokens":101,"max_tokens":1}', b'{"max_output_tokens":100,"max_tokens":1}'),
+    (
+        CHAT,
+        b'{"max_output_tokens":101,"max_tokens":1}',
+        b'{"max_output_tokens":100,"max_tokens":1}',
+    ),
     (RESPONSES, b'{"max_output_tokens":100.5e1}', b'{"max_output_tokens":100}'),
     (MESSAGES, b'{"max_tokens":32000}', b'{"max_tokens":100}'),
     (CHAT, b'{"n":2,"max_tokens":51}', b'{"n":2,"max_tokens":50}'),

@@ -29,7 +29,8 @@ BEGINNINGS = {
         "content_index": 0, "sequence_number": 1, "logprobs": []}),
     "/v1/messages": ("content_block_delta", {
         "type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "x"}}),
-    "/v1beta/models/": ("", {"candidates": [{"content": {"parts": [{"text": "x"}], "role": "model"}}]}),
+    "/v1beta/models/": ("", {
+        "candidates": [{"content": {"parts": [{"text": "x"}], "role": "model"}}]}),
 }
 
 
