@@ -170,7 +170,7 @@ MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far belo
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
 MAX_DIGITS = 400        # of a number in a JSON body
 
-LOOP_SECONDS = 5        # without a sign from the relay loop: /health calls it dead
+LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
 
 BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
 SMALL_BODY = 1 / 8192   # of that: a body that is never refused for the others' sake
@@ -2313,7 +2313,7 @@ class RelayLoop(threading.Thread):
         self.jobs = set()
         self.submitted = collections.deque()
         self.now = time.monotonic()         # once for all that is ready
-        self.selected = self.now            # when the selector last worked
+        self.failing_since = None           # when the selector began to fail, None if it works
         # A byte into the one socket wakes the loop, which waits for the other (self-pipe).
         self.wakeup_reader, self.wakeup_writer = socket.socketpair()
         self.wakeup_reader.setblocking(False)
@@ -2370,9 +2370,11 @@ class RelayLoop(threading.Thread):
         """
         try:
             ready = self.selector.select(TICK_SECONDS)
-            self.now = self.selected = time.monotonic()
+            self.now = time.monotonic()
+            self.failing_since = None
             return ready
         except Exception as error:
+            self.failing_since = self.failing_since or self.now
             self.warn("fault in the relay loop: " + format_traceback(error))
         for key in list(self.selector.get_map().values()):
             self.guard(key.data, READ)      # none minds being called for nothing
@@ -2381,7 +2383,10 @@ class RelayLoop(threading.Thread):
         return []
 
     def is_working(self):
-        return self.is_alive() and time.monotonic() - self.selected < LOOP_SECONDS
+        """False too if it has done nothing but fail for a while. A busy one only takes longer."""
+        since = self.failing_since
+        is_failing = since is not None and time.monotonic() - since >= LOOP_SECONDS
+        return self.is_alive() and not is_failing
 
     def guard(self, step, *arguments):
         """Call a step of a job. A fault of ours ends the job, not the loop that all share."""

@@ -563,6 +563,15 @@ def test_a_relay_whose_selector_no_longer_works_is_not_healthy(relay, monkeypatc
     assert len(calls) < 20
 
 
+def test_a_relay_whose_loop_waits_for_its_turn_is_healthy(relay, monkeypatch):
+    """A burst of thousands of requests can keep the loop's thread waiting for seconds."""
+    running = relay()
+    monkeypatch.setattr(aiproxy, "LOOP_SECONDS", 0.001)
+    time.sleep(0.01)
+
+    assert running.ask("GET", "/health").status == 200
+
+
 @pytest.fixture
 def two_streams(upstream, relay):
     """Two clients in the middle of their streams; what ends them; the relay's loop."""
