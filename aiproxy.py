@@ -1100,6 +1100,10 @@ def check_for_key(exchange, settings):
     """
     if not settings.provider_keys or exchange.status < 300:
         return None
+    if exchange.is_coded and not exchange.body.done and exchange.status != 401:
+        raise upstream_error("upstream_bad_response", "The upstream answered with status %d and a "
+                             "compressed body, although it was asked not to compress: it could "
+                             "not be searched for the proxy's key." % exchange.status)
     secret_filter = SecretFilter(settings.upstream_secrets)
     if exchange.status != 401:
         exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
@@ -2171,8 +2175,8 @@ class Exchange:
         media_type = self.headers.get(b"content-type", b"").partition(b";")[0]
         self.media_type = media_type.strip().lower()
         self.is_event_stream = self.media_type == b"text/event-stream"
-        coding = self.headers.get(b"content-encoding", b"identity")
-        self.is_coded = coding.lower() != b"identity"
+        codings = {coding.lower() for coding in self.headers.elements(b"content-encoding")}
+        self.is_coded = not codings <= {b"identity"}
 
     def drop_fields_with(self, secrets):
         """Take out of the head what holds a secret: an upstream may repeat our key."""

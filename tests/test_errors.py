@@ -768,6 +768,24 @@ def test_a_provider_key_never_comes_down_in_what_is_no_success(upstream, hidden,
     assert hidden.wait_for_record()["outcome"] == "upstream_credentials_rejected"
 
 
+@pytest.mark.parametrize("codings", [
+    b"Content-Encoding: gzip", b"Content-Encoding: identity\r\nContent-Encoding: br"])
+@pytest.mark.parametrize("status", [302, 403, 500])
+def test_an_error_that_cannot_be_searched_for_a_provider_key_does_not_come_down(
+    upstream, hidden, status, codings
+):
+    """An upstream may compress although it was asked not to."""
+    body = gzip.compress(b"Your key sk-hidden-key is bad")
+    head = b"HTTP/1.1 %d X\r\n%b\r\nContent-Length: %d\r\n\r\n"
+    upstream.answer = head % (status, codings, len(body)) + body
+
+    reply = hidden.chat()
+
+    assert reply.status == 502
+    assert reply.json["error"]["code"] == "upstream_bad_response"
+    assert str(status) in reply.json["error"]["message"]
+
+
 @pytest.mark.parametrize("value", [
     "https://x.test/?key=sk-hidden-key", "https://x.test/?key=sk%2Dhidden%2dkey",
     '{"key": "sk\\u002dhidden-key"}', "%73%6b%2d%68idden-key"])
