@@ -2492,6 +2492,15 @@ class ResponseJob(Job):
     BLOCKED = "blocked"
     FLUSHING = "flushing"
 
+    CUT_REASONS = {     # other outcomes: the upstream has closed the connection
+        "upstream_timeout": "The upstream timed out",
+        "shutdown": "The proxy was stopped",
+        "request_timeout": "The request's body came too slowly",
+        "request_too_large": "The request's body is larger than allowed",
+        "bad_request": "The request's body is malformed",
+        "incomplete_body": "The request's body ended early",
+    }
+
     def __init__(self, handler, exchange, is_chunked, secret_filter):
         super().__init__(handler.client, exchange.connection)
         self.client = handler.client
@@ -2632,10 +2641,7 @@ class ResponseJob(Job):
         self.outcome = outcome
         if not self.is_between_events():
             return b""
-        reasons = {"upstream_timeout": "The upstream timed out",
-                   "shutdown": "The proxy was stopped",
-                   "request_timeout": "The request's body came too slowly"}
-        reason = reasons.get(outcome, "The upstream closed the connection")
+        reason = self.CUT_REASONS.get(outcome, "The upstream closed the connection")
         error = upstream_error(outcome, reason + " in the middle of this response.")
         return self.frame(self.render_error_event(error))
 

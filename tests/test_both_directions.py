@@ -146,6 +146,22 @@ def test_a_malformed_rest_of_the_body_cuts_both_sides(by_hand, relay, rest):
     assert running.wait_for_record()["outcome"] == "bad_request"
 
 
+@pytest.mark.parametrize("settings,rest,reason", [
+    ({}, b"zz\r\n", b"malformed"), (dict(HIDDEN, MAX_BODY="1KB"), b"400\r\n", b"too large")])
+def test_the_event_of_a_cut_blames_whoever_it_was(by_hand, relay, settings, rest, reason):
+    running = relay(UPSTREAM=by_hand.url, **settings)
+    client, peer = begin_upload(by_hand, running, "chunked", head=EARLY_EVENTS)
+    with client:
+        peer.send(chunk(b"\n\n"))
+        assert client.read_chunk() == b"\n\n"
+        client.send(rest)
+        told = client.read_chunk()
+        assert client.read_chunk() is None
+
+    assert reason in told.replace(b"larger than allowed", b"too large")
+    assert b"upstream closed" not in told
+
+
 def test_a_body_that_gets_too_large_is_cut_at_the_size_of_its_chunk(by_hand, relay):
     running = relay(UPSTREAM=by_hand.url, MAX_BODY="1KB", **HIDDEN)
     client, peer = begin_upload(by_hand, running, "chunked")
