@@ -5093,7 +5093,8 @@ def install_heartbeats(server):
 def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
     if job.loop.now - max(job.heard, job.taken) >= seconds:
-        job.send(job.frame(HEARTBEAT))
+        job.bytes += len(HEARTBEAT)
+        job.send(encode_chunk(HEARTBEAT, job.is_chunked))
 
 def wait_with_heartbeats(seconds, wait, send):
     """A `wait(connection, mask, seconds)` that calls `send` with a heartbeat every so often."""

@@ -3,10 +3,11 @@
 Unless the API itself has said that the stream is over: some providers' edges close so.
 """
 import ssl
+import threading
 
 import pytest
 
-from support import Upstream, make_certificate, server_tls
+from support import CHAT, PATIENCE, Upstream, make_certificate, server_tls
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 DELTA = b'data: {"delta":"hello"}\n\n'
@@ -86,3 +87,28 @@ def test_a_body_that_is_no_stream_is_cut_without_close_notify(certificate, relay
         certificate, relay, monkeypatch, FINAL_EVENTS["[DONE]"], "no close_notify", head)
 
     assert (reply.complete, outcome) == (False, "upstream_died")
+
+
+def test_a_heartbeat_behind_the_last_event_changes_nothing(certificate, relay, monkeypatch):
+    gate = threading.Event()
+
+    def end(received):
+        received.send(HEAD + FINAL_EVENTS["[DONE]"])
+        assert gate.wait(PATIENCE)
+        received.close()
+
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    with Upstream(tls=server_tls(*certificate)) as upstream:
+        upstream.answer = end
+        running = relay(UPSTREAM=upstream.url, HEARTBEAT="0.1")
+        with running.client() as client:
+            client.request("POST", CHAT, b"{}")
+            reply = client.read_head()
+            assert client.read_chunk() == FINAL_EVENTS["[DONE]"]
+            assert client.read_chunk().startswith(b":")
+            gate.set()
+            client.read_body(reply)
+
+        assert reply.complete
+        assert b"error" not in reply.body
+        assert running.wait_for_record()["outcome"] == "ok"
