@@ -757,7 +757,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_first = self.is_first_request
         self.is_first_request = False
         connected = self.record.began
-        if not self.client.buffer:
+        if not self.client.buffer.strip(b"\r\n"):    # some send an empty line behind a body
             self.server.mark_idle(self)
             arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
             if arrived and is_closed(self.client):      # idle to the end: its place can be had

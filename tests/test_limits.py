@@ -125,6 +125,18 @@ def test_a_keep_alive_client_may_be_idle_for_longer_than_a_head_may_take(relay, 
         assert client.ended()
 
 
+def test_an_empty_line_behind_a_request_begins_no_other(relay, limit):
+    limit(HEAD_SECONDS=SHORT, IDLE_SECONDS=LONG)
+    running = relay()
+    with running.client() as client:
+        client.request("POST", CHAT, b"{}\r\n", [("Content-Length", "2")])
+        assert client.read_reply().status == 200
+
+        let_time_pass(running)
+        client.request()
+        assert client.read_reply().status == 200
+
+
 def test_an_idle_keep_alive_client_is_disconnected_without_a_response(relay, limit):
     limit(IDLE_SECONDS=SHORT, HEAD_SECONDS=LONG)
     with relay().client() as client:
