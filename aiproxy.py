@@ -16,8 +16,8 @@ Part two holds what can be taken out, each section entered at one place.
     Part two   Env files . Review of the settings . CORS . Errors in the form of other APIs .
                Refusals in the right form . Redirects . Rates . Trusted proxies . Model rules .
                Token and prompt limits . Several provider keys . Proxies on the way up .
-               Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
-               Tuning of the process . Workers AI . Start page . Demo
+               Heartbeats . Model names for the log . Token counts . WebSocket . More providers .
+               Banner . Tuning of the process . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -205,7 +205,7 @@ Provider = collections.namedtuple("Provider", (
     "handler",          # a Handler of its own, for an API that must be translated
 ), defaults=("Authorization", OPENAI_PATHS, "AIPROXY_KEY", 0, None, None))
 
-PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
+PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai, and more.
     "openai": Provider("https://api.openai.com"),
     "siliconflow": Provider("https://api.siliconflow.cn/v1"),
     "deepseek": Provider("https://api.deepseek.com"),
@@ -219,6 +219,7 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
     "mistral": Provider("https://api.mistral.ai/v1"),
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
+PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern, and a row
 
 # Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
@@ -3464,9 +3465,11 @@ def numeric_host(host):
 
 def find_provider(netloc):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
-    for provider in PROVIDERS.values():
-        if urllib.parse.urlsplit(provider.base_url).netloc == netloc:
-            return Provider(netloc, provider.key_header, provider.paths)
+    rows = [row for row in PROVIDERS.values()
+            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
+    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
+    for row in rows:
+        return Provider(netloc, row.key_header, row.paths)
     return None
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
@@ -5385,6 +5388,60 @@ class Direction:
             return self.source.receive()
         except ClosedEarly:                 # many end TLS without saying so
             return b""
+
+# ---- More providers ------------------------------------------------------------------------------
+# Does: knows more providers by name, and Azure's resources by their hosts.
+# Touches: nothing.
+# Entered: the rows that it adds to PROVIDERS and PROVIDER_HOSTS.
+#
+# Each with the page of the provider's own documentation that names its base URL and its key's
+# field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
+
+PROVIDERS.update({
+    # https://www.volcengine.com/docs/82379/1298459
+    "volcengine": Provider("https://ark.cn-beijing.volces.com/api/v3"),
+    # https://cloud.tencent.com/document/product/1729/111007
+    "hunyuan": Provider("https://api.hunyuan.cloud.tencent.com/v1"),
+    # https://cloud.baidu.com/doc/qianfan/s/Hmh4suq26
+    "qianfan": Provider("https://qianfan.baidubce.com/v2"),
+    # https://platform.minimaxi.com/docs/api-reference/text-openai-api
+    "minimax": Provider("https://api.minimaxi.com/v1"),
+    # https://platform.stepfun.com/docs/zh/guides/developer/openai
+    "stepfun": Provider("https://api.stepfun.com/v1"),
+    # https://modelscope.cn/docs/model-service/API-Inference/intro
+    "modelscope": Provider("https://api-inference.modelscope.cn/v1"),
+    # https://docs.x.ai/developers/rest-api-reference/inference
+    "xai": Provider("https://api.x.ai/v1"),
+    # https://docs.together.ai/docs/inference/openai-compatibility
+    "together": Provider("https://api.together.ai/v1"),
+    # https://docs.fireworks.ai/tools-sdks/openai-compatibility
+    "fireworks": Provider("https://api.fireworks.ai/inference/v1"),
+    # https://build.nvidia.com/ (the examples of each model)
+    "nvidia": Provider("https://integrate.api.nvidia.com/v1"),
+    # https://docs.github.com/en/rest/models/inference (its model list is at /catalog/models)
+    "github": Provider("https://models.github.ai/inference"),
+    # https://huggingface.co/docs/inference-providers/en/providers/cerebras
+    "huggingface": Provider("https://router.huggingface.co/v1"),
+    # https://inference-docs.cerebras.ai/resources/openai
+    "cerebras": Provider("https://api.cerebras.ai/v1"),
+    # https://docs.sambanova.ai/docs/en/get-started/api-keys-urls
+    "sambanova": Provider("https://api.sambanova.ai/v1"),
+    # https://docs.cohere.com/docs/compatibility-api
+    "cohere": Provider("https://api.cohere.ai/compatibility/v1"),
+    # https://docs.deepinfra.com/chat/overview
+    "deepinfra": Provider("https://api.deepinfra.com/v1/openai"),
+    # https://novita.ai/docs/api-reference/model-apis-llm-create-chat-completion
+    "novita": Provider("https://api.novita.ai/openai/v1"),
+    # https://docs.perplexity.ai/docs/grounded-llm/openai-compatibility
+    "perplexity": Provider("https://api.perplexity.ai/v1", paths=("/v1/responses",)),
+})
+
+# https://name.openai.azure.com/openai/v1 and the like: the name is the customer's.
+# https://learn.microsoft.com/azure/ai-services/openai/reference (the key's field) and
+# https://learn.microsoft.com/azure/foundry/openai/api-version-lifecycle (the base URL)
+AZURE_HOST = re.compile(
+    r"[a-z0-9.-]+\.(?:openai|cognitiveservices|services\.ai)\.azure\.(?:com|us|cn)")
+PROVIDER_HOSTS.append((AZURE_HOST, Provider("", "api-key")))
 
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.
