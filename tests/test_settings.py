@@ -508,6 +508,9 @@ def test_a_base_url_typed_by_hand_finds_the_row_of_its_provider(name):
     found = aiproxy.Upstream(row.base_url.replace("://api", "://API") + "/").provider
 
     assert (found.key_header, found.paths) == (row.key_header, row.paths)
+    by_name = aiproxy.Upstream(name)
+    assert by_name.map_path(CHAT) == (by_name.base or "/v1") + "/chat/completions"
+    assert by_name.surely_wants_key == (name != "ollama")
 
 
 @pytest.mark.parametrize("name,value,status", [
