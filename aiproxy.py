@@ -17,8 +17,8 @@ Part two holds what can be taken out, each section entered at one place.
                of other APIs . Refusals in the right form . Redirects . Rates . Trusted proxies .
                Model rules . Token and prompt limits . Several provider keys . Proxies on the way
                up . Fields for the upstream . Heartbeats . Model names for the log . Token counts .
-               WebSocket . More providers . Banner . Tuning of the process . Workers AI .
-               Start page . Demo
+               WebSocket . More providers . Banner . A live check . Tuning of the process .
+               Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -3950,6 +3950,8 @@ def make_parser():
     add = parser.add_argument
     add("--demo", action="store_true", help="run against a small provider inside")
     add("--check", action="store_true", help="print the settings in force and exit")
+    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
+        "exit status 2 if it refuses one, 1 if one cannot be tried")
     add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
     add("--version", action="store_true")
     add("--help", "-h", action="store_true")
@@ -3960,6 +3962,8 @@ def make_parser():
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
+    if options.live and not options.check:
+        raise SettingError("--live belongs to --check")
     clean_environment(environ)
     read_env_files(options.env_file, environ)   # part two: Env files
     for name in ("host", "port", "upstream"):
@@ -3992,7 +3996,9 @@ def main():
         return 2
     if options.check:
         write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
-        return 0
+        status = 0
+        status = check_live(options, settings)          # part two: A live check
+        return status
     return serve(settings, on_start)
 
 def serve(settings, on_start):
@@ -5712,6 +5718,108 @@ def curl_command(server):
     return "curl -N %s%s %s \\\n  -d '%s'" % (
         server.url(), settings.default_path, options, json.dumps(body))
 
+# ---- A live check --------------------------------------------------------------------------------
+# Does: `--check --live` asks the upstream for its model list with each provider key, and says
+# of each by its place whether it was accepted.
+# Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
+# Entered: `check_live` in main().
+
+class SilentServer(Server):
+    """A Server that does not listen."""
+
+    def server_bind(self):
+        pass
+
+    def server_activate(self):
+        pass
+
+
+ACCEPTED = "accepted"
+NO_LIST = "there is no model list, so it could not be tried"
+VERDICTS = {    # by the upstream's status: in words, and our exit status
+    401: ("refused", 2),
+    403: ("refused", 2),
+    404: (NO_LIST, 0),
+    405: (NO_LIST, 0),
+}
+
+def check_live(options, settings):
+    """Print what becomes of each key. Returns the exit status.
+
+    2 if one is refused, else 1 if one could not be tried.
+    """
+    if not options.live:
+        return 0
+    try:
+        server = SilentServer(settings)
+    except (CannotListen, OSError, RuntimeError) as error:
+        write_all(sys.stderr, "aiproxy: %s\n" % error)
+        return 1
+    if settings.provider_keys:
+        status = try_keys(server)
+    else:
+        words, status = try_key(server, 0)
+        write_all(sys.stdout, "no key is configured; without one: %s\n" % words)
+        if status == 2:             # callers bring their own
+            status = 0
+    server.close()
+    return status
+
+def try_keys(server):
+    """Print what becomes of each key. Returns the worst exit status."""
+    count = len(server.settings.provider_keys)
+    results = []
+    for index in range(count):
+        words, status = try_key(server, index)
+        write_all(sys.stdout, "key %d of %d: %s\n" % (index + 1, count, words))
+        results.append((words, status))
+    if any(words.startswith(ACCEPTED) for words, _ in results):
+        words, _ = try_key(server, count)
+        if words.startswith(ACCEPTED):
+            write_all(sys.stdout, "The upstream gives its model list to anybody: that proves no "
+                                  "key.\n")
+    return max(status for _, status in results)
+
+def try_key(server, index):
+    """What the upstream makes of a key, in words that are none of its own, and our exit status."""
+    try:
+        status = ask_for_models(server, index)
+    except ErrorResponse as error:
+        return "could not be tried. %s" % error.message, 1
+    words, exit_status = VERDICTS.get(status, ("could not be tried", 1))
+    if 200 <= status < 300:
+        words, exit_status = ACCEPTED, 0
+    return "%s (%d)" % (words, status), exit_status
+
+def ask_for_models(server, index):
+    """The status of the upstream's model list; ErrorResponse if it does not answer.
+
+    `index` is a key's; that of none stands for no key.
+    """
+    settings = server.settings
+    upstream = settings.upstream
+    fields = [(b"Accept", b"application/json"),
+              (b"User-Agent", b"aiproxy/%b" % __version__.encode())]
+    if "/v1/messages" in upstream.provider.paths:
+        fields.append((b"anthropic-version", b"2023-06-01"))
+    request = Request((b"GET", b"/v1/models", None, b"1", b"1"), Headers(fields), "")
+    fields = server.edit_upstream_headers(upstream_headers(request, settings), settings)
+
+    target = getattr(upstream.provider.handler, "models_target", "/v1/models")
+    url = upstream.url + upstream.map_path(target)
+    no_body = Upload(None, ContentLengthBody(None, 0))
+    request = UpstreamRequest(url, "GET", fields + settings.key_fields[index:index + 1], b"",
+                              no_body)
+    request.wait = wait_alone
+    exchange = server.opener.open(request, timeout=settings.timeout)
+    exchange.close()
+    return exchange.status
+
+def wait_alone(connection, mask, seconds):
+    """What `wait_for_upstream` does, without a client to watch."""
+    if not wait_ready(max(seconds, 0), connection, mask):
+        raise socket.timeout()
+
 # ---- Tuning of the process -----------------------------------------------------------------------
 # Does: keeps the process on one CPU, and tells glibc's malloc what to keep.
 # Touches: the process as the system sees it.
@@ -6440,6 +6548,8 @@ class Catalogue:
 
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
+
+    models_target = "/v1/ai/models/search?per_page=1"       # below the account, for --live
 
     def check_path(self):
         super().check_path()
