@@ -3477,9 +3477,7 @@ def find_provider(netloc):
     rows = [row for row in PROVIDERS.values()
             if urllib.parse.urlsplit(row.base_url).netloc == netloc]
     rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
-    for row in rows:
-        return Provider(netloc, row.key_header, row.paths)
-    return None
+    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
@@ -3788,6 +3786,7 @@ class Settings:
         self.environ = dict(environ)
         clean_environment(self.environ)
         self.shown = {}                 # by variable: what --check prints
+        self.file_values = {}           # by variable: what the file holds that it names
         read_value_files(self)          # part two: Values from files
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
@@ -3815,7 +3814,7 @@ class Settings:
         """Where a setting is set, and to what: in the environment, or in this file."""
         for name in (option.name,) + OTHER_VARIABLES.get(option.name, ()):
             if name in self.environ:
-                return name, self.environ[name]
+                return name, self.file_values.get(name, self.environ[name])
         return option.name, constant_text(option)
 
     def read(self, variable):
@@ -4084,7 +4083,7 @@ def read_env_files(paths, environ):
 
 # ---- Values from files ---------------------------------------------------------------------------
 # Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
-# Touches: the environment as Settings has it. Whoever reads the settings again, reads the file.
+# Touches: where settings are set. Whoever reads the settings again, reads the files again.
 # Entered: `read_value_files` in Settings.
 
 FILE_OPTIONS = ("AIPROXY_KEY", "AIPROXY_CLIENT_KEYS", "AIPROXY_UPSTREAM_HEADERS",
@@ -4096,22 +4095,21 @@ MORE_HELP += ["", "NAME_FILE names a file that holds the value, an entry a line,
               "  " + ", ".join(FILE_OPTIONS)]
 
 def read_value_files(settings):
-    """Put the entries of the files in the place of their paths. SettingError if one has none."""
+    """Read the entries of the files. SettingError if one cannot be read, or has none."""
     for name in FILE_OPTIONS:
         variable = name + "_FILE"
         path = settings.environ.get(variable)
         if path is None:
             continue
         if name in settings.environ:
-            raise SettingError("%s and %s are both set; only one of them can hold" %
-                               (name, variable))
+            raise SettingError("%s and %s are both set; set one of them" % (name, variable))
         try:
             lines = read_value_lines(path)
         except OSError as error:                # the path is not shown: it may be a key
             raise SettingError("%s: the file cannot be read: %s" % (variable, error.strerror))
         except ValueError as error:
             raise SettingError("%s: the file %s" % (variable, error))
-        settings.environ[variable] = SEPARATORS.get(name, ",").join(lines)
+        settings.file_values[variable] = SEPARATORS.get(name, ",").join(lines)
         settings.shown[variable] = path         # it is one, then
 
 def read_value_lines(path):
@@ -5187,23 +5185,26 @@ def plain_name(name):
     return name.lower().replace(b"_", b"-")
 
 def check_upstream_fields(settings):
-    """SettingError for a key among the fields; what they hold is shown nowhere."""
-    names = [name for name, _ in settings.upstream_headers]
+    """SettingError for a key among the fields."""
     reserved = {plain_name(name) for name, _ in settings.key_fields}
     if not settings.provider_keys:
         reserved |= KEY_FIELDS              # any caller could spend it
-    for name in names:
-        if plain_name(name) in reserved:
+    for name, _ in settings.upstream_headers:
+        low = plain_name(name)
+        if low in reserved:
+            variable = settings.upstream.provider.key_variable
             raise SettingError("AIPROXY_UPSTREAM_HEADERS: the field %s is for the provider key, "
-                               "which belongs into %s" % (
-                                   plain_name(name).decode(),
-                                   settings.upstream.provider.key_variable))
-    if names:
-        shown = ["%s: ***" % name.decode() for name in names]
+                               "which belongs in %s" % (low.decode(), variable))
+
+def hide_upstream_values(settings):
+    """Keep what the fields hold out of --check, the log and the responses."""
+    fields = settings.upstream_headers
+    if fields:
+        shown = ["%s: ***" % name.decode() for name, _ in fields]
         settings.shown["AIPROXY_UPSTREAM_HEADERS"] = "; ".join(shown)
 
     # What a client could send as well is no secret.
-    values = [CREDENTIAL.fullmatch(value).group(1) for name, value in settings.upstream_headers
+    values = [CREDENTIAL.fullmatch(value).group(1) for name, value in fields
               if plain_name(name) not in ALLOWED_REQUEST_FIELDS]
     values = [value for value in values if len(value) >= MIN_HIDDEN]
     settings.masked_values = values
@@ -5253,7 +5254,7 @@ class MaskedBody:
         self.waiting = data[end:]
         return data[:end]
 
-MORE_SETTINGS.append(check_upstream_fields)
+MORE_SETTINGS += [check_upstream_fields, hide_upstream_values]
 SECRET_PARSERS.append(parse_upstream_headers)
 SEPARATORS["AIPROXY_UPSTREAM_HEADERS"] = ";"
 OPTIONS += (

@@ -101,7 +101,7 @@ KEYS = [
 
 @pytest.mark.parametrize("environ,name", KEYS)
 def test_a_key_belongs_where_it_is_guarded(environ, name):
-    with pytest.raises(aiproxy.SettingError, match="belongs into AIPROXY_KEY") as caught:
+    with pytest.raises(aiproxy.SettingError, match="belongs in AIPROXY_KEY") as caught:
         aiproxy.Settings({**environ, "AIPROXY_UPSTREAM_HEADERS": name + ": s3cret"})
 
     assert "s3cret" not in str(caught.value)

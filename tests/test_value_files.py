@@ -67,7 +67,12 @@ def test_a_file_is_read_again_when_the_settings_are(file):
     assert aiproxy.Settings(environ).provider_keys == [b"sk-old"]
 
     file(b"sk-new")
-    assert aiproxy.Settings(environ).provider_keys == [b"sk-new"]
+    settings = aiproxy.Settings(environ)
+    assert settings.provider_keys == [b"sk-new"]
+
+    # Whoever reads them from what they were read from, gets the same.
+    file(b"sk-newest")
+    assert aiproxy.Settings(settings.environ).provider_keys == [b"sk-newest"]
 
 
 # Files that cannot be used, and what the message says of them.
