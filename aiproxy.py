@@ -13,11 +13,12 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Env files . Review of the settings . CORS . Errors in the form of other APIs .
-               Refusals in the right form . Redirects . Rates . Trusted proxies . Model rules .
-               Token and prompt limits . Several provider keys . Proxies on the way up .
-               Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
-               Tuning of the process . Workers AI . Start page . Demo
+    Part two   Env files . Values from files . Review of the settings . CORS . Errors in the form
+               of other APIs . Refusals in the right form . Redirects . Rates . Trusted proxies .
+               Model rules . Token and prompt limits . Several provider keys . Proxies on the way
+               up . Fields for the upstream . Heartbeats . Model names for the log . Token counts .
+               WebSocket . More providers . Banner . A live check . Tuning of the process .
+               Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -119,6 +120,7 @@ AIPROXY_CLIENT_KEYS = ""        # the keys that clients must present, comma-sepa
 
 # Who may call, and for what.
 AIPROXY_KEY_HEADER = ""         # the field that carries the provider key; empty: by provider
+AIPROXY_UPSTREAM_HEADERS = ""   # more header fields for the upstream: Name: value; Name: value
 AIPROXY_DEFAULT_MODEL = ""      # the model of a request that names none
 AIPROXY_PATHS = ""              # what may be called; empty: by mode
 AIPROXY_ORIGINS = ""            # the browser origins allowed; empty: by mode
@@ -205,7 +207,7 @@ Provider = collections.namedtuple("Provider", (
     "handler",          # a Handler of its own, for an API that must be translated
 ), defaults=("Authorization", OPENAI_PATHS, "AIPROXY_KEY", 0, None, None))
 
-PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
+PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai, and more.
     "openai": Provider("https://api.openai.com"),
     "siliconflow": Provider("https://api.siliconflow.cn/v1"),
     "deepseek": Provider("https://api.deepseek.com"),
@@ -219,6 +221,7 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
     "mistral": Provider("https://api.mistral.ai/v1"),
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
+PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern, and a row
 
 # Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
@@ -398,6 +401,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.refuse = self.send_busy        # (socket, record), where there is no room
         self.error_form = openai_form       # (path): the form of errors in the API there
         self.response_checks = []           # (handler, exchange), before its head goes down
+        self.edit_upstream_headers = keep_fields    # (fields, settings): those that go up
         self.checks = []                    # (handler), before the body is read; may raise
         self.body_rules = []                # (members, request, settings): changes to the members
         self.check_form = refuse_form       # (body, request, settings): the form to send up
@@ -417,6 +421,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_error_forms(self)           # part two: Errors in the form of other APIs
         install_busy_refusals(self)         # part two: Refusals in the right form
         install_redirects(self)             # part two: Redirects
+        install_upstream_fields(self)       # part two: Fields for the upstream
         install_rates(self)                 # part two: Rates
         install_trusted_proxies(self)       # part two: Trusted proxies
         install_model_rules(self)           # part two: Model rules
@@ -938,6 +943,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         settings = self.settings
         wait = wait or functools.partial(wait_for_upstream, self.client)
         headers = upstream_headers(self.request, settings)
+        headers = self.server.edit_upstream_headers(headers, settings)
 
         def send(key_index):
             key_fields = settings.key_fields[key_index:key_index + 1]
@@ -948,7 +954,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not (settings.provider_keys or self.request.is_http10):
                 request.on_early_hints = self.send_early_hints
             exchange = self.server.opener.open(request, timeout=settings.timeout)
-            exchange.drop_fields_with(settings.upstream_secrets)
+            exchange.drop_fields_with(settings.field_secrets)
             self.record.upstream_status = exchange.status
             upstream_id = (exchange.headers.get(b"x-request-id")
                            or exchange.headers.get(b"request-id"))
@@ -1119,6 +1125,10 @@ def no_cors_headers(request, settings, names=()):
 def use_first_key(send):
     """Send a request with the one provider key. See "Several provider keys" for more."""
     return send(0)
+
+def keep_fields(fields, settings):
+    """Takes the place of `set_upstream_fields`."""
+    return fields
 
 def no_heartbeats(wait, send):
     """A silent stream stays silent. See "Heartbeats"."""
@@ -3474,10 +3484,10 @@ def numeric_host(host):
 
 def find_provider(netloc):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
-    for provider in PROVIDERS.values():
-        if urllib.parse.urlsplit(provider.base_url).netloc == netloc:
-            return Provider(netloc, provider.key_header, provider.paths)
-    return None
+    rows = [row for row in PROVIDERS.values()
+            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
+    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
+    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
@@ -3662,7 +3672,7 @@ Option = collections.namedtuple("Option", (
     "parse",        # text to value
     "help",         # for --help and the README
 ))
-SECRET_PARSERS = (parse_keys, parse_client_keys, parse_key_header)  # what they get is never shown
+SECRET_PARSERS = [parse_keys, parse_client_keys, parse_key_header]  # what they get is never shown
 COUNT = number(int, 1, 1000000, "a number from 1")
 SECONDS = number(float, 0.001, 86400, "seconds, more than 0")
 
@@ -3725,8 +3735,11 @@ OPTIONS = (
 )
 # Where platforms name the port.
 PORT_VARIABLES = ("PORT", "FC_SERVER_PORT", "FC_CUSTOM_LISTEN_PORT")
+OTHER_VARIABLES = {"AIPROXY_PORT": PORT_VARIABLES}      # by option: where else it may be set
+SEPARATORS = {}     # by option: what stands between the items of its list, if not a comma
 # Steps by which sections of part two read more: (settings), may raise SettingError.
 MORE_SETTINGS = []
+MORE_HELP = []      # lines that they add to --help
 
 # What is read of the environment, by us, by urllib and by OpenSSL.
 OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
@@ -3750,7 +3763,7 @@ def constant_text(option):
     """The value of a constant at the top, where somebody may have written a number or a list."""
     value = option.default
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
+        return SEPARATORS.get(option.name, ",").join(map(str, value))
     return "" if value is None else str(value).strip()
 
 def find_option(variable):
@@ -3783,6 +3796,8 @@ class Settings:
         self.environ = dict(environ)
         clean_environment(self.environ)
         self.shown = {}                 # by variable: what --check prints
+        self.file_values = {}           # by variable: what the file holds that it names
+        read_value_files(self)          # part two: Values from files
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
             if option.parse in SECRET_PARSERS:
@@ -3807,10 +3822,9 @@ class Settings:
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
-        others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
-        for name in (option.name,) + others:
+        for name in (option.name,) + OTHER_VARIABLES.get(option.name, ()):
             if name in self.environ:
-                return name, self.environ[name]
+                return name, self.file_values.get(name, self.environ[name])
         return option.name, constant_text(option)
 
     def read(self, variable):
@@ -3849,6 +3863,7 @@ class Settings:
         scheme = b"Bearer " if header.lower() == "authorization" else b""
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
+        self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
         self.client_key_values = {key for _, key in self.client_keys}
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
         if self.provider_keys:
@@ -3936,6 +3951,7 @@ def make_parser():
         if default and not may_be_secret(option, default):
             line += " (default %s)" % default
         lines.append(line)
+    lines += MORE_HELP
     parser = ArgumentParser(
         "aiproxy.py", description="Relays an AI provider's API and hides its key.",
         epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -3943,6 +3959,8 @@ def make_parser():
     add = parser.add_argument
     add("--demo", action="store_true", help="run against a small provider inside")
     add("--check", action="store_true", help="print the settings in force and exit")
+    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
+        "exit status 2 if it refuses one, 1 if one cannot be tried")
     add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
     add("--version", action="store_true")
     add("--help", "-h", action="store_true")
@@ -3953,6 +3971,8 @@ def make_parser():
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
+    if options.live and not options.check:
+        raise SettingError("--live belongs to --check")
     clean_environment(environ)
     read_env_files(options.env_file, environ)   # part two: Env files
     for name in ("host", "port", "upstream"):
@@ -3985,7 +4005,9 @@ def main():
         return 2
     if options.check:
         write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
-        return 0
+        status = 0
+        status = check_live(options, settings)          # part two: A live check
+        return status
     return serve(settings, on_start)
 
 def serve(settings, on_start):
@@ -4069,6 +4091,55 @@ def read_env_files(paths, environ):
     for name, value in values.items():
         environ.setdefault(name, value)         # the real environment wins
 
+# ---- Values from files ---------------------------------------------------------------------------
+# Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
+# Touches: where settings are set. Whoever reads the settings again, reads the files again.
+# Entered: `read_value_files` in Settings.
+
+FILE_OPTIONS = ("AIPROXY_KEY", "AIPROXY_CLIENT_KEYS", "AIPROXY_UPSTREAM_HEADERS",
+                "CLOUDFLARE_API_TOKEN")
+MAX_VALUE_FILE = 1 << 20    # bytes: far above any, and /dev/zero has an end
+
+OTHER_VARIABLES.update({option: (option + "_FILE",) for option in FILE_OPTIONS})
+MORE_HELP += ["", "NAME_FILE names a file that holds the value, an entry a line, for:",
+              "  " + ", ".join(FILE_OPTIONS)]
+
+def read_value_files(settings):
+    """Read the entries of the files. SettingError if one cannot be read, or has none."""
+    for name in FILE_OPTIONS:
+        variable = name + "_FILE"
+        path = settings.environ.get(variable)
+        if path is None:
+            continue
+        if name in settings.environ:
+            raise SettingError("%s and %s are both set; set one of them" % (name, variable))
+        try:
+            lines = read_value_lines(path)
+        except OSError as error:                # the path is not shown: it may be a key
+            raise SettingError("%s: the file cannot be read: %s" % (variable, error.strerror))
+        except ValueError as error:
+            raise SettingError("%s: the file %s" % (variable, error))
+        settings.file_values[variable] = SEPARATORS.get(name, ",").join(lines)
+        settings.shown[variable] = path         # it is one, then
+
+def read_value_lines(path):
+    """The lines of a file that are neither empty nor comments. ValueError says what is wrong."""
+    with open(path, "br") as file:
+        data = file.read(MAX_VALUE_FILE + 1)
+    if len(data) > MAX_VALUE_FILE:
+        raise ValueError("is larger than %d bytes" % MAX_VALUE_FILE)
+    try:
+        text = data.decode("utf-8-sig")         # Windows' editors begin with a byte order mark
+    except UnicodeDecodeError:                  # its message would hold a part of the value
+        text = "\0"
+    if "\0" in text:                            # UTF-16 without a mark looks like that
+        raise ValueError("is no text in UTF-8")
+    lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError("holds no value")
+    return lines
+
 # ---- Review of the settings ----------------------------------------------------------------------
 # Does: stops the start for settings that would be lost in silence; works out what --check shows.
 # Touches: nothing but `shown`.
@@ -4090,11 +4161,14 @@ def review_settings(settings):
 def check_names(environ):
     """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
     names = [option.name for option in OPTIONS]
+    names += itertools.chain.from_iterable(OTHER_VARIABLES.values())
     for name in environ:
         # Docker takes the byte order mark of an env file for a part of the first name.
         plain_name = name.strip("\ufeff").upper()
         if plain_name.startswith("AIPROXY_") and name not in names:
-            nearest = difflib.get_close_matches(plain_name, names, 1, 0)
+            without_file = re.sub("_FILE$", "", plain_name)
+            wanted = without_file if without_file in names else plain_name
+            nearest = difflib.get_close_matches(wanted, names, 1, 0)
             raise SettingError("%s is not a setting; did you mean %s?"
                                % (printable(name[:64]), nearest[0]))
 
@@ -5076,6 +5150,129 @@ class UpstreamProxy(urllib.request.BaseHandler):
         if connection.buffer:       # it would be taken for something that came through TLS
             raise ProtocolError("the proxy sent bytes behind its response")
 
+# ---- Fields for the upstream ---------------------------------------------------------------------
+# Does: adds the header fields of AIPROXY_UPSTREAM_HEADERS to every request to the upstream.
+# Touches: the fields of the request; the responses, in which their values must not come down.
+# Entered: `install_upstream_fields` in Server.install_features takes the place of `keep_fields`.
+
+# Host, framing, and what speaks of the body, the connection or one request: ours to write.
+RESERVED_FIELDS = HOP_BY_HOP | frozenset(
+    b"host content-length content-type content-encoding expect accept-encoding "
+    b"idempotency-key".split())
+KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
+# A shorter value is looked for nowhere: it would be found in half of all texts.
+MIN_HIDDEN = 8
+CREDENTIAL = re.compile(br"(?:(?:bearer|basic|token) +)?(.+)", re.I)
+
+def install_upstream_fields(server):
+    server.edit_upstream_headers = set_upstream_fields
+    server.response_checks.append(mask_operator_values)
+
+def parse_upstream_headers(text):
+    """Pairs of a name and a value, as bytes."""
+    fields = {}
+    takes = ("Name: value, several separated by ';', each name once and each value of visible "
+             "ASCII characters and spaces, without ';'")
+    for entry in map(clean, text.split(";")):
+        if not entry:
+            continue
+        match = match_all(r"(%s):[ \t]*([\x21-\x7e](?:[ -~]*[\x21-\x7e])?)" % TOKEN.decode(),
+                          entry, takes)
+        name = match.group(1).encode()
+        low = plain_name(name)
+        if low in fields:
+            raise ValueError(takes)
+        if low in RESERVED_FIELDS or low.startswith(b"sec-websocket-"):
+            raise ValueError("other fields than %s, which is for the proxy to write"
+                             % low.decode())
+        fields[low] = (name, match.group(2).encode())
+    if text and not fields:
+        raise ValueError(takes)
+    return list(fields.values())
+
+def plain_name(name):
+    """A field's name as CGI-like servers compare it: they take `_` for `-`."""
+    return name.lower().replace(b"_", b"-")
+
+def check_upstream_fields(settings):
+    """SettingError for a key among the fields."""
+    reserved = {plain_name(name) for name, _ in settings.key_fields}
+    if not settings.provider_keys:
+        reserved |= KEY_FIELDS              # any caller could spend it
+    for name, _ in settings.upstream_headers:
+        low = plain_name(name)
+        if low in reserved:
+            variable = settings.upstream.provider.key_variable
+            raise SettingError("AIPROXY_UPSTREAM_HEADERS: the field %s is for the provider key, "
+                               "which belongs in %s" % (low.decode(), variable))
+
+def hide_upstream_values(settings):
+    """Keep what the fields hold out of --check, the log and the responses."""
+    fields = settings.upstream_headers
+    if fields:
+        shown = ["%s: ***" % name.decode() for name, _ in fields]
+        settings.shown["AIPROXY_UPSTREAM_HEADERS"] = "; ".join(shown)
+
+    # What a client could send as well is no secret.
+    values = [CREDENTIAL.fullmatch(value).group(1) for name, value in fields
+              if plain_name(name) not in ALLOWED_REQUEST_FIELDS]
+    values = [value for value in values if len(value) >= MIN_HIDDEN]
+    settings.masked_values = values
+    settings.secrets = settings.secrets + values
+    settings.field_secrets = settings.field_secrets + values
+    # Workers AI has words of its own for errors.
+    getattr(settings, "workers_secrets", []).extend(value.decode() for value in values)
+
+def set_upstream_fields(fields, settings):
+    """The operator's fields in the place of those that bear their names."""
+    if not settings.upstream_headers:
+        return fields
+    names = {plain_name(name) for name, _ in settings.upstream_headers}
+    kept = [field for field in fields if plain_name(field[0]) not in names]
+    return kept + settings.upstream_headers
+
+def mask_operator_values(handler, exchange):
+    """Let an error come down with stars for the operator's values: many name the organization."""
+    values = handler.settings.masked_values
+    if values and exchange.status >= 300 and not exchange.is_coded:
+        exchange.body = MaskedBody(exchange.body, values)
+        exchange.prefetched = exchange.body.mask(exchange.prefetched)
+
+
+class MaskedBody:
+    """A body with stars for certain values, as many as they have bytes: its length stays."""
+
+    def __init__(self, body, values):
+        self.body = body
+        self.length = body.length
+        self.patterns = [escaped_pattern(value) for value in values]
+        self.filter = SecretFilter(values)
+        self.waiting = b""                  # the end of what came, if a value may begin in it
+
+    @property
+    def done(self):
+        return self.body.done
+
+    def read(self):
+        return self.mask(self.body.read())
+
+    def mask(self, data):
+        data = self.waiting + data
+        for pattern in self.patterns:
+            data = pattern.sub(lambda match: b"*" * len(match.group()), data)
+        end = len(data) if self.body.done else self.filter.find_beginning(data)
+        self.waiting = data[end:]
+        return data[:end]
+
+MORE_SETTINGS += [check_upstream_fields, hide_upstream_values]
+SECRET_PARSERS.append(parse_upstream_headers)
+SEPARATORS["AIPROXY_UPSTREAM_HEADERS"] = ";"
+OPTIONS += (
+    Option("AIPROXY_UPSTREAM_HEADERS", AIPROXY_UPSTREAM_HEADERS, parse_upstream_headers,
+           "header fields for every request to the upstream, Name: value, several separated by "
+           "';'; they replace the client's, and their values are secret"),
+)
+
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
@@ -5397,6 +5594,60 @@ class Direction:
         except ClosedEarly:                 # many end TLS without saying so
             return b""
 
+# ---- More providers ------------------------------------------------------------------------------
+# Does: knows more providers by name, and Azure's resources by their hosts.
+# Touches: nothing.
+# Entered: the rows that it adds to PROVIDERS and PROVIDER_HOSTS.
+#
+# Each with the page of the provider's own documentation that names its base URL and its key's
+# field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
+
+PROVIDERS.update({
+    # https://www.volcengine.com/docs/82379/1298459
+    "volcengine": Provider("https://ark.cn-beijing.volces.com/api/v3"),
+    # https://cloud.tencent.com/document/product/1729/111007
+    "hunyuan": Provider("https://api.hunyuan.cloud.tencent.com/v1"),
+    # https://cloud.baidu.com/doc/qianfan/s/Hmh4suq26
+    "qianfan": Provider("https://qianfan.baidubce.com/v2"),
+    # https://platform.minimaxi.com/docs/api-reference/text-openai-api
+    "minimax": Provider("https://api.minimaxi.com/v1"),
+    # https://platform.stepfun.com/docs/zh/guides/developer/openai
+    "stepfun": Provider("https://api.stepfun.com/v1"),
+    # https://modelscope.cn/docs/model-service/API-Inference/intro
+    "modelscope": Provider("https://api-inference.modelscope.cn/v1"),
+    # https://docs.x.ai/developers/rest-api-reference/inference
+    "xai": Provider("https://api.x.ai/v1"),
+    # https://docs.together.ai/docs/inference/openai-compatibility
+    "together": Provider("https://api.together.ai/v1"),
+    # https://docs.fireworks.ai/tools-sdks/openai-compatibility
+    "fireworks": Provider("https://api.fireworks.ai/inference/v1"),
+    # https://build.nvidia.com/ (the examples of each model)
+    "nvidia": Provider("https://integrate.api.nvidia.com/v1"),
+    # https://docs.github.com/en/rest/models/inference (its model list is at /catalog/models)
+    "github": Provider("https://models.github.ai/inference"),
+    # https://huggingface.co/docs/inference-providers/en/providers/cerebras
+    "huggingface": Provider("https://router.huggingface.co/v1"),
+    # https://inference-docs.cerebras.ai/resources/openai
+    "cerebras": Provider("https://api.cerebras.ai/v1"),
+    # https://docs.sambanova.ai/docs/en/get-started/api-keys-urls
+    "sambanova": Provider("https://api.sambanova.ai/v1"),
+    # https://docs.cohere.com/docs/compatibility-api
+    "cohere": Provider("https://api.cohere.ai/compatibility/v1"),
+    # https://docs.deepinfra.com/chat/overview
+    "deepinfra": Provider("https://api.deepinfra.com/v1/openai"),
+    # https://novita.ai/docs/api-reference/model-apis-llm-create-chat-completion
+    "novita": Provider("https://api.novita.ai/openai/v1"),
+    # https://docs.perplexity.ai/docs/grounded-llm/openai-compatibility
+    "perplexity": Provider("https://api.perplexity.ai/v1", paths=("/v1/responses",)),
+})
+
+# https://name.openai.azure.com/openai/v1 and the like: the name is the customer's.
+# https://learn.microsoft.com/azure/ai-services/openai/reference (the key's field) and
+# https://learn.microsoft.com/azure/foundry/openai/api-version-lifecycle (the base URL)
+AZURE_HOST = re.compile(
+    r"[a-z0-9.-]+\.(?:openai|cognitiveservices|services\.ai)\.azure\.(?:com|us|cn)")
+PROVIDER_HOSTS.append((AZURE_HOST, Provider("", "api-key")))
+
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.
 # Touches: nothing.
@@ -5478,6 +5729,108 @@ def curl_command(server):
     options = " ".join("-H '%s'" % field for field in fields)
     return "curl -N %s%s %s \\\n  -d '%s'" % (
         server.url(), settings.default_path, options, json.dumps(body))
+
+# ---- A live check --------------------------------------------------------------------------------
+# Does: `--check --live` asks the upstream for its model list with each provider key, and says
+# of each by its place whether it was accepted.
+# Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
+# Entered: `check_live` in main().
+
+class SilentServer(Server):
+    """A Server that does not listen."""
+
+    def server_bind(self):
+        pass
+
+    def server_activate(self):
+        pass
+
+
+ACCEPTED = "accepted"
+NO_LIST = "there is no model list, so it could not be tried"
+VERDICTS = {    # by the upstream's status: in words, and our exit status
+    401: ("refused", 2),
+    403: ("refused", 2),
+    404: (NO_LIST, 0),
+    405: (NO_LIST, 0),
+}
+
+def check_live(options, settings):
+    """Print what becomes of each key. Returns the exit status.
+
+    2 if one is refused, else 1 if one could not be tried.
+    """
+    if not options.live:
+        return 0
+    try:
+        server = SilentServer(settings)
+    except (CannotListen, OSError, RuntimeError) as error:
+        write_all(sys.stderr, "aiproxy: %s\n" % error)
+        return 1
+    if settings.provider_keys:
+        status = try_keys(server)
+    else:
+        words, status = try_key(server, 0)
+        write_all(sys.stdout, "no key is configured; without one: %s\n" % words)
+        if status == 2:             # callers bring their own
+            status = 0
+    server.close()
+    return status
+
+def try_keys(server):
+    """Print what becomes of each key. Returns the worst exit status."""
+    count = len(server.settings.provider_keys)
+    results = []
+    for index in range(count):
+        words, status = try_key(server, index)
+        write_all(sys.stdout, "key %d of %d: %s\n" % (index + 1, count, words))
+        results.append((words, status))
+    if any(words.startswith(ACCEPTED) for words, _ in results):
+        words, _ = try_key(server, count)
+        if words.startswith(ACCEPTED):
+            write_all(sys.stdout, "The upstream gives its model list to anybody: that proves no "
+                                  "key.\n")
+    return max(status for _, status in results)
+
+def try_key(server, index):
+    """What the upstream makes of a key, in words that are none of its own, and our exit status."""
+    try:
+        status = ask_for_models(server, index)
+    except ErrorResponse as error:
+        return "could not be tried. %s" % error.message, 1
+    words, exit_status = VERDICTS.get(status, ("could not be tried", 1))
+    if 200 <= status < 300:
+        words, exit_status = ACCEPTED, 0
+    return "%s (%d)" % (words, status), exit_status
+
+def ask_for_models(server, index):
+    """The status of the upstream's model list; ErrorResponse if it does not answer.
+
+    `index` is a key's; that of none stands for no key.
+    """
+    settings = server.settings
+    upstream = settings.upstream
+    fields = [(b"Accept", b"application/json"),
+              (b"User-Agent", b"aiproxy/%b" % __version__.encode())]
+    if "/v1/messages" in upstream.provider.paths:
+        fields.append((b"anthropic-version", b"2023-06-01"))
+    request = Request((b"GET", b"/v1/models", None, b"1", b"1"), Headers(fields), "")
+    fields = server.edit_upstream_headers(upstream_headers(request, settings), settings)
+
+    target = getattr(upstream.provider.handler, "models_target", "/v1/models")
+    url = upstream.url + upstream.map_path(target)
+    no_body = Upload(None, ContentLengthBody(None, 0))
+    request = UpstreamRequest(url, "GET", fields + settings.key_fields[index:index + 1], b"",
+                              no_body)
+    request.wait = wait_alone
+    exchange = server.opener.open(request, timeout=settings.timeout)
+    exchange.close()
+    return exchange.status
+
+def wait_alone(connection, mask, seconds):
+    """What `wait_for_upstream` does, without a client to watch."""
+    if not wait_ready(max(seconds, 0), connection, mask):
+        raise socket.timeout()
 
 # ---- Tuning of the process -----------------------------------------------------------------------
 # Does: keeps the process on one CPU, and tells glibc's malloc what to keep.
@@ -6208,6 +6561,8 @@ class Catalogue:
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
 
+    models_target = "/v1/ai/models/search?per_page=1"       # below the account, for --live
+
     def check_path(self):
         super().check_path()
         is_call = self.request.method == "POST" and self.request.path in WORKERS_PATHS
@@ -6713,6 +7068,7 @@ def start_demo(options, environ):
     threading.Thread(target=provider.serve_forever, daemon=True).start()
     environ["AIPROXY_UPSTREAM"] = "http://127.0.0.1:%d" % provider.server_port
     environ["AIPROXY_KEY"] = provider.provider_key
+    environ.pop("AIPROXY_KEY_FILE", None)
     return [show_demo]
 
 def show_demo(server):
