@@ -13,7 +13,7 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Env files . Review of the settings . CORS . Errors in the form of other APIs .
+    Part two   Env files . Review of the settings . HTTPS . CORS . Errors in the form of other APIs .
                Refusals in the right form . Redirects . Rates . Trusted proxies . Model rules .
                Token and prompt limits . Several provider keys . Proxies on the way up .
                Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
@@ -127,6 +127,8 @@ AIPROXY_OPEN = ""               # 1: serve a hidden key to anybody, knowingly
 # Where to listen.
 AIPROXY_HOST = "127.0.0.1"      # an address or a host name
 AIPROXY_PORT = "8000"           # a port number
+AIPROXY_TLS_CERT = ""           # a PEM file with the certificate chain; empty: plain HTTP
+AIPROXY_TLS_KEY = ""            # a PEM file with its key; empty: it stands in that of the chain
 AIPROXY_TRUSTED_PROXIES = "loopback"    # whose X-Forwarded-For is believed
 
 # How much, and for how long.
@@ -394,6 +396,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
+        self.wrap_client = leave_plain      # (socket): what to serve an accepted one through
+        self.begin_client = do_nothing      # (handler), when its client has sent the first bytes
+        self.end_client = do_nothing        # (handler), when nothing is missing at its end
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.refuse = self.send_busy        # (socket, record), where there is no room
         self.error_form = openai_form       # (path): the form of errors in the API there
@@ -416,6 +421,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_cors(self)                  # part two: CORS
         install_error_forms(self)           # part two: Errors in the form of other APIs
         install_busy_refusals(self)         # part two: Refusals in the right form
+        install_https(self)                 # part two: HTTPS
         install_redirects(self)             # part two: Redirects
         install_rates(self)                 # part two: Rates
         install_trusted_proxies(self)       # part two: Trusted proxies
@@ -435,7 +441,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def get_request(self):
         try:
-            return super().get_request()
+            sock, address = super().get_request()
+            return self.wrap_client(sock), address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.1)     # wait for descriptors instead of spinning
@@ -552,7 +559,7 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(IndexError, OSError):
             job = list(self.lingering)[0]
             self.forget_lingering(job)
-            job.client.sock.shutdown(socket.SHUT_RDWR)      # the loop sees its end, and closes it
+            hang_up(job.client.sock)        # the loop sees its end, and closes it
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
@@ -597,7 +604,7 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError, ValueError):
                 if has_nothing_to_say(handler.client) and self.mark_busy(handler):
                     evicted += 1
-                    handler.client.sock.shutdown(socket.SHUT_RDWR)      # this wakes its thread
+                    hang_up(handler.client.sock)        # this wakes its thread
         return evicted
 
     def stop(self):
@@ -606,7 +613,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
             while True:             # whoever is in the listener's queue counts as accepted
-                self.process_request(*self.socket.accept())
+                self.process_request(*self.get_request())
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
             self.evict_idle(len(self.clients), min_age=0.5)
@@ -624,7 +631,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         for sock in list(self.clients):
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                hang_up(sock)
         self.relay_loop.close()
         self.threads.shutdown(wait=False)
         self.log.close(0)
@@ -633,12 +640,23 @@ class Server(http.server.ThreadingHTTPServer):
         """Where this machine reaches us."""
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        host = "[%s]" % host if ":" in host else host
+        return "%s://%s:%d" % (self.settings.scheme, host, port)
 
 
 def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
-    return not wait_ready(0, client, READ) or is_closed(client)
+    try:
+        return not peek(client)
+    except OSError:                 # BlockingIOError is one, too
+        return True
+
+def hang_up(sock):
+    """End the connection of a socket that another thread is using.
+
+    SSLSocket's own method would take the TLS away, and that thread go on in plain text.
+    """
+    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
@@ -724,6 +742,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request = None                 # a Request, once its head has been read
         self.upload = None                  # its body, an Upload
         self.head_sent = False
+        self.is_whole = True                # is nothing missing of the response?
         self.ends_by_close = False          # does only the connection's end end the response?
         self.record = Record(self.client_address[0])
         self.close_connection = True        # until a response has gone out whole
@@ -757,7 +776,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_first = self.is_first_request
         self.is_first_request = False
         connected = self.record.began
-        if not self.client.buffer:
+        if not self.client.has_pending():
             self.server.mark_idle(self)
             arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
             if arrived and is_closed(self.client):      # idle to the end: its place can be had
@@ -767,6 +786,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone("idle")
         self.record.began = time.monotonic()
         self.head_deadline = HEAD_SECONDS + (connected if is_first else self.record.began)
+        if is_first:
+            self.server.begin_client(self)                  # 400
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
         self.request = Request(first_line, headers, self.address)
@@ -984,6 +1005,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.close()
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
+        self.is_whole = job.outcome == "ok"
         self.close_connection = announced_close or self.must_close()
 
     def must_close(self):
@@ -1001,6 +1023,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.status = status
         self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
+        self.is_whole = False               # until whoever sends the body knows better
         self.ends_by_close = length is None and self.request.is_http10
         headers = self.server.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
@@ -1030,6 +1053,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reason = http.client.responses.get(status, "").encode()
         self.record.bytes = len(body)
         self.start_response(status, reason, list(headers), body, len(content))
+        self.is_whole = True
         self.record.outcome = self.record.outcome or "ok"
         self.close_connection = self.must_close()
 
@@ -1066,7 +1090,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
-        if self.ends_by_close and self.record.outcome != "ok":      # a cut has no other sign here
+        if self.is_whole:
+            self.server.end_client(self)
+        if self.ends_by_close and not self.is_whole:        # a cut has no other sign here
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         elif self.head_sent and not self.client.ended:
@@ -1120,8 +1146,12 @@ def no_heartbeats(wait, send):
     """A silent stream stays silent. See "Heartbeats"."""
     return wait
 
-def do_nothing(job):
-    """See "Heartbeats"."""
+def do_nothing(whom):
+    """See "Heartbeats" and "HTTPS"."""
+
+def leave_plain(sock):
+    """Clients speak plain HTTP. See "HTTPS"."""
+    return sock
 
 def refuse_form(body, request, settings):
     """No rule reads forms. See "Model rules"."""
@@ -1251,7 +1281,7 @@ def is_origin_allowed(headers, settings):
     if is_listed_origin(origin, settings):
         return True
     host = headers.get(b"host", b"")        # our own start page, on this machine
-    return origin == b"http://" + host and is_loopback_host(host)
+    return origin == b"%b://%b" % (settings.scheme.encode(), host) and is_loopback_host(host)
 
 def is_listed_origin(origin, settings):
     """Does it fit one that AIPROXY_ORIGINS names?"""
@@ -2751,12 +2781,16 @@ def is_worth_watching(client):
 def is_closed(client):
     """Has an idle client that is readable closed its connection? Nothing is read."""
     try:
-        # Not the method of the class for TLS, which takes no flags.
-        return not socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
+        return not peek(client)
     except BlockingIOError:
         return False
     except OSError:
         return True
+
+def peek(client):
+    """The first byte that has come and is not read yet, b"" at the end. Of TLS, as it travels."""
+    # Not the method of the class for TLS, which takes no flags.
+    return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
 
 def has_disconnected(client):
     """Has a client left that is readable while a response is under way?
@@ -2779,7 +2813,7 @@ class BufferedSocket:
     def __init__(self, sock):
         sock.setblocking(False)
         self.sock = sock
-        self.is_tls = False
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.buffer = b""
         self.ended = False                  # the peer has ended its sending side
 
@@ -2790,16 +2824,17 @@ class BufferedSocket:
         self.sock.close()
 
     def start_tls(self, context, server_name, wait):
-        """Change to TLS as a client. An end without close_notify then is an error: a cut.
-
-        `wait(self, mask)` sleeps until the socket is ready.
-        """
+        """Change to TLS as a client. An end without close_notify then is an error: a cut."""
         self.sock = context.wrap_socket(self.sock, server_hostname=server_name,
                                         do_handshake_on_connect=False, suppress_ragged_eofs=False)
         self.is_tls = True
+        self.complete(self.sock.do_handshake, wait)
+
+    def complete(self, step, wait):
+        """Take a step of TLS, such as the handshake. `wait(self, mask)` sleeps until it can go on."""
         while True:
             try:
-                return self.sock.do_handshake()
+                return step()
             except ssl.SSLWantReadError:
                 wait(self, READ)
             except ssl.SSLWantWriteError:
@@ -2840,10 +2875,14 @@ class BufferedSocket:
 
     def send_some(self, data):
         """How many bytes were taken: 0 if none can be now. Raises OSError."""
+        sent = 0
         try:
-            return self.sock.send(data)
+            sent = self.sock.send(data)
+            while self.is_tls and sent < len(data):         # it takes one record at a time
+                sent += self.sock.send(memoryview(data)[sent:])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return 0
+            pass
+        return sent
 
     def is_silent(self):
         """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
@@ -3780,6 +3819,7 @@ class Settings:
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
+        self.scheme = "http"            # of our own URLs
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = self.models      # name to model
         self.needs_model = bool(self.models)
@@ -4147,6 +4187,126 @@ def show_derived(settings):
     }
     settings.shown.update(in_force)
 
+# ---- HTTPS ---------------------------------------------------------------------------------------
+# Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
+# Touches: every client connection, from the moment when it is accepted; the scheme of our URLs.
+# Entered: `install_https` in Server.install_features takes the places of functions that do nothing.
+
+TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
+TLS_REFUSALS = 10           # clients a second that get a 503, and for it a handshake by the loop
+
+def install_https(server):
+    context = server.settings.tls
+    if not context:
+        return
+
+    def wrap_client(sock):
+        """The handshake comes later: this is on the accepting thread."""
+        return context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
+                                   suppress_ragged_eofs=False)
+
+    server.wrap_client = wrap_client
+    server.begin_client = begin_tls
+    server.end_client = send_close_notify
+    server.refuse = limit_refusals(server.refuse)
+
+def limit_refusals(refuse):
+    """A `refuse` that just hangs up where too many are refused: the loop has streams to move."""
+    recent = collections.deque(maxlen=TLS_REFUSALS)     # when the last ones were
+
+    def refuse_some(sock, record):
+        now = time.monotonic()
+        if len(recent) < TLS_REFUSALS or now - recent[0] > 1:
+            recent.append(now)
+            refuse(sock, record)
+    return refuse_some
+
+def begin_tls(handler):
+    """The handshake, in the client's own thread and the time of its first head."""
+    client = handler.client
+    if peek(client) != TLS_HANDSHAKE:
+        # What it sends is read, and what it gets is sent, on the connection below the TLS.
+        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
+        raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
+                            "HTTP: the URL must begin with https://.")
+
+    def wait(connection, mask):
+        if not wait_ready(handler.head_deadline - time.monotonic(), connection, mask):
+            raise ClientGone()
+
+    client.complete(client.sock.do_handshake, wait)
+
+def send_close_notify(handler):
+    """Tell the client that nothing is missing (RFC 8446 section 6.1). It need not answer."""
+    def wait(connection, mask):
+        if mask == READ or not wait_ready(STALL_SECONDS, connection, mask):
+            raise ClientGone()
+
+    if handler.client.is_tls:
+        with contextlib.suppress(OSError, ValueError, ClientGone):
+            handler.client.complete(handler.client.sock.unwrap, wait)
+
+def read_certificate(settings):
+    """The TLS context for clients, None for plain HTTP. SettingError for what cannot be used."""
+    settings.tls = None
+    if not settings.tls_cert and not settings.tls_key:
+        return
+    if not settings.tls_cert:
+        raise SettingError("AIPROXY_TLS_KEY is set but AIPROXY_TLS_CERT is not; set it to the PEM "
+                           "file with the certificate chain, or leave both empty")
+    key_name = "AIPROXY_TLS_KEY" if settings.tls_key else "AIPROXY_TLS_CERT"
+    key_path = settings.tls_key or settings.tls_cert
+    check_pem("AIPROXY_TLS_CERT", settings.tls_cert, b"CERTIFICATE-----")
+    check_pem(key_name, key_path, b"PRIVATE KEY-----")
+    settings.tls = make_server_context()
+    try:
+        settings.tls.load_cert_chain(settings.tls_cert, key_path, refuse_password)
+    except (OSError, ValueError) as error:      # an SSLError is an OSError
+        raise SettingError("%s: %s" % (key_name, explain_certificate_error(error)))
+    settings.scheme = "https"
+
+MORE_SETTINGS.append(read_certificate)
+
+def check_pem(name, path, mark):
+    """SettingError unless the file can be read and holds something of this kind."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except (OSError, ValueError) as error:      # the path is not shown: it may be the key itself
+        raise SettingError("%s: the file cannot be read: %s"
+                           % (name, getattr(error, "strerror", None) or "no such name"))
+    if mark not in data:
+        what = "private key" if b"KEY" in mark else "certificate"
+        raise SettingError("%s: the file holds no %s in PEM form; a key may stand in the "
+                           "certificate's file or in that of AIPROXY_TLS_KEY" % (name, what))
+
+def refuse_password():
+    """OpenSSL would ask for it on the terminal."""
+    raise ValueError("the private key is encrypted; it takes one without a password")
+
+def explain_certificate_error(error):
+    if not isinstance(error, ssl.SSLError):
+        return getattr(error, "strerror", None) or error
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the private key does not belong to the certificate"
+    return "certificate or key cannot be used (%s)" % (error.reason or "unknown form")
+
+def make_server_context():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.options |= ssl.OP_NO_RENEGOTIATION      # a write would have to wait for a read
+    if ssl.OPENSSL_VERSION_INFO >= (3,):            # see make_tls_context
+        context.options &= ~OP_IGNORE_UNEXPECTED_EOF
+    return context
+
+OPTIONS += (
+    Option("AIPROXY_TLS_CERT", AIPROXY_TLS_CERT, str,
+           "PEM file with a certificate chain: serve HTTPS with it; empty: plain HTTP"),
+    Option("AIPROXY_TLS_KEY", AIPROXY_TLS_KEY, str,
+           "PEM file with the private key; empty: it stands in the certificate's file"),
+)
+
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of allowed origins read every response, and answers their preflights.
 # Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
@@ -4267,16 +4427,17 @@ BUSY_SECONDS = 1        # for the head
 
 def install_busy_refusals(server):
     def refuse(sock, record):
-        job = RefusedClient(sock, record, server.send_busy)
+        own_socket = server.wrap_client(socket.socket(fileno=sock.detach()))
+        job = RefusedClient(own_socket, record, server.send_busy)
         server.take_over(job, network_of(record.client))
     server.refuse = refuse
 
 
 class RefusedClient(Job):
-    """The accepting thread cannot wait for a head. The socket is taken over."""
+    """The accepting thread cannot wait for a head. The socket is this job's own."""
 
     def __init__(self, sock, record, send_busy):
-        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
+        self.client = BufferedSocket(sock)
         super().__init__(self.client)
         self.record = record
         self.send_busy = send_busy          # (socket, record, request)
@@ -5289,6 +5450,7 @@ class WebSocketUpgrade:
         finally:
             exchange.close()
         handler.record.outcome = tunnel.outcome
+        handler.is_whole = tunnel.outcome == "ok"
         handler.record.bytes = tunnel.bytes
         return None
 
@@ -6335,6 +6497,7 @@ class WorkersHandler(Handler):
         if is_chunked:
             self.send_to_client(LAST_CHUNK)
             self.close_connection = self.must_close()
+        self.is_whole = True
         with contextlib.suppress(ClientGone):
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)     # what is left, for its reuse
 
@@ -6703,7 +6866,7 @@ def show_demo(server):
     show("\nOne chat request through the relay, its answer as it comes:\n\n  ")
     begin = time.monotonic()
     delay = 0
-    connection = http.client.HTTPConnection(server.url().partition("//")[2], timeout=10)
+    connection = connect_to(server)
     connection.request("POST", "/v1/chat/completions", json.dumps(request), headers)
     for line in connection.getresponse():
         if line.startswith(b"data: {"):
@@ -6712,6 +6875,16 @@ def show_demo(server):
                 show(choice["delta"].get("content", ""))
     show("\n\nFirst event after %.0f ms. " % (delay * 1000))
     show("Now it serves: try the command above.\n\n")
+
+def connect_to(server):
+    """A connection to ourselves: whose certificate it is needs no proof."""
+    scheme, _, address = server.url().partition("://")
+    if scheme == "http":
+        return http.client.HTTPConnection(address, timeout=10)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(address, timeout=10, context=context)
 
 # ==== The end =====================================================================================
 
