@@ -397,7 +397,7 @@ class Server(http.server.ThreadingHTTPServer):
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
         self.wrap_client = leave_plain      # (socket): what to serve an accepted one through
-        self.begin_client = do_nothing      # (handler), when its client has sent the first bytes
+        self.begin_client = do_nothing      # (handler), before the first head is read
         self.end_client = do_nothing        # (handler), when nothing is missing at its end
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.refuse = self.send_busy        # (socket, record), where there is no room
@@ -775,24 +775,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for the next request and read its head. A silent kept-alive client is let go."""
         is_first = self.is_first_request
         self.is_first_request = False
-        connected = self.record.began
+        if is_first:                        # from connecting on
+            self.head_deadline = self.record.began + HEAD_SECONDS
+            self.server.begin_client(self)                  # 400
         if not self.client.has_pending():
-            self.server.mark_idle(self)
-            arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
-            if arrived and is_closed(self.client):      # idle to the end: its place can be had
-                raise ClientGone("idle")
-            is_evicted = not self.server.mark_busy(self)
-            if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
+            limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
+            arrived = self.wait_idle(limit)
+            if not (arrived or is_first):   # a silent new client gets a 408
                 raise ClientGone("idle")
         self.record.began = time.monotonic()
-        self.head_deadline = HEAD_SECONDS + (connected if is_first else self.record.began)
-        if is_first:
-            self.server.begin_client(self)                  # 400
+        if not is_first:
+            self.head_deadline = self.record.began + HEAD_SECONDS
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
         self.request = Request(first_line, headers, self.address)
         self.record.method = self.request.method
         self.record.path = self.request.path
+
+    def wait_idle(self, seconds):
+        """Wait for the next bytes of a client whose place can be had. False if none came."""
+        self.server.mark_idle(self)
+        arrived = wait_ready(seconds, self.client, READ)
+        if arrived and is_closed(self.client):      # idle to the end
+            raise ClientGone("idle")
+        if not self.server.mark_busy(self):         # evicted
+            raise ClientGone("idle")
+        return bool(arrived)
 
     def read_more_head(self):
         """Wait for more bytes of a head. A deadline for all of it stops a slowloris."""
@@ -1090,17 +1098,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
-        if self.is_whole:
-            self.server.end_client(self)
         if self.ends_by_close and not self.is_whole:        # a cut has no other sign here
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        elif self.head_sent and not self.client.ended:
-            # Closed with bytes unread it would send a reset, too, and that eats our response.
-            has_unread = self.client.buffer or self.client.receive()
-            may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
-            if has_unread or may_send_on:
-                self.server.linger(self.client.sock, self.address)
+            return
+        # Closed with bytes unread it would send a reset, too, and that eats our response.
+        lingers = self.head_sent and not self.client.ended and self.may_have_unread()
+        if self.is_whole:
+            self.server.end_client(self)
+        if lingers:
+            self.server.linger(self.client.sock, self.address)
+
+    def may_have_unread(self):
+        has_unread = self.client.buffer or self.client.receive()
+        may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
+        return has_unread or may_send_on
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -4224,6 +4236,8 @@ def limit_refusals(refuse):
 def begin_tls(handler):
     """The handshake, in the client's own thread and the time of its first head."""
     client = handler.client
+    if not handler.wait_idle(HEAD_SECONDS):
+        raise ClientGone("idle")
     if peek(client) != TLS_HANDSHAKE:
         # What it sends is read, and what it gets is sent, on the connection below the TLS.
         handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))

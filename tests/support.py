@@ -350,7 +350,10 @@ class Client:
         self.sock.close()
 
     def send(self, data):
-        self.sock.sendall(data)
+        try:
+            self.sock.sendall(data)
+        except ssl.SSLEOFError:
+            raise ConnectionAbortedError("without close_notify")
 
     def request(self, method="GET", path="/v1/models", body=None, fields=(), version="HTTP/1.1"):
         names = {name.lower() for name, _ in fields}
@@ -368,6 +371,8 @@ class Client:
             piece = self.sock.recv(65536)
         except ssl.SSLEOFError:
             raise ConnectionAbortedError("without close_notify")
+        except ssl.SSLZeroReturnError:
+            piece = b""
         self.data += piece
         return bool(piece)
 
