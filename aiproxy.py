@@ -13,10 +13,10 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Env files . Review of the settings . HTTPS . CORS . Errors in the form of other APIs .
-               Refusals in the right form . Redirects . Rates . Trusted proxies . Model rules .
-               Token and prompt limits . Several provider keys . Proxies on the way up .
-               Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
+    Part two   Env files . Review of the settings . Reload . HTTPS . CORS . Errors in the form of
+               other APIs . Refusals in the right form . Redirects . Rates . Trusted proxies .
+               Model rules . Token and prompt limits . Several provider keys . Proxies on the way
+               up . Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
                Tuning of the process . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
@@ -37,7 +37,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
  1. Read what is there, not `read(n)`. `read(4096)` waits for 4096 bytes or the end, and so holds
     back every event of a stream until it is over. (`BodyReader.read`)
  2. Never follow a redirect: it would carry the provider key to whatever host the upstream names.
-    (`Server.opener` has no handler for them)
+    (`Service.opener` has no handler for them)
  3. Compare keys with `compare_digest`, as bytes, and with all of them. A comparison that stops at
     the first difference tells by its time how much of a guess was right (timing attack); as text,
     a key that is not ASCII would raise. (`check_client_key`)
@@ -351,48 +351,20 @@ class CannotListen(Exception):
 
 # ---- Server: accepting clients -------------------------------------------------------------------
 
-class Server(http.server.ThreadingHTTPServer):
-    """The listener, and what all clients share: settings, upstream connections, relay loop, log."""
+class Service:
+    """What follows from the settings: the way to the upstream, and what part two adds.
 
-    request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
-    allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
-    allow_reuse_port = False
-    timeout = 0.1                   # seconds until handle_request returns without a client
+    New settings make a new one. A request keeps the one that was in force when it came.
+    """
 
-    def __init__(self, settings):
+    def __init__(self, settings, server):
         self.settings = settings
-        self.started = int(time.time())
-        self.closing = False        # after a signal: no more clients, and none is kept alive
-        # The client connections, each with the address it counts for, and the number of an
-        # address's connections. The condition guards both.
-        self.clients = {}
-        self.client_counts = collections.Counter()
-        self.client_ended = threading.Condition()
-        self.lingering = {}         # by job: the address of one that we only read out
-        # By connection the handlers whose clients are idle, and since when. No lock: adding,
-        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
-        self.idle = {}
-
-        self.capacity = raise_file_limit(settings.max_connections)
-        self.threads = self.make_executor()
-        self.log = Log(settings.log, settings.secrets)
+        self.server = server
+        self.log = server.log
         self.upstream_handler = UpstreamHandler(settings)
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
-        self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
-        self.body_budget = BodyBudget()
-
         self.install_features()
-        try:
-            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
-            self.address_family = found[0]
-            super().__init__(found[4], settings.upstream.provider.handler or Handler)
-        except (OSError, UnicodeError) as error:
-            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
-            raise CannotListen("cannot listen on %s port %d: %s" % (
-                host, settings.port, getattr(error, "strerror", None) or error))
-        self.log.start()
-        self.relay_loop.start()
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
@@ -400,7 +372,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.begin_client = do_nothing      # (handler), before the first head is read
         self.end_client = do_nothing        # (handler), when nothing is missing at its end
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
-        self.refuse = self.send_busy        # (socket, record), where there is no room
+        self.refuse = self.server.send_busy     # (socket, record), where there is no room
         self.error_form = openai_form       # (path): the form of errors in the API there
         self.response_checks = []           # (handler, exchange), before its head goes down
         self.checks = []                    # (handler), before the body is read; may raise
@@ -435,6 +407,63 @@ class Server(http.server.ThreadingHTTPServer):
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
 
+    def render_error(self, error, record):
+        """The body of an error response, in the form of the API that was called."""
+        form = self.error_form(record.path)
+        return json.dumps(form.body(error, record.id)).encode()
+
+    def complete_headers(self, headers, request, request_id, is_open_ended=False):
+        """`headers` with what every response gets. `request` is None if it could not be read."""
+        headers = headers + own_headers(headers, request_id, is_open_ended)
+        names = [name.lower() for name, _ in headers]
+        return headers + self.cors_headers(request, self.settings, names)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The listener, and what all clients share: the service, the relay loop, the log."""
+
+    request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
+    allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
+    allow_reuse_port = False
+    timeout = 0.1                   # seconds until handle_request returns without a client
+
+    def __init__(self, settings):
+        self.started = int(time.time())
+        self.closing = False        # after a signal: no more clients, and none is kept alive
+        # The client connections, each with the address it counts for, and the number of an
+        # address's connections. The condition guards both.
+        self.clients = {}
+        self.client_counts = collections.Counter()
+        self.client_ended = threading.Condition()
+        self.lingering = {}         # by job: the address of one that we only read out
+        # By connection the handlers whose clients are idle, and since when. No lock: adding,
+        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
+        self.idle = {}
+
+        self.capacity = raise_file_limit(settings.max_connections)
+        self.threads = self.make_executor()
+        self.log = Log(settings.log, settings.secrets)
+        self.relay_loop = RelayLoop(self.close_old_connections, self.log.warn)
+        self.body_budget = BodyBudget()
+        self.service = Service(settings, self)      # the one in force
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+            self.address_family = found[0]
+            super().__init__(found[4], settings.upstream.provider.handler or Handler)
+        except (OSError, UnicodeError) as error:
+            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
+            raise CannotListen("cannot listen on %s port %d: %s" % (
+                host, settings.port, getattr(error, "strerror", None) or error))
+        self.log.start()
+        self.relay_loop.start()
+
+    @property
+    def settings(self):
+        return self.service.settings
+
+    def close_old_connections(self, now):
+        self.service.upstream_handler.pool.close_old(now)
+
     def server_bind(self):
         """Bind without HTTPServer's look-up of our own name in the DNS."""
         socketserver.TCPServer.server_bind(self)
@@ -442,7 +471,7 @@ class Server(http.server.ThreadingHTTPServer):
     def get_request(self):
         try:
             sock, address = super().get_request()
-            return self.wrap_client(sock), address
+            return self.service.wrap_client(sock), address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.1)     # wait for descriptors instead of spinning
@@ -478,7 +507,7 @@ class Server(http.server.ThreadingHTTPServer):
     def make_room(self, address, client_address):
         """Is there room for the newest client? If it takes that, an idle one is hung up on."""
         if self.client_counts[address] > self.settings.max_per_client:
-            is_exempt = is_loopback(address) or self.is_trusted_proxy(client_address[0])
+            is_exempt = is_loopback(address) or self.service.is_trusted_proxy(client_address[0])
             if not is_exempt:
                 return self.evict_idle(1, address=address) > 0
         return len(self.clients) <= self.capacity or self.evict_idle(1) > 0
@@ -493,7 +522,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.is_crowded():
             self.send_busy(request, record)
         else:
-            self.refuse(request, record)
+            self.service.refuse(request, record)
         self.shutdown_request(request)
 
     def is_crowded(self):
@@ -507,9 +536,9 @@ class Server(http.server.ThreadingHTTPServer):
         record.status = error.status
         record.outcome = error.code
         self.log.write(record)
-        content = self.render_error(error, record)
+        content = self.service.render_error(error, record)
         headers = error.headers + [JSON_TYPE]
-        headers = self.complete_headers(headers, request, record.id)
+        headers = self.service.complete_headers(headers, request, record.id)
         headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
         head = render_head(b"HTTP/1.1 503 Service Unavailable", headers)
         with contextlib.suppress(OSError):
@@ -517,17 +546,6 @@ class Server(http.server.ThreadingHTTPServer):
             sock.send(head if record.method == "HEAD" else head + content)
             if not self.is_crowded():
                 self.linger(sock, network_of(record.client))
-
-    def render_error(self, error, record):
-        """The body of an error response, in the form of the API that was called."""
-        form = self.error_form(record.path)
-        return json.dumps(form.body(error, record.id)).encode()
-
-    def complete_headers(self, headers, request, request_id, is_open_ended=False):
-        """`headers` with what every response gets. `request` is None if it could not be read."""
-        headers = headers + own_headers(headers, request_id, is_open_ended)
-        names = [name.lower() for name, _ in headers]
-        return headers + self.cors_headers(request, self.settings, names)
 
     def linger(self, sock, address):
         """Leave a connection that has been answered to a lingering close."""
@@ -735,10 +753,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = BufferedSocket(self.request)
         self.client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.address = network_of(self.client_address[0])
-        self.settings = self.server.settings
         self.is_first_request = True
 
+    def use_current_settings(self):
+        self.service = self.server.service
+        self.settings = self.service.settings
+
     def start_request(self):
+        self.use_current_settings()
         self.request = None                 # a Request, once its head has been read
         self.upload = None                  # its body, an Upload
         self.head_sent = False
@@ -777,7 +799,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_first_request = False
         if is_first:                        # from connecting on
             self.head_deadline = self.record.began + HEAD_SECONDS
-            self.server.begin_client(self)                  # 400
+            self.service.begin_client(self)                  # 400
         if not self.client.has_pending():
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
             arrived = self.wait_idle(limit)
@@ -788,6 +810,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.head_deadline = self.record.began + HEAD_SECONDS
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
+        self.use_current_settings()         # they may be others than before it was idle
         self.request = Request(first_line, headers, self.address)
         self.record.method = self.request.method
         self.record.path = self.request.path
@@ -845,7 +868,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.upload = Upload(self.client, body)
         if b"x-forwarded-for" in request.headers:
             self.record.client = find_client(self.record.client, request.headers,
-                                             self.server.is_trusted_proxy)
+                                             self.service.is_trusted_proxy)
             request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request, self.settings)                # 405 501
@@ -868,7 +891,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request.method != "GET" or request.is_http10 or not self.upload.done:
             return None
         protocol = wanted_upgrade(request.headers)
-        upgrade = self.server.upgrades.get(protocol)
+        upgrade = self.service.upgrades.get(protocol)
         if upgrade:
             request.upgrade = protocol
             upgrade.prepare(request, self.settings)
@@ -879,7 +902,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_path(self.request, self.settings)
 
     def run_checks(self):
-        for check in self.server.checks:
+        for check in self.service.checks:
             check(self)
 
     # -- what we answer ourselves
@@ -887,8 +910,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_about_us(self):
         """/health and /: no key, no upstream call. Models are shown to those who may list them."""
         wants_page = b"text/html" in self.request.headers.get(b"accept", b"")
-        if self.request.path == "/" and wants_page and self.server.start_page:
-            return self.send_response(200, *self.server.start_page())
+        if self.request.path == "/" and wants_page and self.service.start_page:
+            return self.send_response(200, *self.service.start_page())
         if self.request.path == "/":
             return self.send_json(describe_api(self.settings))
         health = {"status": "healthy", "timestamp": int(time.time())}
@@ -920,9 +943,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expects = b"expect" in request.headers and not request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
-        is_whole = is_inspected or self.server.needs_whole_bodies
+        is_whole = is_inspected or self.service.needs_whole_bodies
         if not is_inspected:
-            upload.observe = self.server.observe_request(self.record)
+            upload.observe = self.service.observe_request(self.record)
         if not is_whole:
             return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
         budget = self.server.body_budget
@@ -939,7 +962,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not body:                    # a job is cancelled so
                 return body
             if is_form(request.headers):
-                body = self.server.check_form(body, request, self.settings)
+                body = self.service.check_form(body, request, self.settings)
                 self.record.model = request.model
                 return body
         return edit_members(body, self.check_body(body)[1])
@@ -950,7 +973,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.is_json = True
         members = parse_object(body)
         changes = {}
-        for rule in self.server.body_rules:
+        for rule in self.service.body_rules:
             changes.update(rule(members, request, self.settings))
             self.record.model = request.model
         return members, changes
@@ -976,7 +999,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request.wait = wait
             if not (settings.provider_keys or self.request.is_http10):
                 request.on_early_hints = self.send_early_hints
-            exchange = self.server.opener.open(request, timeout=settings.timeout)
+            exchange = self.service.opener.open(request, timeout=settings.timeout)
             exchange.drop_fields_with(settings.upstream_secrets)
             self.record.upstream_status = exchange.status
             upstream_id = (exchange.headers.get(b"x-request-id")
@@ -985,7 +1008,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
-        exchange = self.server.use_key(send)
+        exchange = self.service.use_key(send)
         if exchange.request_sent:
             self.server.body_budget.let_go(self.upload)
         return exchange
@@ -996,7 +1019,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         try:
             secret_filter = check_for_key(exchange, self.settings)      # 502
-            for check in self.server.response_checks:
+            for check in self.service.response_checks:
                 check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
@@ -1033,7 +1056,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head_sent = True
         self.is_whole = False               # until whoever sends the body knows better
         self.ends_by_close = length is None and self.request.is_http10
-        headers = self.server.complete_headers(headers, self.request, self.record.id,
+        headers = self.service.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
@@ -1080,7 +1103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.name_broken_request()
         try:
             self.send_response(error.status, error.headers + [JSON_TYPE],
-                               self.server.render_error(error, self.record))
+                               self.service.render_error(error, self.record))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
 
@@ -1093,7 +1116,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def render_error_event(self, error):
         """The event that tells of an error in a stream that has begun."""
-        form = self.server.error_form(self.record.path)
+        form = self.service.error_form(self.record.path)
         return render_error_event(error, form, self.record.id)
 
     def finish(self):
@@ -1105,7 +1128,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Closed with bytes unread it would send a reset, too, and that eats our response.
         lingers = self.head_sent and not self.client.ended and self.may_have_unread()
         if self.is_whole:
-            self.server.end_client(self)
+            self.service.end_client(self)
         if lingers:
             self.server.linger(self.client.sock, self.address)
 
@@ -1979,6 +2002,7 @@ class Pool:
         self.server_name = upstream.server_name             # whose certificate it must be
         self.last_address = None            # the one that took the last connection
         self.connect_timeout = settings.connect_timeout
+        self.size = POOL_SIZE               # idle connections at most
         self.idle = collections.deque()     # of (connection, until); the newest at the right
 
     def acquire(self):
@@ -1995,8 +2019,12 @@ class Pool:
     def release(self, connection, seconds):
         """Keep a connection for the next request, for `seconds`."""
         self.idle.append((connection, time.monotonic() + seconds))
-        while len(self.idle) > POOL_SIZE:
-            self.idle.popleft()[0].close()
+        self.trim()
+
+    def trim(self):
+        with contextlib.suppress(IndexError):       # other threads take some, too
+            while len(self.idle) > self.size:
+                self.idle.popleft()[0].close()
 
     def close_old(self, now):
         """Close what has been idle too long; called by the relay loop twice a second."""
@@ -2539,9 +2567,9 @@ class ResponseJob(Job):
         self.timeout = handler.settings.timeout
         self.is_chunked = is_chunked
         self.secret_filter = secret_filter  # None where there is nothing to look for
-        self.observe = handler.server.observe_response(handler.record)
+        self.observe = handler.service.observe_response(handler.record)
         self.render_error_event = handler.render_error_event
-        self.on_silence = handler.server.on_silence
+        self.on_silence = handler.service.on_silence
         self.unsent = b""
         self.taken = 0.0                    # when the client last took something
         self.pace = None                    # of the client, while it is behind
@@ -2843,7 +2871,7 @@ class BufferedSocket:
         self.complete(self.sock.do_handshake, wait)
 
     def complete(self, step, wait):
-        """Take a step of TLS, such as the handshake. `wait(self, mask)` sleeps until it can go on."""
+        """Take a step of TLS, such as the handshake. `wait(self, mask)` waits for the socket."""
         while True:
             try:
                 return step()
@@ -3320,11 +3348,17 @@ class Log:
 
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
-        self.secrets = [secret.decode() for secret in secrets]
-        # Characters that the longest may take, percent-encoded.
-        self.longest = 3 * max(map(len, secrets), default=1)
+        self.secrets = []
+        self.longest = 3        # characters that the longest may take, percent-encoded
+        self.add_secrets(secrets)
         streams = (sys.stdout, sys.stderr)
         self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
+
+    def add_secrets(self, secrets):
+        """What is not to be shown from now on, besides what was not before."""
+        lengths = [3 * len(secret) for secret in secrets]
+        self.longest = max([self.longest] + lengths)
+        self.secrets = self.secrets + [secret.decode() for secret in secrets]
 
     def start(self):
         for writer in self.writers.values():
@@ -3832,6 +3866,7 @@ class Settings:
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
         self.scheme = "http"            # of our own URLs
+        self.watched_files = []         # what may change while we run. See "Reload"
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = self.models      # name to model
         self.needs_model = bool(self.models)
@@ -4018,8 +4053,9 @@ def main():
             text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
             write_all(sys.stdout, text)
             return 0
-        read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
+        on_start += prepare_reload(options, os.environ)     # part two: Reload
+        read_environment(options, os.environ)
         on_start += start_demo(options, os.environ)     # part two: Demo
         settings = Settings(os.environ)
     except SettingError as error:
@@ -4199,16 +4235,137 @@ def show_derived(settings):
     }
     settings.shown.update(in_force)
 
+# ---- Reload --------------------------------------------------------------------------------------
+# Does: reads the settings again at SIGHUP, and every minute looks whether a certificate is new.
+# Touches: the server's service, which it replaces as a whole; the environment. In a thread.
+# Entered: `prepare_reload` in main().
+
+RELOAD_SECONDS = 60     # between two looks at the files that may change
+# In force until the end: the listener, and what was made for its number of clients.
+FIXED_OPTIONS = ("AIPROXY_HOST", "AIPROXY_PORT", "AIPROXY_MAX_CONNECTIONS")
+
+def prepare_reload(options, environ):
+    """Returns what to call once we serve."""
+    if options.demo:            # its settings stand in no file
+        return []
+    reloader = Reloader(options, environ)
+    # Also under nohup, which ignores it: whoever sends it then wants the settings to be read.
+    if hasattr(signal, "SIGHUP"):       # not on Windows
+        signal.signal(signal.SIGHUP, lambda number, frame: reloader.signals.put(number))
+    return [reloader.run]
+
+
+class Reloader:
+    """Puts new settings in force for the requests that come from then on.
+
+    Rates, key cooldowns and the pool of idle connections begin anew with them.
+    """
+
+    def __init__(self, options, environ):
+        self.options = options
+        self.given = dict(environ)              # as we were started, without the env files
+        self.signals = queue.SimpleQueue()      # a signal handler may put something into it
+        self.stamps = None                      # of the watched files, when they were last read
+
+    def run(self, server):
+        self.stamps = file_stamps(server.settings.watched_files)
+        while True:
+            try:
+                self.wait(server)
+            except Exception as error:          # a fault of ours must not end the thread
+                server.report_fault(error)
+
+    def wait(self, server):
+        """Wait for a signal, or until it is time to look at the files."""
+        environ = None
+        try:
+            self.signals.get(timeout=RELOAD_SECONDS)
+        except queue.Empty:
+            if file_stamps(server.settings.watched_files) == self.stamps:
+                return
+            environ = dict(os.environ)          # nobody has said that the env files are ready
+        if not server.closing:
+            self.reload(server, environ)
+
+    def reload(self, server, environ=None):
+        """Read everything again, or only what the settings in `environ` name."""
+        # Before they are read: what changes meanwhile is seen the next time.
+        self.stamps = file_stamps(server.settings.watched_files)
+        before = dict(os.environ)
+        try:
+            if environ is None:
+                environ = dict(self.given)
+                read_environment(self.options, environ)
+            replace_environment(environ)        # urllib and OpenSSL read it, too
+            settings, fixed = read_new_settings(environ, server.settings)
+        except SettingError as error:
+            replace_environment(before)
+            server.log.warn("nothing has changed, because the new settings cannot be used: %s"
+                            % error)
+            return
+        replace_service(server, settings)
+        server.log.warn("the settings have been read again and are in force")
+        if fixed:
+            server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
+
+
+def file_stamps(paths):
+    """What differs once one of these files has been written or replaced."""
+    stamps = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+            stamps.append((path, found.st_mtime_ns, found.st_ino, found.st_size))
+        except OSError:
+            stamps.append((path,))
+    return stamps
+
+def replace_environment(environ):
+    """Change what differs, and only that: other threads may be reading it."""
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    for name, value in environ.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+def read_new_settings(environ, old):
+    """The settings to put in force, and the names of those that need a restart. SettingError.
+
+    The guards must hold for the address on which we do listen: with a new AIPROXY_HOST=127.0.0.1
+    nobody would be asked for a key, and 0.0.0.0 would still be open.
+    """
+    settings = Settings(environ)
+    if settings.upstream.provider.handler != old.upstream.provider.handler:
+        raise SettingError("AIPROXY_UPSTREAM: this change of the provider needs a restart")
+    fixed = [name for name in FIXED_OPTIONS
+             if settings.text(find_option(name)) != old.text(find_option(name))]
+    if settings.scheme != old.scheme:
+        fixed += ["AIPROXY_TLS_CERT", "AIPROXY_TLS_KEY"]
+    for name in fixed:
+        environ[name] = old.text(find_option(name))[1]
+    return (Settings(environ) if fixed else settings), fixed
+
+def replace_service(server, settings):
+    """From now on requests get these settings. Old secrets are not to be shown either."""
+    server.log.add_secrets(settings.secrets)
+    server.log.format = settings.log
+    old = server.service
+    server.service = Service(settings, server)
+    pool = old.upstream_handler.pool
+    pool.size = 0                               # running requests may still bring connections
+    pool.trim()
+
 # ---- HTTPS ---------------------------------------------------------------------------------------
 # Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
 # Touches: every client connection, from the moment when it is accepted; the scheme of our URLs.
-# Entered: `install_https` in Server.install_features takes the places of functions that do nothing.
+# Entered: `install_https` in Service.install_features takes the places of functions that do
+# nothing.
 
 TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
 TLS_REFUSALS = 10           # clients a second that get a 503, and for it a handshake by the loop
 
-def install_https(server):
-    context = server.settings.tls
+def install_https(service):
+    context = service.settings.tls
     if not context:
         return
 
@@ -4217,10 +4374,10 @@ def install_https(server):
         return context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
                                    suppress_ragged_eofs=False)
 
-    server.wrap_client = wrap_client
-    server.begin_client = begin_tls
-    server.end_client = send_close_notify
-    server.refuse = limit_refusals(server.refuse)
+    service.wrap_client = wrap_client
+    service.begin_client = begin_tls
+    service.end_client = send_close_notify
+    service.refuse = limit_refusals(service.refuse)
 
 def limit_refusals(refuse):
     """A `refuse` that just hangs up where too many are refused: the loop has streams to move."""
@@ -4272,6 +4429,7 @@ def read_certificate(settings):
     key_path = settings.tls_key or settings.tls_cert
     check_pem("AIPROXY_TLS_CERT", settings.tls_cert, b"CERTIFICATE-----")
     check_pem(key_name, key_path, b"PRIVATE KEY-----")
+    settings.watched_files += [settings.tls_cert, key_path]
     settings.tls = make_server_context()
     try:
         settings.tls.load_cert_chain(settings.tls_cert, key_path, refuse_password)
@@ -4324,13 +4482,13 @@ OPTIONS += (
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of allowed origins read every response, and answers their preflights.
 # Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
-# Entered: `install_cors` in Server.install_features takes the place of `no_cors_headers`.
+# Entered: `install_cors` in Service.install_features takes the place of `no_cors_headers`.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
 EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
 
-def install_cors(server):
-    server.cors_headers = cors_headers
+def install_cors(service):
+    service.cors_headers = cors_headers
 
 def cors_headers(request, settings, names=()):
     """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
@@ -4369,7 +4527,7 @@ def preflight_headers(headers, settings):
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
 # Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Server.install_features takes the place of `openai_form`.
+# Entered: `install_error_forms` in Service.install_features takes the place of `openai_form`.
 
 ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -4422,8 +4580,8 @@ ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base U
     (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
 )
 
-def install_error_forms(server):
-    server.error_form = find_error_form
+def install_error_forms(service):
+    service.error_form = find_error_form
 
 def find_error_form(path):
     for pattern, form in ERROR_FORMS:
@@ -4435,16 +4593,16 @@ def find_error_form(path):
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
 # read the 503 (CORS), and the SDK understands it.
 # Touches: the sockets of refused clients, until their 503 is sent.
-# Entered: `install_busy_refusals` in Server.install_features takes the place of `send_busy`.
+# Entered: `install_busy_refusals` in Service.install_features takes the place of `send_busy`.
 
 BUSY_SECONDS = 1        # for the head
 
-def install_busy_refusals(server):
+def install_busy_refusals(service):
     def refuse(sock, record):
-        own_socket = server.wrap_client(socket.socket(fileno=sock.detach()))
-        job = RefusedClient(own_socket, record, server.send_busy)
-        server.take_over(job, network_of(record.client))
-    server.refuse = refuse
+        own_socket = service.wrap_client(socket.socket(fileno=sock.detach()))
+        job = RefusedClient(own_socket, record, service.server.send_busy)
+        service.server.take_over(job, network_of(record.client))
+    service.refuse = refuse
 
 
 class RefusedClient(Job):
@@ -4493,11 +4651,11 @@ class RefusedClient(Job):
 # Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
 # redirect to another host is refused if clients would repeat a body there.
 # Touches: the Location of a response, where a provider key is configured.
-# Entered: `install_redirects` in Server.install_features adds a check.
+# Entered: `install_redirects` in Service.install_features adds a check.
 
-def install_redirects(server):
-    if server.settings.provider_keys:
-        server.response_checks.append(check_location)
+def install_redirects(service):
+    if service.settings.provider_keys:
+        service.response_checks.append(check_location)
 
 def check_location(handler, exchange):
     """Rewrite the response's Location. ErrorResponse 502 for a body that would go elsewhere."""
@@ -4536,15 +4694,15 @@ def map_location(location, asked, upstream):
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
-# Entered: `install_rates` in Server.install_features adds a check.
+# Entered: `install_rates` in Service.install_features adds a check.
 
 MAX_BUCKETS = 10000     # clients whose rate is remembered: about 3 MB
 
-def install_rates(server):
-    if server.settings.rate:
-        shown = server.settings.shown["AIPROXY_RATE"]
-        server.rate_limiter = RateLimiter(*server.settings.rate, shown=shown)
-        server.checks.append(server.rate_limiter.check)
+def install_rates(service):
+    if service.settings.rate:
+        shown = service.settings.shown["AIPROXY_RATE"]
+        service.rate_limiter = RateLimiter(*service.settings.rate, shown=shown)
+        service.checks.append(service.rate_limiter.check)
 
 
 class RateLimiter:
@@ -4605,7 +4763,7 @@ def format_duration(seconds):
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Server.install_features takes the place of `is_loopback`.
+# Entered: `install_trusted_proxies` in Service.install_features takes the place of `is_loopback`.
 
 # RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
 NETWORK_WORDS = {
@@ -4615,15 +4773,15 @@ NETWORK_WORDS = {
     "*": "0.0.0.0/0 ::/0",
 }
 
-def install_trusted_proxies(server):
-    networks = server.settings.trusted_proxies
+def install_trusted_proxies(service):
+    networks = service.settings.trusted_proxies
 
     @functools.lru_cache(1024)      # there are few proxies
     def is_trusted_proxy(address):
         plain = plain_address(address)
         return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
 
-    server.is_trusted_proxy = is_trusted_proxy
+    service.is_trusted_proxy = is_trusted_proxy
 
 def parse_networks(text):
     """The networks of a list of addresses, networks and words."""
@@ -4646,7 +4804,7 @@ OPTIONS += (
 # ---- Model rules ---------------------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
 # Touches: the path, members of an inspected body, a form: aliases become the models behind them.
-# Entered: `install_model_rules` in Server.install_features adds checks and a rule.
+# Entered: `install_model_rules` in Service.install_features adds checks and a rule.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
 # and what has a model of its own. (Below `messages` and `input` stands what a model has written.)
@@ -4669,10 +4827,10 @@ FORM_PLAIN = re.compile(br"text/plain(?:;[ \t]*charset=\"?(?:utf-8|us-ascii)\"?)
 FORM_CODINGS = (b"binary", b"8bit", b"7bit")
 MAX_PARTS = 1000
 
-def install_model_rules(server):
-    server.checks.append(check_named_model)
-    server.body_rules.append(apply_model_rules)
-    server.check_form = apply_form_rules
+def install_model_rules(service):
+    service.checks.append(check_named_model)
+    service.body_rules.append(apply_model_rules)
+    service.check_form = apply_form_rules
 
 def check_named_model(handler):
     """400 or 403 for the model that a path or a query names; an alias in the path is replaced.
@@ -4878,7 +5036,7 @@ def invalid_form(reason):
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
-# Entered: `install_limits` in Server.install_features adds a rule, and a warning for the banner.
+# Entered: `install_limits` in Service.install_features adds a rule, and a warning for the banner.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
 # llama.cpp's, Ollama's, Hugging Face's, SGLang's, and Gemini's in both of its spellings.
@@ -4922,15 +5080,15 @@ NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definiti
 WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))
 ONE_TOKEN = "...."     # what a token number counts as
 
-def install_limits(server):
-    server.body_rules.append(limit_body)
-    settings = server.settings
+def install_limits(service):
+    service.body_rules.append(limit_body)
+    settings = service.settings
     if not settings.max_tokens or settings.paths is None:
         return
     paths = [path for method, path in settings.paths if method in ("POST", "PUT", "PATCH", "*")]
     paths = [path for path in paths if not path.endswith((*LIMITED_PATHS, *UNLIMITED_PATHS))]
     if paths:
-        server.warnings.append(
+        service.warnings.append(
             "AIPROXY_MAX_TOKENS adds no limit on %s: there it only lowers one that a request names"
             % ", ".join(paths))
 
@@ -5070,18 +5228,18 @@ def is_text(name, value, siblings):
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Server.install_features takes the place of `use_first_key`.
+# Entered: `install_key_rotation` in Service.install_features takes the place of `use_first_key`.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
 KEY_COOLDOWN = 60                           # seconds, after a status that names no time
 REJECTED_COOLDOWN = 600                     # seconds, after a 401
 MAX_COOLDOWN = 86400                        # seconds
 
-def install_key_rotation(server):
-    count = len(server.settings.provider_keys)
+def install_key_rotation(service):
+    count = len(service.settings.provider_keys)
     if count > 1:
-        server.use_key = KeyRotation(count, server.log.warn).use
-        server.needs_whole_bodies = True        # a body that is being streamed is sent only once
+        service.use_key = KeyRotation(count, service.log.warn).use
+        service.needs_whole_bodies = True        # a body that is being streamed is sent only once
 
 
 class KeyRotation:
@@ -5154,18 +5312,18 @@ def retry_after(value):
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that the pool connects to; a connection before its TLS; plain requests.
-# Entered: `install_upstream_proxy` in Server.install_features changes the pool or the opener.
+# Entered: `install_upstream_proxy` in Service.install_features changes the pool or the opener.
 
-def install_upstream_proxy(server):
-    proxy = server.settings.proxy
+def install_upstream_proxy(service):
+    proxy = service.settings.proxy
     if not proxy:
         return
-    server.proxy = proxy.netloc
-    server.upstream_handler.pool.address = proxy.address
-    if server.settings.upstream.scheme == "https":
-        server.upstream_handler.pool.open_tunnel = proxy.open_tunnel
+    service.proxy = proxy.netloc
+    service.upstream_handler.pool.address = proxy.address
+    if service.settings.upstream.scheme == "https":
+        service.upstream_handler.pool.open_tunnel = proxy.open_tunnel
     else:
-        server.opener.add_handler(proxy)
+        service.opener.add_handler(proxy)
 
 def read_proxy(settings):
     """The environment's proxy for the upstream, as a setting."""
@@ -5244,16 +5402,16 @@ class UpstreamProxy(urllib.request.BaseHandler):
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
-# Entered: `install_heartbeats` in Server.install_features takes the places of functions that do
+# Entered: `install_heartbeats` in Service.install_features takes the places of functions that do
 # nothing.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
 
-def install_heartbeats(server):
-    seconds = server.settings.heartbeat
+def install_heartbeats(service):
+    seconds = service.settings.heartbeat
     if seconds:
-        server.on_silence = functools.partial(send_heartbeat, seconds)
-        server.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
+        service.on_silence = functools.partial(send_heartbeat, seconds)
+        service.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
 
 def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
@@ -5277,7 +5435,7 @@ def wait_with_heartbeats(seconds, wait, send):
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
-# Entered: `install_model_names` in Server.install_features takes the place of `no_observer`.
+# Entered: `install_model_names` in Service.install_features takes the place of `no_observer`.
 
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
@@ -5287,9 +5445,9 @@ MODEL_IN_FORM = re.compile(
     br'name="model"\r\n(?:(?i:content-)[^\r\n]{1,99}\r\n){0,2}\r\n([^\r\n]{1,200})\r\n')
 MODEL_BYTES = 1024      # more than any of these takes
 
-def install_model_names(server):
-    if server.settings.log != "off":
-        server.observe_request = observe_model
+def install_model_names(service):
+    if service.settings.log != "off":
+        service.observe_request = observe_model
 
 def observe_model(record):
     in_path = MODEL_IN_PATH.search(record.path)
@@ -5326,15 +5484,15 @@ class ModelFinder:
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Server.install_features takes the place of `no_observer`.
+# Entered: `install_token_counts` in Service.install_features takes the place of `no_observer`.
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
-def install_token_counts(server):
-    if server.settings.log != "off":
-        server.observe_response = observe_tokens
+def install_token_counts(service):
+    if service.settings.log != "off":
+        service.observe_response = observe_tokens
 
 def observe_tokens(record):
     counter = TokenCounter()
@@ -5390,14 +5548,14 @@ class TokenCounter:
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Server.install_features adds an upgrade.
+# Entered: `install_websocket` in Service.install_features adds an upgrade.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
 UNTOLD_SECONDS = 2      # where the other side cannot be told that it has
 KEY_PROTOCOL = b"openai-insecure-api-key."      # how a browser's WebSocket carries a key
 
-def install_websocket(server):
-    server.upgrades[b"websocket"] = WebSocketUpgrade()
+def install_websocket(service):
+    service.upgrades[b"websocket"] = WebSocketUpgrade()
 
 
 class WebSocketUpgrade:
@@ -5597,13 +5755,14 @@ def describe_upstream(server):
     else:
         mode = "no key needed"
     text = "%s, %s" % (settings.upstream.shown, mode)
-    if server.proxy:
-        text += ", through the proxy %s" % server.proxy
+    proxy = server.service.proxy
+    if proxy:
+        text += ", through the proxy %s" % proxy
     return text
 
 def warnings(server):
     settings = server.settings
-    yield from server.warnings
+    yield from server.service.warnings
     if server.capacity < settings.max_connections:
         yield ("the limit of open files leaves room for %d clients, not %d (ulimit -n)"
                % (server.capacity, settings.max_connections))
@@ -6479,7 +6638,7 @@ class WorkersHandler(Handler):
                 media_type = b"application/json"
         except WRONG_SHAPE:
             raise unreadable()
-        observe = self.server.observe_response(self.record)
+        observe = self.service.observe_response(self.record)
         if observe:
             observe(body)
         self.send_response(200, self.translated_headers(exchange, media_type), content)
@@ -6496,7 +6655,7 @@ class WorkersHandler(Handler):
             self.send_to_client(encode_chunk(events, is_chunked))
 
         wait = exchange.request.wait
-        exchange.request.wait = self.server.add_heartbeats(wait, send)
+        exchange.request.wait = self.service.add_heartbeats(wait, send)
         while not translator.done:
             events = self.next_events(exchange, translator)
             if exchange.body.done:
@@ -6544,7 +6703,7 @@ PROVIDERS["workers-ai"] = Provider(
 # ---- Start page ----------------------------------------------------------------------------------
 # Does: gives a browser a page at /: what this address is, a prompt to try, snippets to copy.
 # Touches: nothing. It is a constant, and asks /, /health and /v1 like any client.
-# Entered: `install_start_page` in Server.install_features, for GET / with Accept: text/html.
+# Entered: `install_start_page` in Service.install_features, for GET / with Accept: text/html.
 
 PAGE = r"""<!doctype html><html lang="en"><title>aiproxy</title>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -6751,8 +6910,8 @@ PAGE_RULES = (
     "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-def install_start_page(server):
-    server.start_page = start_page
+def install_start_page(service):
+    service.start_page = start_page
 
 def start_page():
     """The headers and the content of the page, as bytes.
