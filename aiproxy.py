@@ -4290,10 +4290,11 @@ class Reloader:
     def reload(self, server, environ=None):
         """Read everything again, or only what the settings in `environ` name."""
         # Before they are read: what changes meanwhile is seen the next time.
-        self.stamps = file_stamps(server.settings.watched_files)
+        stamps = file_stamps(server.settings.watched_files)
         before = dict(os.environ)
+        reads_all = environ is None
         try:
-            if environ is None:
+            if reads_all:
                 environ = dict(self.given)
                 read_environment(self.options, environ)
             replace_environment(environ)        # urllib and OpenSSL read it, too
@@ -4302,8 +4303,11 @@ class Reloader:
             replace_environment(before)
             server.log.warn("nothing has changed, because the new settings cannot be used: %s"
                             % error)
+            if not reads_all:                   # else it may be good without the env files
+                self.stamps = stamps
             return
         replace_service(server, settings)
+        self.stamps = stamps
         server.log.warn("the settings have been read again and are in force")
         if fixed:
             server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
@@ -4338,7 +4342,7 @@ def read_new_settings(environ, old):
     if settings.upstream.provider.handler != old.upstream.provider.handler:
         raise SettingError("AIPROXY_UPSTREAM: this change of the provider needs a restart")
     fixed = [name for name in FIXED_OPTIONS
-             if settings.text(find_option(name)) != old.text(find_option(name))]
+             if settings.text(find_option(name))[1] != old.text(find_option(name))[1]]
     if settings.scheme != old.scheme:
         fixed += ["AIPROXY_TLS_CERT", "AIPROXY_TLS_KEY"]
     for name in fixed:

@@ -6,6 +6,7 @@ fixture `relay` in the file in which it finds a test.
 import contextlib
 import socket
 import ssl
+import subprocess
 import threading
 import time
 
@@ -50,6 +51,7 @@ from test_streaming import (  # noqa: F401
     test_an_incomplete_content_length_body_stays_incomplete,
 )
 from test_websocket import (  # noqa: F401
+    open_tunnel,
     test_bytes_sent_before_the_end_of_the_handshake_are_not_lost,
     test_when_either_side_closes_the_other_gets_the_rest_and_is_closed,
 )
@@ -258,7 +260,6 @@ def say_close_notify(client):
 
 
 def test_a_websocket_client_may_end_its_half(by_hand, relay):  # noqa: F811
-    from test_websocket import open_tunnel
     running = relay(UPSTREAM=by_hand.url)
     client, _, peer, _ = open_tunnel(by_hand, running)
     with client:
@@ -373,7 +374,6 @@ def test_the_key_may_stand_in_the_certificates_file(client_certificate, tmp_path
 
 
 def test_an_encrypted_key_is_an_error_and_no_prompt(client_certificate, tmp_path):
-    import subprocess
     locked = tmp_path / "locked.key"
     command = ["openssl", "rsa", "-aes128", "-passout", "pass:secret-word"]
     command += ["-in", client_certificate["TLS_KEY"], "-out", str(locked)]
