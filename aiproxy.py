@@ -2855,6 +2855,7 @@ class BufferedSocket:
         self.sock = sock
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.buffer = b""
+        self.was_filled = False             # did the last read give as much as it could?
         self.ended = False                  # the peer has ended its sending side
 
     def fileno(self):
@@ -2884,7 +2885,7 @@ class BufferedSocket:
 
     def has_decrypted(self):
         """Does TLS hold bytes that are decrypted already? No selector sees those."""
-        return self.is_tls and self.sock.pending() > 0
+        return self.was_filled and self.is_tls and self.sock.pending() > 0
 
     def has_pending(self):
         """Is there something to read without asking the system?"""
@@ -2904,6 +2905,7 @@ class BufferedSocket:
                 self.ended = True
                 raise ClosedEarly()
             raise
+        self.was_filled = len(data) == READ_SIZE
         self.ended = not data
         return data
 
