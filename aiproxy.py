@@ -443,7 +443,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.capacity = raise_file_limit(settings.max_connections)
         self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
-        self.relay_loop = RelayLoop(self.close_old_connections, self.log.warn)
+        self.relay_loop = RelayLoop(self.on_tick, self.log.warn)
         self.body_budget = BodyBudget()
         self.service = Service(settings, self)      # the one in force
         try:
@@ -461,7 +461,7 @@ class Server(http.server.ThreadingHTTPServer):
     def settings(self):
         return self.service.settings
 
-    def close_old_connections(self, now):
+    def on_tick(self, now):
         self.service.upstream_handler.pool.close_old(now)
 
     def server_bind(self):
@@ -670,10 +670,8 @@ def has_nothing_to_say(client):
         return True
 
 def hang_up(sock):
-    """End the connection of a socket that another thread is using.
-
-    SSLSocket's own method would take the TLS away, and that thread go on in plain text.
-    """
+    """End the connection of a socket that another thread is using."""
+    # Not the method of the class for TLS: that thread would go on in plain text.
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 def raise_file_limit(wanted):
@@ -799,12 +797,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_first_request = False
         if is_first:                        # from connecting on
             self.head_deadline = self.record.began + HEAD_SECONDS
-            self.service.begin_client(self)                  # 400
+            self.service.begin_client(self)                 # 400
         if not self.client.has_pending():
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
-            arrived = self.wait_idle(limit)
-            if not (arrived or is_first):   # a silent new client gets a 408
-                raise ClientGone("idle")
+            self.wait_idle(limit, is_first)         # a silent new client gets a 408
         self.record.began = time.monotonic()
         if not is_first:
             self.head_deadline = self.record.began + HEAD_SECONDS
@@ -815,15 +811,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.method = self.request.method
         self.record.path = self.request.path
 
-    def wait_idle(self, seconds):
-        """Wait for the next bytes of a client whose place can be had. False if none came."""
+    def wait_idle(self, seconds, may_be_silent=False):
+        """Wait for the next bytes of a client. Meanwhile its place can be had."""
         self.server.mark_idle(self)
         arrived = wait_ready(seconds, self.client, READ)
         if arrived and is_closed(self.client):      # idle to the end
             raise ClientGone("idle")
-        if not self.server.mark_busy(self):         # evicted
+        is_evicted = not self.server.mark_busy(self)
+        if is_evicted or not (arrived or may_be_silent):
             raise ClientGone("idle")
-        return bool(arrived)
 
     def read_more_head(self):
         """Wait for more bytes of a head. A deadline for all of it stops a slowloris."""
@@ -1126,16 +1122,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             return
         # Closed with bytes unread it would send a reset, too, and that eats our response.
-        lingers = self.head_sent and not self.client.ended and self.may_have_unread()
+        must_linger = False
+        if self.head_sent and not self.client.ended:
+            has_unread = self.client.buffer or self.client.receive()
+            may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
+            must_linger = has_unread or may_send_on
         if self.is_whole:
             self.service.end_client(self)
-        if lingers:
+        if must_linger:
             self.server.linger(self.client.sock, self.address)
-
-    def may_have_unread(self):
-        has_unread = self.client.buffer or self.client.receive()
-        may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
-        return has_unread or may_send_on
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -2019,12 +2014,8 @@ class Pool:
     def release(self, connection, seconds):
         """Keep a connection for the next request, for `seconds`."""
         self.idle.append((connection, time.monotonic() + seconds))
-        self.trim()
-
-    def trim(self):
-        with contextlib.suppress(IndexError):       # other threads take some, too
-            while len(self.idle) > self.size:
-                self.idle.popleft()[0].close()
+        while len(self.idle) > self.size:
+            self.idle.popleft()[0].close()
 
     def close_old(self, now):
         """Close what has been idle too long; called by the relay loop twice a second."""
@@ -3351,15 +3342,13 @@ class Log:
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
         self.secrets = []
-        self.longest = 3        # characters that the longest may take, percent-encoded
+        self.longest = 3                # characters that one may take, percent-encoded
         self.add_secrets(secrets)
         streams = (sys.stdout, sys.stderr)
         self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
 
     def add_secrets(self, secrets):
-        """What is not to be shown from now on, besides what was not before."""
-        lengths = [3 * len(secret) for secret in secrets]
-        self.longest = max([self.longest] + lengths)
+        self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
         self.secrets = self.secrets + [secret.decode() for secret in secrets]
 
     def start(self):
@@ -4355,11 +4344,10 @@ def replace_service(server, settings):
     """From now on requests get these settings. Old secrets are not to be shown either."""
     server.log.add_secrets(settings.secrets)
     server.log.format = settings.log
-    old = server.service
+    pool = server.service.upstream_handler.pool
     server.service = Service(settings, server)
-    pool = old.upstream_handler.pool
     pool.size = 0                               # running requests may still bring connections
-    pool.trim()
+    pool.close_old(math.inf)
 
 # ---- HTTPS ---------------------------------------------------------------------------------------
 # Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
@@ -4399,8 +4387,7 @@ def limit_refusals(refuse):
 def begin_tls(handler):
     """The handshake, in the client's own thread and the time of its first head."""
     client = handler.client
-    if not handler.wait_idle(HEAD_SECONDS):
-        raise ClientGone("idle")
+    handler.wait_idle(HEAD_SECONDS)
     if peek(client) != TLS_HANDSHAKE:
         # What it sends is read, and what it gets is sent, on the connection below the TLS.
         handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
