@@ -4240,7 +4240,7 @@ def prepare_reload(options, environ):
     if options.demo:            # its settings stand in no file
         return []
     reloader = Reloader(options, environ)
-    # Also under nohup, which ignores it: whoever sends it then wants the settings to be read.
+    # Also under nohup, which ignores it: a terminal that goes away then only costs a reload.
     if hasattr(signal, "SIGHUP"):       # not on Windows
         signal.signal(signal.SIGHUP, lambda number, frame: reloader.signals.put(number))
     return [reloader.run]
@@ -4256,6 +4256,7 @@ class Reloader:
         self.options = options
         self.given = dict(environ)              # as we were started, without the env files
         self.signals = queue.SimpleQueue()      # a signal handler may put something into it
+        self.has_terminal = os.isatty(0)        # on stdin, which nohup and services do not have
         self.stamps = None                      # of the watched files, when they were last read
 
     def run(self, server):
@@ -4275,7 +4276,9 @@ class Reloader:
             if file_stamps(server.settings.watched_files) == self.stamps:
                 return
             environ = dict(os.environ)          # nobody has said that the env files are ready
-        if not server.closing:
+        if self.has_terminal and not os.isatty(0):
+            os.kill(os.getpid(), signal.SIGTERM)        # the window has been closed: end with it
+        elif not server.closing:
             self.reload(server, environ)
 
     def reload(self, server, environ=None):
@@ -4371,9 +4374,9 @@ def install_https(service):
     service.wrap_client = wrap_client
     service.begin_client = begin_tls
     service.end_client = send_close_notify
-    service.refuse = limit_refusals(service.refuse)
+    service.refuse = limit_refusals(service.refuse, service.log)
 
-def limit_refusals(refuse):
+def limit_refusals(refuse, log):
     """A `refuse` that just hangs up where too many are refused: the loop has streams to move."""
     recent = collections.deque(maxlen=TLS_REFUSALS)     # when the last ones were
 
@@ -4382,6 +4385,9 @@ def limit_refusals(refuse):
         if len(recent) < TLS_REFUSALS or now - recent[0] > 1:
             recent.append(now)
             refuse(sock, record)
+        else:
+            record.outcome = "server_busy"
+            log.write(record)
     return refuse_some
 
 def begin_tls(handler):

@@ -2,14 +2,16 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 
 import aiproxy
 from support import (
-    CHAT, EVENT_HEAD, OK, PATIENCE, Client, Program, Relay, Upstream, chunk, client_tls, event,
-    make_certificate,
+    CHAT, EVENT_HEAD, OK, PATIENCE, PROGRAM, Client, Program, Relay, Upstream, chunk,
+    clean_environ, client_tls, event, make_certificate,
 )
 
 OLD = "ck-old-0123456789"
@@ -121,6 +123,27 @@ def test_SIGHUP_ends_no_program_that_has_no_env_file(upstream):
         program.process.send_signal(signal.SIGHUP)
         program.wait_for_line(program.errors, "are in force")
         assert program.stop() == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+@pytest.mark.parametrize("is_on_stdin", [True, False], ids=["by hand", "nohup"])
+def test_a_program_run_by_hand_ends_with_its_terminal(upstream, is_on_stdin):
+    leader, terminal = os.openpty()
+    command = [sys.executable, PROGRAM, "--upstream", upstream.url, "--port", "0"]
+    process = subprocess.Popen(
+        command, stdin=terminal if is_on_stdin else subprocess.DEVNULL, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, env=clean_environ(), universal_newlines=True)
+    with process:
+        os.close(terminal)
+        while "try " not in process.stderr.readline():
+            pass
+        os.close(leader)
+        process.send_signal(signal.SIGHUP)      # as the shell does when its window is closed
+        if is_on_stdin:
+            assert process.wait(PATIENCE) == 0
+        else:
+            assert "are in force" in "".join(process.stderr.readline() for _ in range(2))
+            process.kill()
 
 
 def test_everything_that_a_setting_decides_is_new(reloadable, upstream):
