@@ -13,12 +13,12 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
                Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Env files . Values from files . Review of the settings . CORS . Errors in the form
-               of other APIs . Refusals in the right form . Redirects . Rates . Trusted proxies .
-               Model rules . Token and prompt limits . Several provider keys . Proxies on the way
-               up . Fields for the upstream . Heartbeats . Model names for the log . Token counts .
-               WebSocket . More providers . Banner . A live check . Tuning of the process .
-               Workers AI . Start page . Demo
+    Part two   Env files . Values from files . Review of the settings . Reload . HTTPS . CORS .
+               Errors in the form of other APIs . Refusals in the right form . Redirects . Rates .
+               Trusted proxies . Model rules . Token and prompt limits . Several provider keys .
+               Proxies on the way up . Fields for the upstream . Heartbeats . Model names for the
+               log . Token counts . WebSocket . More providers . Banner . A live check .
+               Tuning of the process . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -38,7 +38,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
  1. Read what is there, not `read(n)`. `read(4096)` waits for 4096 bytes or the end, and so holds
     back every event of a stream until it is over. (`BodyReader.read`)
  2. Never follow a redirect: it would carry the provider key to whatever host the upstream names.
-    (`Server.opener` has no handler for them)
+    (`Service.opener` has no handler for them)
  3. Compare keys with `compare_digest`, as bytes, and with all of them. A comparison that stops at
     the first difference tells by its time how much of a guess was right (timing attack); as text,
     a key that is not ASCII would raise. (`check_client_key`)
@@ -129,6 +129,8 @@ AIPROXY_OPEN = ""               # 1: serve a hidden key to anybody, knowingly
 # Where to listen.
 AIPROXY_HOST = "127.0.0.1"      # an address or a host name
 AIPROXY_PORT = "8000"           # a port number
+AIPROXY_TLS_CERT = ""           # a PEM file with the certificate chain; empty: plain HTTP
+AIPROXY_TLS_KEY = ""            # a PEM file with its key; empty: it stands in that of the chain
 AIPROXY_TRUSTED_PROXIES = "loopback"    # whose X-Forwarded-For is believed
 
 # How much, and for how long.
@@ -352,53 +354,28 @@ class CannotListen(Exception):
 
 # ---- Server: accepting clients -------------------------------------------------------------------
 
-class Server(http.server.ThreadingHTTPServer):
-    """The listener, and what all clients share: settings, upstream connections, relay loop, log."""
+class Service:
+    """What follows from the settings: the way to the upstream, and what part two adds.
 
-    request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
-    allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
-    allow_reuse_port = False
-    timeout = 0.1                   # seconds until handle_request returns without a client
+    New settings make a new one. A request keeps the one that was in force when it came.
+    """
 
-    def __init__(self, settings):
+    def __init__(self, settings, server):
         self.settings = settings
-        self.started = int(time.time())
-        self.closing = False        # after a signal: no more clients, and none is kept alive
-        # The client connections, each with the address it counts for, and the number of an
-        # address's connections. The condition guards both.
-        self.clients = {}
-        self.client_counts = collections.Counter()
-        self.client_ended = threading.Condition()
-        self.lingering = {}         # by job: the address of one that we only read out
-        # By connection the handlers whose clients are idle, and since when. No lock: adding,
-        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
-        self.idle = {}
-
-        self.capacity = raise_file_limit(settings.max_connections)
-        self.threads = self.make_executor()
-        self.log = Log(settings.log, settings.secrets)
+        self.server = server
+        self.log = server.log
         self.upstream_handler = UpstreamHandler(settings)
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
-        self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
-        self.body_budget = BodyBudget()
-
         self.install_features()
-        try:
-            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
-            self.address_family = found[0]
-            super().__init__(found[4], settings.upstream.provider.handler or Handler)
-        except (OSError, UnicodeError) as error:
-            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
-            raise CannotListen("cannot listen on %s port %d: %s" % (
-                host, settings.port, getattr(error, "strerror", None) or error))
-        self.log.start()
-        self.relay_loop.start()
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
+        self.wrap_client = leave_plain      # (socket): what to serve an accepted one through
+        self.begin_client = do_nothing      # (handler), before the first head is read
+        self.end_client = do_nothing        # (handler), when nothing is missing at its end
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
-        self.refuse = self.send_busy        # (socket, record), where there is no room
+        self.refuse = self.server.send_busy     # (socket, record), where there is no room
         self.error_form = openai_form       # (path): the form of errors in the API there
         self.response_checks = []           # (handler, exchange), before its head goes down
         self.edit_upstream_headers = keep_fields    # (fields, settings): those that go up
@@ -420,6 +397,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_cors(self)                  # part two: CORS
         install_error_forms(self)           # part two: Errors in the form of other APIs
         install_busy_refusals(self)         # part two: Refusals in the right form
+        install_https(self)                 # part two: HTTPS
         install_redirects(self)             # part two: Redirects
         install_upstream_fields(self)       # part two: Fields for the upstream
         install_rates(self)                 # part two: Rates
@@ -434,13 +412,71 @@ class Server(http.server.ThreadingHTTPServer):
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
 
+    def render_error(self, error, record):
+        """The body of an error response, in the form of the API that was called."""
+        form = self.error_form(record.path)
+        return json.dumps(form.body(error, record.id)).encode()
+
+    def complete_headers(self, headers, request, request_id, is_open_ended=False):
+        """`headers` with what every response gets. `request` is None if it could not be read."""
+        headers = headers + own_headers(headers, request_id, is_open_ended)
+        names = [name.lower() for name, _ in headers]
+        return headers + self.cors_headers(request, self.settings, names)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The listener, and what all clients share: the service, the relay loop, the log."""
+
+    request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
+    allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
+    allow_reuse_port = False
+    timeout = 0.1                   # seconds until handle_request returns without a client
+
+    def __init__(self, settings):
+        self.started = int(time.time())
+        self.closing = False        # after a signal: no more clients, and none is kept alive
+        # The client connections, each with the address it counts for, and the number of an
+        # address's connections. The condition guards both.
+        self.clients = {}
+        self.client_counts = collections.Counter()
+        self.client_ended = threading.Condition()
+        self.lingering = {}         # by job: the address of one that we only read out
+        # By connection the handlers whose clients are idle, and since when. No lock: adding,
+        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
+        self.idle = {}
+
+        self.capacity = raise_file_limit(settings.max_connections)
+        self.threads = self.make_executor()
+        self.log = Log(settings.log, settings.secrets)
+        self.relay_loop = RelayLoop(self.on_tick, self.log.warn)
+        self.body_budget = BodyBudget()
+        self.service = Service(settings, self)      # the one in force
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+            self.address_family = found[0]
+            super().__init__(found[4], settings.upstream.provider.handler or Handler)
+        except (OSError, UnicodeError) as error:
+            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
+            raise CannotListen("cannot listen on %s port %d: %s" % (
+                host, settings.port, getattr(error, "strerror", None) or error))
+        self.log.start()
+        self.relay_loop.start()
+
+    @property
+    def settings(self):
+        return self.service.settings
+
+    def on_tick(self, now):
+        self.service.upstream_handler.pool.close_old(now)
+
     def server_bind(self):
         """Bind without HTTPServer's look-up of our own name in the DNS."""
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self):
         try:
-            return super().get_request()
+            sock, address = super().get_request()
+            return self.service.wrap_client(sock), address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.1)     # wait for descriptors instead of spinning
@@ -476,7 +512,7 @@ class Server(http.server.ThreadingHTTPServer):
     def make_room(self, address, client_address):
         """Is there room for the newest client? If it takes that, an idle one is hung up on."""
         if self.client_counts[address] > self.settings.max_per_client:
-            is_exempt = is_loopback(address) or self.is_trusted_proxy(client_address[0])
+            is_exempt = is_loopback(address) or self.service.is_trusted_proxy(client_address[0])
             if not is_exempt:
                 return self.evict_idle(1, address=address) > 0
         return len(self.clients) <= self.capacity or self.evict_idle(1) > 0
@@ -491,7 +527,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.is_crowded():
             self.send_busy(request, record)
         else:
-            self.refuse(request, record)
+            self.service.refuse(request, record)
         self.shutdown_request(request)
 
     def is_crowded(self):
@@ -505,9 +541,9 @@ class Server(http.server.ThreadingHTTPServer):
         record.status = error.status
         record.outcome = error.code
         self.log.write(record)
-        content = self.render_error(error, record)
+        content = self.service.render_error(error, record)
         headers = error.headers + [JSON_TYPE]
-        headers = self.complete_headers(headers, request, record.id)
+        headers = self.service.complete_headers(headers, request, record.id)
         headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
         head = render_head(b"HTTP/1.1 503 Service Unavailable", headers)
         with contextlib.suppress(OSError):
@@ -515,17 +551,6 @@ class Server(http.server.ThreadingHTTPServer):
             sock.send(head if record.method == "HEAD" else head + content)
             if not self.is_crowded():
                 self.linger(sock, network_of(record.client))
-
-    def render_error(self, error, record):
-        """The body of an error response, in the form of the API that was called."""
-        form = self.error_form(record.path)
-        return json.dumps(form.body(error, record.id)).encode()
-
-    def complete_headers(self, headers, request, request_id, is_open_ended=False):
-        """`headers` with what every response gets. `request` is None if it could not be read."""
-        headers = headers + own_headers(headers, request_id, is_open_ended)
-        names = [name.lower() for name, _ in headers]
-        return headers + self.cors_headers(request, self.settings, names)
 
     def linger(self, sock, address):
         """Leave a connection that has been answered to a lingering close."""
@@ -557,7 +582,7 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(IndexError, OSError):
             job = list(self.lingering)[0]
             self.forget_lingering(job)
-            job.client.sock.shutdown(socket.SHUT_RDWR)      # the loop sees its end, and closes it
+            hang_up(job.client.sock)        # the loop sees its end, and closes it
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
@@ -602,7 +627,7 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError, ValueError):
                 if has_nothing_to_say(handler.client) and self.mark_busy(handler):
                     evicted += 1
-                    handler.client.sock.shutdown(socket.SHUT_RDWR)      # this wakes its thread
+                    hang_up(handler.client.sock)        # this wakes its thread
         return evicted
 
     def stop(self):
@@ -611,7 +636,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
             while True:             # whoever is in the listener's queue counts as accepted
-                self.process_request(*self.socket.accept())
+                self.process_request(*self.get_request())
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
             self.evict_idle(len(self.clients), min_age=0.5)
@@ -629,7 +654,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         for sock in list(self.clients):
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                hang_up(sock)
         self.relay_loop.close()
         self.threads.shutdown(wait=False)
         self.log.close(0)
@@ -638,12 +663,21 @@ class Server(http.server.ThreadingHTTPServer):
         """Where this machine reaches us."""
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        host = "[%s]" % host if ":" in host else host
+        return "%s://%s:%d" % (self.settings.scheme, host, port)
 
 
 def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
-    return not wait_ready(0, client, READ) or is_closed(client)
+    try:
+        return not peek(client)
+    except OSError:                 # BlockingIOError is one, too
+        return True
+
+def hang_up(sock):
+    """End the connection of a socket that another thread is using."""
+    # Not the method of the class for TLS: that thread would go on in plain text.
+    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
@@ -722,13 +756,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = BufferedSocket(self.request)
         self.client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.address = network_of(self.client_address[0])
-        self.settings = self.server.settings
         self.is_first_request = True
 
+    def use_current_settings(self):
+        self.service = self.server.service
+        self.settings = self.service.settings
+
     def start_request(self):
+        self.use_current_settings()
         self.request = None                 # a Request, once its head has been read
         self.upload = None                  # its body, an Upload
         self.head_sent = False
+        self.is_whole = True                # is nothing missing of the response?
         self.ends_by_close = False          # does only the connection's end end the response?
         self.record = Record(self.client_address[0])
         self.close_connection = True        # until a response has gone out whole
@@ -761,22 +800,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for the next request and read its head. A silent kept-alive client is let go."""
         is_first = self.is_first_request
         self.is_first_request = False
-        connected = self.record.began
-        if not self.client.buffer.strip(b"\r\n"):    # some send an empty line behind a body
-            self.server.mark_idle(self)
-            arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
-            if arrived and is_closed(self.client):      # idle to the end: its place can be had
-                raise ClientGone("idle")
-            is_evicted = not self.server.mark_busy(self)
-            if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
-                raise ClientGone("idle")
+        if is_first:                        # from connecting on
+            self.head_deadline = self.record.began + HEAD_SECONDS
+            self.service.begin_client(self)                 # 400
+        begun = self.client.buffer.strip(b"\r\n")       # some send an empty line behind a body
+        if not begun and not self.client.has_decrypted():
+            limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
+            self.wait_idle(limit, is_first)         # a silent new client gets a 408
         self.record.began = time.monotonic()
-        self.head_deadline = HEAD_SECONDS + (connected if is_first else self.record.began)
+        if not is_first:
+            self.head_deadline = self.record.began + HEAD_SECONDS
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
+        self.use_current_settings()         # they may be others than before it was idle
         self.request = Request(first_line, headers, self.address)
         self.record.method = self.request.method
         self.record.path = self.request.path
+
+    def wait_idle(self, seconds, may_be_silent=False):
+        """Wait for the next bytes of a client. Meanwhile its place can be had."""
+        self.server.mark_idle(self)
+        arrived = wait_ready(seconds, self.client, READ)
+        if arrived and is_closed(self.client):      # idle to the end
+            raise ClientGone("idle")
+        is_evicted = not self.server.mark_busy(self)
+        if is_evicted or not (arrived or may_be_silent):
+            raise ClientGone("idle")
 
     def read_more_head(self):
         """Wait for more bytes of a head. A deadline for all of it stops a slowloris."""
@@ -821,7 +870,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.upload = Upload(self.client, body)
         if b"x-forwarded-for" in request.headers:
             self.record.client = find_client(self.record.client, request.headers,
-                                             self.server.is_trusted_proxy)
+                                             self.service.is_trusted_proxy)
             request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request, self.settings)                # 405 501
@@ -844,7 +893,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request.method != "GET" or request.is_http10 or not self.upload.done:
             return None
         protocol = wanted_upgrade(request.headers)
-        upgrade = self.server.upgrades.get(protocol)
+        upgrade = self.service.upgrades.get(protocol)
         if upgrade:
             request.upgrade = protocol
             upgrade.prepare(request, self.settings)
@@ -855,7 +904,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_path(self.request, self.settings)
 
     def run_checks(self):
-        for check in self.server.checks:
+        for check in self.service.checks:
             check(self)
 
     # -- what we answer ourselves
@@ -863,8 +912,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_about_us(self):
         """/health and /: no key, no upstream call. Models are shown to those who may list them."""
         wants_page = b"text/html" in self.request.headers.get(b"accept", b"")
-        if self.request.path == "/" and wants_page and self.server.start_page:
-            return self.send_response(200, *self.server.start_page(self.request))
+        if self.request.path == "/" and wants_page and self.service.start_page:
+            return self.send_response(200, *self.service.start_page(self.request))
         if self.request.path == "/":
             return self.send_json(describe_api(self.settings))
         health = {"status": "healthy", "timestamp": int(time.time())}
@@ -896,9 +945,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expects = b"expect" in request.headers and not request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
-        is_whole = is_inspected or self.server.needs_whole_bodies
+        is_whole = is_inspected or self.service.needs_whole_bodies
         if not is_inspected:
-            upload.observe = self.server.observe_request(self.record)
+            upload.observe = self.service.observe_request(self.record)
         if not is_whole:
             return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
         budget = self.server.body_budget
@@ -915,7 +964,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not body:                    # a job is cancelled so
                 return body
             if is_form(request.headers):
-                body = self.server.check_form(body, request, self.settings)
+                body = self.service.check_form(body, request, self.settings)
                 self.record.model = request.model
                 return body
         return edit_members(body, self.check_body(body)[1])
@@ -926,7 +975,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.is_json = True
         members = parse_object(body)
         changes = {}
-        for rule in self.server.body_rules:
+        for rule in self.service.body_rules:
             changes.update(rule(members, request, self.settings))
             self.record.model = request.model
         return members, changes
@@ -943,7 +992,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         settings = self.settings
         wait = wait or functools.partial(wait_for_upstream, self.client)
         headers = upstream_headers(self.request, settings)
-        headers = self.server.edit_upstream_headers(headers, settings)
+        headers = self.service.edit_upstream_headers(headers, settings)
 
         def send(key_index):
             key_fields = settings.key_fields[key_index:key_index + 1]
@@ -953,7 +1002,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request.wait = wait
             if not (settings.provider_keys or self.request.is_http10):
                 request.on_early_hints = self.send_early_hints
-            exchange = self.server.opener.open(request, timeout=settings.timeout)
+            exchange = self.service.opener.open(request, timeout=settings.timeout)
             exchange.drop_fields_with(settings.field_secrets)
             self.record.upstream_status = exchange.status
             upstream_id = (exchange.headers.get(b"x-request-id")
@@ -962,7 +1011,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
-        exchange = self.server.use_key(send)
+        exchange = self.service.use_key(send)
         if exchange.request_sent:
             self.server.body_budget.let_go(self.upload)
         return exchange
@@ -973,7 +1022,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         try:
             secret_filter = check_for_key(exchange, self.settings)      # 502
-            for check in self.server.response_checks:
+            for check in self.service.response_checks:
                 check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
             job = ResponseJob(self, exchange, is_chunked, secret_filter)
@@ -990,6 +1039,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.close()
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
+        self.is_whole = job.outcome == "ok"
         self.close_connection = announced_close or self.must_close()
 
     def must_close(self):
@@ -1007,8 +1057,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.status = status
         self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
+        self.is_whole = False               # until whoever sends the body knows better
         self.ends_by_close = length is None and self.request.is_http10
-        headers = self.server.complete_headers(headers, self.request, self.record.id,
+        headers = self.service.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
@@ -1036,6 +1087,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reason = http.client.responses.get(status, "").encode()
         self.record.bytes = len(body)
         self.start_response(status, reason, list(headers), body, len(content))
+        self.is_whole = True
         self.record.outcome = self.record.outcome or "ok"
         self.close_connection = self.must_close()
 
@@ -1054,7 +1106,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.name_broken_request()
         try:
             self.send_response(error.status, error.headers + [JSON_TYPE],
-                               self.server.render_error(error, self.record))
+                               self.service.render_error(error, self.record))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
 
@@ -1067,20 +1119,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def render_error_event(self, error):
         """The event that tells of an error in a stream that has begun."""
-        form = self.server.error_form(self.record.path)
+        form = self.service.error_form(self.record.path)
         return render_error_event(error, form, self.record.id)
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
-        if self.ends_by_close and self.record.outcome != "ok":      # a cut has no other sign here
+        if self.ends_by_close and not self.is_whole:        # a cut has no other sign here
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        elif self.head_sent and not self.client.ended:
-            # Closed with bytes unread it would send a reset, too, and that eats our response.
+            return
+        # Closed with bytes unread it would send a reset, too, and that eats our response.
+        must_linger = False
+        if self.head_sent and not self.client.ended:
             has_unread = self.client.buffer or self.client.receive()
             may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
-            if has_unread or may_send_on:
-                self.server.linger(self.client.sock, self.address)
+            must_linger = has_unread or may_send_on
+        if self.is_whole:
+            self.service.end_client(self)
+        if must_linger:
+            self.server.linger(self.client.sock, self.address)
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -1134,8 +1191,12 @@ def no_heartbeats(wait, send):
     """A silent stream stays silent. See "Heartbeats"."""
     return wait
 
-def do_nothing(job):
-    """See "Heartbeats"."""
+def do_nothing(whom):
+    """See "Heartbeats" and "HTTPS"."""
+
+def leave_plain(sock):
+    """Clients speak plain HTTP. See "HTTPS"."""
+    return sock
 
 def refuse_form(body, request, settings):
     """No rule reads forms. See "Model rules"."""
@@ -1265,7 +1326,7 @@ def is_origin_allowed(headers, settings):
     if is_listed_origin(origin, settings):
         return True
     host = headers.get(b"host", b"")        # our own start page, on this machine
-    return origin == b"http://" + host and is_loopback_host(host)
+    return origin == b"%b://%b" % (settings.scheme.encode(), host) and is_loopback_host(host)
 
 def is_listed_origin(origin, settings):
     """Does it fit one that AIPROXY_ORIGINS names?"""
@@ -1951,6 +2012,7 @@ class Pool:
         self.server_name = upstream.server_name             # whose certificate it must be
         self.last_address = None            # the one that took the last connection
         self.connect_timeout = settings.connect_timeout
+        self.size = POOL_SIZE               # idle connections at most
         self.idle = collections.deque()     # of (connection, until); the newest at the right
 
     def acquire(self):
@@ -1967,7 +2029,7 @@ class Pool:
     def release(self, connection, seconds):
         """Keep a connection for the next request, for `seconds`."""
         self.idle.append((connection, time.monotonic() + seconds))
-        while len(self.idle) > POOL_SIZE:
+        while len(self.idle) > self.size:
             self.idle.popleft()[0].close()
 
     def close_old(self, now):
@@ -2520,9 +2582,9 @@ class ResponseJob(Job):
         self.timeout = handler.settings.timeout
         self.is_chunked = is_chunked
         self.secret_filter = secret_filter  # None where there is nothing to look for
-        self.observe = handler.server.observe_response(handler.record)
+        self.observe = handler.service.observe_response(handler.record)
         self.render_error_event = handler.render_error_event
-        self.on_silence = handler.server.on_silence
+        self.on_silence = handler.service.on_silence
         self.unsent = b""
         self.taken = 0.0                    # when the client last took something
         self.pace = None                    # of the client, while it is behind
@@ -2771,12 +2833,16 @@ def is_worth_watching(client):
 def is_closed(client):
     """Has an idle client that is readable closed its connection? Nothing is read."""
     try:
-        # Not the method of the class for TLS, which takes no flags.
-        return not socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
+        return not peek(client)
     except BlockingIOError:
         return False
     except OSError:
         return True
+
+def peek(client):
+    """The first byte that has come and is not read yet, b"" at the end. Of TLS, as it travels."""
+    # Not the method of the class for TLS, which takes no flags.
+    return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
 
 def has_disconnected(client):
     """Has a client left that is readable while a response is under way?
@@ -2799,8 +2865,9 @@ class BufferedSocket:
     def __init__(self, sock):
         sock.setblocking(False)
         self.sock = sock
-        self.is_tls = False
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.buffer = b""
+        self.was_filled = False             # did the last read give as much as it could?
         self.ended = False                  # the peer has ended its sending side
 
     def fileno(self):
@@ -2810,16 +2877,17 @@ class BufferedSocket:
         self.sock.close()
 
     def start_tls(self, context, server_name, wait):
-        """Change to TLS as a client. An end without close_notify then is an error: a cut.
-
-        `wait(self, mask)` sleeps until the socket is ready.
-        """
+        """Change to TLS as a client. An end without close_notify then is an error: a cut."""
         self.sock = context.wrap_socket(self.sock, server_hostname=server_name,
                                         do_handshake_on_connect=False, suppress_ragged_eofs=False)
         self.is_tls = True
+        self.complete(self.sock.do_handshake, wait)
+
+    def complete(self, step, wait):
+        """Take a step of TLS, such as the handshake. `wait(self, mask)` waits for the socket."""
         while True:
             try:
-                return self.sock.do_handshake()
+                return step()
             except ssl.SSLWantReadError:
                 wait(self, READ)
             except ssl.SSLWantWriteError:
@@ -2829,7 +2897,7 @@ class BufferedSocket:
 
     def has_decrypted(self):
         """Does TLS hold bytes that are decrypted already? No selector sees those."""
-        return self.is_tls and self.sock.pending() > 0
+        return self.was_filled and self.is_tls and self.sock.pending() > 0
 
     def has_pending(self):
         """Is there something to read without asking the system?"""
@@ -2849,6 +2917,7 @@ class BufferedSocket:
                 self.ended = True
                 raise ClosedEarly()
             raise
+        self.was_filled = len(data) == READ_SIZE
         self.ended = not data
         return data
 
@@ -2860,10 +2929,14 @@ class BufferedSocket:
 
     def send_some(self, data):
         """How many bytes were taken: 0 if none can be now. Raises OSError."""
+        sent = 0
         try:
-            return self.sock.send(data)
+            sent = self.sock.send(data)
+            while self.is_tls and sent < len(data):         # it takes one record at a time
+                sent += self.sock.send(memoryview(data)[sent:])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return 0
+            pass
+        return sent
 
     def is_silent(self):
         """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
@@ -3289,11 +3362,15 @@ class Log:
 
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
-        self.secrets = [secret.decode() for secret in secrets]
-        # Characters that the longest may take, percent-encoded.
-        self.longest = 3 * max(map(len, secrets), default=1)
+        self.secrets = []
+        self.longest = 3                # characters that one may take, percent-encoded
+        self.add_secrets(secrets)
         streams = (sys.stdout, sys.stderr)
         self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
+
+    def add_secrets(self, secrets):
+        self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
+        self.secrets = self.secrets + [secret.decode() for secret in secrets]
 
     def start(self):
         for writer in self.writers.values():
@@ -3805,6 +3882,8 @@ class Settings:
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
+        self.scheme = "http"            # of our own URLs
+        self.watched_files = []         # what may change while we run. See "Reload"
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = self.models      # name to model
         self.needs_model = bool(self.models)
@@ -3996,8 +4075,9 @@ def main():
             text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
             write_all(sys.stdout, text)
             return 0
-        read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
+        on_start += prepare_reload(options, os.environ)     # part two: Reload
+        read_environment(options, os.environ)
         on_start += start_demo(options, os.environ)     # part two: Demo
         settings = Settings(os.environ)
     except SettingError as error:
@@ -4231,16 +4311,268 @@ def show_derived(settings):
     }
     settings.shown.update(in_force)
 
+# ---- Reload --------------------------------------------------------------------------------------
+# Does: reads the settings again at SIGHUP, and every minute looks whether a certificate is new.
+# Touches: the server's service, which it replaces as a whole; the environment. In a thread.
+# Entered: `prepare_reload` in main().
+
+RELOAD_SECONDS = 60     # between two looks at the files that may change
+# In force until the end: the listener, and what was made for its number of clients.
+FIXED_OPTIONS = ("AIPROXY_HOST", "AIPROXY_PORT", "AIPROXY_MAX_CONNECTIONS")
+
+def prepare_reload(options, environ):
+    """Returns what to call once we serve."""
+    if options.demo:            # its settings stand in no file
+        return []
+    reloader = Reloader(options, environ)
+    # Also under nohup, which ignores it: a terminal that goes away then only costs a reload.
+    if hasattr(signal, "SIGHUP"):       # not on Windows
+        signal.signal(signal.SIGHUP, lambda number, frame: reloader.signals.put(number))
+    return [reloader.run]
+
+
+class Reloader:
+    """Puts new settings in force for the requests that come from then on.
+
+    Rates, key cooldowns and the pool of idle connections begin anew with them.
+    """
+
+    def __init__(self, options, environ):
+        self.options = options
+        self.given = dict(environ)              # as we were started, without the env files
+        self.signals = queue.SimpleQueue()      # a signal handler may put something into it
+        self.has_terminal = os.isatty(0)        # on stdin, which nohup and services do not have
+        self.stamps = None                      # of the watched files, when they were last read
+
+    def run(self, server):
+        self.stamps = file_stamps(server.settings.watched_files)
+        while True:
+            try:
+                self.wait(server)
+            except Exception as error:          # a fault of ours must not end the thread
+                server.report_fault(error)
+
+    def wait(self, server):
+        """Wait for a signal, or until it is time to look at the files."""
+        environ = None
+        try:
+            self.signals.get(timeout=RELOAD_SECONDS)
+        except queue.Empty:
+            if file_stamps(server.settings.watched_files) == self.stamps:
+                return
+            environ = dict(os.environ)          # nobody has said that the env files are ready
+        if self.has_terminal and not os.isatty(0):
+            os.kill(os.getpid(), signal.SIGTERM)        # the window has been closed: end with it
+        elif not server.closing:
+            self.reload(server, environ)
+
+    def reload(self, server, environ=None):
+        """Read everything again, or only what the settings in `environ` name."""
+        # Before they are read: what changes meanwhile is seen the next time.
+        stamps = file_stamps(server.settings.watched_files)
+        before = dict(os.environ)
+        reads_all = environ is None
+        try:
+            if reads_all:
+                environ = dict(self.given)
+                read_environment(self.options, environ)
+            replace_environment(environ)        # urllib and OpenSSL read it, too
+            settings, fixed = read_new_settings(environ, server.settings)
+        except SettingError as error:
+            replace_environment(before)
+            server.log.warn("nothing has changed, because the new settings cannot be used: %s"
+                            % error)
+            if not reads_all:                   # else it may be good without the env files
+                self.stamps = stamps
+            return
+        replace_service(server, settings)
+        self.stamps = stamps
+        server.log.warn("the settings have been read again and are in force")
+        if fixed:
+            server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
+
+
+def file_stamps(paths):
+    """What differs once one of these files has been written or replaced."""
+    stamps = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+            stamps.append((path, found.st_mtime_ns, found.st_ino, found.st_size))
+        except OSError:
+            stamps.append((path,))
+    return stamps
+
+def replace_environment(environ):
+    """Change what differs, and only that: other threads may be reading it."""
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    for name, value in environ.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+def read_new_settings(environ, old):
+    """The settings to put in force, and the names of those that need a restart. SettingError.
+
+    The guards must hold for the address on which we do listen: with a new AIPROXY_HOST=127.0.0.1
+    nobody would be asked for a key, and 0.0.0.0 would still be open.
+    """
+    settings = Settings(environ)
+    if settings.upstream.provider.handler != old.upstream.provider.handler:
+        raise SettingError("AIPROXY_UPSTREAM: this change of the provider needs a restart")
+    fixed = [name for name in FIXED_OPTIONS
+             if settings.text(find_option(name))[1] != old.text(find_option(name))[1]]
+    if settings.scheme != old.scheme:
+        fixed += ["AIPROXY_TLS_CERT", "AIPROXY_TLS_KEY"]
+    for name in fixed:
+        environ[name] = old.text(find_option(name))[1]
+    return (Settings(environ) if fixed else settings), fixed
+
+def replace_service(server, settings):
+    """From now on requests get these settings. Old secrets are not to be shown either."""
+    server.log.add_secrets(settings.secrets)
+    server.log.format = settings.log
+    pool = server.service.upstream_handler.pool
+    server.service = Service(settings, server)
+    pool.size = 0                               # running requests may still bring connections
+    pool.close_old(math.inf)
+
+# ---- HTTPS ---------------------------------------------------------------------------------------
+# Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
+# Touches: every client connection, from the moment when it is accepted; the scheme of our URLs.
+# Entered: `install_https` in Service.install_features takes the places of functions that do
+# nothing.
+
+TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
+TLS_REFUSALS = 10           # clients a second that get a 503, and for it a handshake by the loop
+
+def install_https(service):
+    context = service.settings.tls
+    if not context:
+        return
+
+    def wrap_client(sock):
+        """The handshake comes later: this is on the accepting thread."""
+        return context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
+                                   suppress_ragged_eofs=False)
+
+    service.wrap_client = wrap_client
+    service.begin_client = begin_tls
+    service.end_client = send_close_notify
+    service.refuse = limit_refusals(service.refuse, service.log)
+
+def limit_refusals(refuse, log):
+    """A `refuse` that just hangs up where too many are refused: the loop has streams to move."""
+    recent = collections.deque(maxlen=TLS_REFUSALS)     # when the last ones were
+
+    def refuse_some(sock, record):
+        now = time.monotonic()
+        if len(recent) < TLS_REFUSALS or now - recent[0] > 1:
+            recent.append(now)
+            refuse(sock, record)
+        else:
+            record.outcome = "server_busy"
+            log.write(record)
+    return refuse_some
+
+def begin_tls(handler):
+    """The handshake, in the client's own thread and the time of its first head."""
+    client = handler.client
+    handler.wait_idle(HEAD_SECONDS)
+    if peek(client) != TLS_HANDSHAKE:
+        # What it sends is read, and what it gets is sent, on the connection below the TLS.
+        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
+        raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
+                            "HTTP: the URL must begin with https://.")
+
+    def wait(connection, mask):
+        if not wait_ready(handler.head_deadline - time.monotonic(), connection, mask):
+            raise ClientGone()
+
+    client.complete(client.sock.do_handshake, wait)
+
+def send_close_notify(handler):
+    """Tell the client that nothing is missing (RFC 8446 section 6.1). It need not answer."""
+    def wait(connection, mask):
+        if mask == READ or not wait_ready(STALL_SECONDS, connection, mask):
+            raise ClientGone()
+
+    if handler.client.is_tls:
+        with contextlib.suppress(OSError, ValueError, ClientGone):
+            handler.client.complete(handler.client.sock.unwrap, wait)
+
+def read_certificate(settings):
+    """The TLS context for clients, None for plain HTTP. SettingError for what cannot be used."""
+    settings.tls = None
+    if not settings.tls_cert and not settings.tls_key:
+        return
+    if not settings.tls_cert:
+        raise SettingError("AIPROXY_TLS_KEY is set but AIPROXY_TLS_CERT is not; set it to the PEM "
+                           "file with the certificate chain, or leave both empty")
+    key_name = "AIPROXY_TLS_KEY" if settings.tls_key else "AIPROXY_TLS_CERT"
+    key_path = settings.tls_key or settings.tls_cert
+    check_pem("AIPROXY_TLS_CERT", settings.tls_cert, b"CERTIFICATE-----")
+    check_pem(key_name, key_path, b"PRIVATE KEY-----")
+    settings.watched_files += [settings.tls_cert, key_path]
+    settings.tls = make_server_context()
+    try:
+        settings.tls.load_cert_chain(settings.tls_cert, key_path, refuse_password)
+    except (OSError, ValueError) as error:      # an SSLError is an OSError
+        raise SettingError("%s: %s" % (key_name, explain_certificate_error(error)))
+    settings.scheme = "https"
+
+MORE_SETTINGS.append(read_certificate)
+
+def check_pem(name, path, mark):
+    """SettingError unless the file can be read and holds something of this kind."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except (OSError, ValueError) as error:      # the path is not shown: it may be the key itself
+        raise SettingError("%s: the file cannot be read: %s"
+                           % (name, getattr(error, "strerror", None) or "no such name"))
+    if mark not in data:
+        what = "private key" if b"KEY" in mark else "certificate"
+        raise SettingError("%s: the file holds no %s in PEM form; a key may stand in the "
+                           "certificate's file or in that of AIPROXY_TLS_KEY" % (name, what))
+
+def refuse_password():
+    """OpenSSL would ask for it on the terminal."""
+    raise ValueError("the private key is encrypted; it takes one without a password")
+
+def explain_certificate_error(error):
+    if not isinstance(error, ssl.SSLError):
+        return getattr(error, "strerror", None) or error
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the private key does not belong to the certificate"
+    return "certificate or key cannot be used (%s)" % (error.reason or "unknown form")
+
+def make_server_context():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.options |= ssl.OP_NO_RENEGOTIATION      # a write would have to wait for a read
+    if ssl.OPENSSL_VERSION_INFO >= (3,):            # see make_tls_context
+        context.options &= ~OP_IGNORE_UNEXPECTED_EOF
+    return context
+
+OPTIONS += (
+    Option("AIPROXY_TLS_CERT", AIPROXY_TLS_CERT, str,
+           "PEM file with a certificate chain: serve HTTPS with it; empty: plain HTTP"),
+    Option("AIPROXY_TLS_KEY", AIPROXY_TLS_KEY, str,
+           "PEM file with the private key; empty: it stands in the certificate's file"),
+)
+
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of allowed origins read every response, and answers their preflights.
 # Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
-# Entered: `install_cors` in Server.install_features takes the place of `no_cors_headers`.
+# Entered: `install_cors` in Service.install_features takes the place of `no_cors_headers`.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
 EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
 
-def install_cors(server):
-    server.cors_headers = cors_headers
+def install_cors(service):
+    service.cors_headers = cors_headers
 
 def cors_headers(request, settings, names=()):
     """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
@@ -4279,7 +4611,7 @@ def preflight_headers(headers, settings):
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
 # Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Server.install_features takes the place of `openai_form`.
+# Entered: `install_error_forms` in Service.install_features takes the place of `openai_form`.
 
 ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -4332,8 +4664,8 @@ ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base U
     (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
 )
 
-def install_error_forms(server):
-    server.error_form = find_error_form
+def install_error_forms(service):
+    service.error_form = find_error_form
 
 def find_error_form(path):
     for pattern, form in ERROR_FORMS:
@@ -4345,22 +4677,23 @@ def find_error_form(path):
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
 # read the 503 (CORS), and the SDK understands it.
 # Touches: the sockets of refused clients, until their 503 is sent.
-# Entered: `install_busy_refusals` in Server.install_features takes the place of `send_busy`.
+# Entered: `install_busy_refusals` in Service.install_features takes the place of `send_busy`.
 
 BUSY_SECONDS = 1        # for the head
 
-def install_busy_refusals(server):
+def install_busy_refusals(service):
     def refuse(sock, record):
-        job = RefusedClient(sock, record, server.send_busy)
-        server.take_over(job, network_of(record.client))
-    server.refuse = refuse
+        own_socket = service.wrap_client(socket.socket(fileno=sock.detach()))
+        job = RefusedClient(own_socket, record, service.server.send_busy)
+        service.server.take_over(job, network_of(record.client))
+    service.refuse = refuse
 
 
 class RefusedClient(Job):
-    """The accepting thread cannot wait for a head. The socket is taken over."""
+    """The accepting thread cannot wait for a head. The socket is this job's own."""
 
     def __init__(self, sock, record, send_busy):
-        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
+        self.client = BufferedSocket(sock)
         super().__init__(self.client)
         self.record = record
         self.send_busy = send_busy          # (socket, record, request)
@@ -4402,11 +4735,11 @@ class RefusedClient(Job):
 # Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
 # redirect to another host is refused if clients would repeat a body there.
 # Touches: the Location of a response, where a provider key is configured.
-# Entered: `install_redirects` in Server.install_features adds a check.
+# Entered: `install_redirects` in Service.install_features adds a check.
 
-def install_redirects(server):
-    if server.settings.provider_keys:
-        server.response_checks.append(check_location)
+def install_redirects(service):
+    if service.settings.provider_keys:
+        service.response_checks.append(check_location)
 
 def check_location(handler, exchange):
     """Rewrite the response's Location. ErrorResponse 502 for a body that would go elsewhere."""
@@ -4445,15 +4778,15 @@ def map_location(location, asked, upstream):
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
-# Entered: `install_rates` in Server.install_features adds a check.
+# Entered: `install_rates` in Service.install_features adds a check.
 
 MAX_BUCKETS = 10000     # clients whose rate is remembered: about 3 MB
 
-def install_rates(server):
-    if server.settings.rate:
-        shown = server.settings.shown["AIPROXY_RATE"]
-        server.rate_limiter = RateLimiter(*server.settings.rate, shown=shown)
-        server.checks.append(server.rate_limiter.check)
+def install_rates(service):
+    if service.settings.rate:
+        shown = service.settings.shown["AIPROXY_RATE"]
+        service.rate_limiter = RateLimiter(*service.settings.rate, shown=shown)
+        service.checks.append(service.rate_limiter.check)
 
 
 class RateLimiter:
@@ -4514,7 +4847,7 @@ def format_duration(seconds):
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Server.install_features takes the place of `is_loopback`.
+# Entered: `install_trusted_proxies` in Service.install_features takes the place of `is_loopback`.
 
 # RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
 NETWORK_WORDS = {
@@ -4524,15 +4857,15 @@ NETWORK_WORDS = {
     "*": "0.0.0.0/0 ::/0",
 }
 
-def install_trusted_proxies(server):
-    networks = server.settings.trusted_proxies
+def install_trusted_proxies(service):
+    networks = service.settings.trusted_proxies
 
     @functools.lru_cache(1024)      # there are few proxies
     def is_trusted_proxy(address):
         plain = plain_address(address)
         return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
 
-    server.is_trusted_proxy = is_trusted_proxy
+    service.is_trusted_proxy = is_trusted_proxy
 
 def parse_networks(text):
     """The networks of a list of addresses, networks and words."""
@@ -4555,7 +4888,7 @@ OPTIONS += (
 # ---- Model rules ---------------------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
 # Touches: the path, members of an inspected body, a form: aliases become the models behind them.
-# Entered: `install_model_rules` in Server.install_features adds checks and a rule.
+# Entered: `install_model_rules` in Service.install_features adds checks and a rule.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
 # and what has a model of its own. (Below `messages` and `input` stands what a model has written.)
@@ -4578,10 +4911,10 @@ FORM_PLAIN = re.compile(br"text/plain(?:;[ \t]*charset=\"?(?:utf-8|us-ascii)\"?)
 FORM_CODINGS = (b"binary", b"8bit", b"7bit")
 MAX_PARTS = 1000
 
-def install_model_rules(server):
-    server.checks.append(check_named_model)
-    server.body_rules.append(apply_model_rules)
-    server.check_form = apply_form_rules
+def install_model_rules(service):
+    service.checks.append(check_named_model)
+    service.body_rules.append(apply_model_rules)
+    service.check_form = apply_form_rules
 
 def check_named_model(handler):
     """400 or 403 for the model that a path or a query names; an alias in the path is replaced.
@@ -4787,7 +5120,7 @@ def invalid_form(reason):
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
-# Entered: `install_limits` in Server.install_features adds a rule, and a warning for the banner.
+# Entered: `install_limits` in Service.install_features adds a rule, and a warning for the banner.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
 # llama.cpp's, Ollama's, Hugging Face's, SGLang's, and Gemini's in both of its spellings.
@@ -4831,15 +5164,15 @@ NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definiti
 WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))
 ONE_TOKEN = "...."     # what a token number counts as
 
-def install_limits(server):
-    server.body_rules.append(limit_body)
-    settings = server.settings
+def install_limits(service):
+    service.body_rules.append(limit_body)
+    settings = service.settings
     if not settings.max_tokens or settings.paths is None:
         return
     paths = [path for method, path in settings.paths if method in ("POST", "PUT", "PATCH", "*")]
     paths = [path for path in paths if not path.endswith((*LIMITED_PATHS, *UNLIMITED_PATHS))]
     if paths:
-        server.warnings.append(
+        service.warnings.append(
             "AIPROXY_MAX_TOKENS adds no limit on %s: there it only lowers one that a request names"
             % ", ".join(paths))
 
@@ -4979,18 +5312,18 @@ def is_text(name, value, siblings):
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Server.install_features takes the place of `use_first_key`.
+# Entered: `install_key_rotation` in Service.install_features takes the place of `use_first_key`.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
 KEY_COOLDOWN = 60                           # seconds, after a status that names no time
 REJECTED_COOLDOWN = 600                     # seconds, after a 401
 MAX_COOLDOWN = 86400                        # seconds
 
-def install_key_rotation(server):
-    count = len(server.settings.provider_keys)
+def install_key_rotation(service):
+    count = len(service.settings.provider_keys)
     if count > 1:
-        server.use_key = KeyRotation(count, server.log.warn).use
-        server.needs_whole_bodies = True        # a body that is being streamed is sent only once
+        service.use_key = KeyRotation(count, service.log.warn).use
+        service.needs_whole_bodies = True        # a body that is being streamed is sent only once
 
 
 class KeyRotation:
@@ -5063,18 +5396,18 @@ def retry_after(value):
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that the pool connects to; a connection before its TLS; plain requests.
-# Entered: `install_upstream_proxy` in Server.install_features changes the pool or the opener.
+# Entered: `install_upstream_proxy` in Service.install_features changes the pool or the opener.
 
-def install_upstream_proxy(server):
-    proxy = server.settings.proxy
+def install_upstream_proxy(service):
+    proxy = service.settings.proxy
     if not proxy:
         return
-    server.proxy = proxy.netloc
-    server.upstream_handler.pool.address = proxy.address
-    if server.settings.upstream.scheme == "https":
-        server.upstream_handler.pool.open_tunnel = proxy.open_tunnel
+    service.proxy = proxy.netloc
+    service.upstream_handler.pool.address = proxy.address
+    if service.settings.upstream.scheme == "https":
+        service.upstream_handler.pool.open_tunnel = proxy.open_tunnel
     else:
-        server.opener.add_handler(proxy)
+        service.opener.add_handler(proxy)
 
 def read_proxy(settings):
     """The environment's proxy for the upstream, as a setting."""
@@ -5153,7 +5486,7 @@ class UpstreamProxy(urllib.request.BaseHandler):
 # ---- Fields for the upstream ---------------------------------------------------------------------
 # Does: adds the header fields of AIPROXY_UPSTREAM_HEADERS to every request to the upstream.
 # Touches: the fields of the request; the responses, in which their values must not come down.
-# Entered: `install_upstream_fields` in Server.install_features takes the place of `keep_fields`.
+# Entered: `install_upstream_fields` in Service.install_features takes the place of `keep_fields`.
 
 # Host, framing, and what speaks of the body, the connection or one request: ours to write.
 RESERVED_FIELDS = HOP_BY_HOP | frozenset(
@@ -5164,9 +5497,9 @@ KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
 MIN_HIDDEN = 8
 CREDENTIAL = re.compile(br"(?:(?:bearer|basic|token) +)?(.+)", re.I)
 
-def install_upstream_fields(server):
-    server.edit_upstream_headers = set_upstream_fields
-    server.response_checks.append(mask_operator_values)
+def install_upstream_fields(service):
+    service.edit_upstream_headers = set_upstream_fields
+    service.response_checks.append(mask_operator_values)
 
 def parse_upstream_headers(text):
     """Pairs of a name and a value, as bytes."""
@@ -5276,16 +5609,16 @@ OPTIONS += (
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
-# Entered: `install_heartbeats` in Server.install_features takes the places of functions that do
+# Entered: `install_heartbeats` in Service.install_features takes the places of functions that do
 # nothing.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
 
-def install_heartbeats(server):
-    seconds = server.settings.heartbeat
+def install_heartbeats(service):
+    seconds = service.settings.heartbeat
     if seconds:
-        server.on_silence = functools.partial(send_heartbeat, seconds)
-        server.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
+        service.on_silence = functools.partial(send_heartbeat, seconds)
+        service.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
 
 def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
@@ -5310,7 +5643,7 @@ def wait_with_heartbeats(seconds, wait, send):
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
-# Entered: `install_model_names` in Server.install_features takes the place of `no_observer`.
+# Entered: `install_model_names` in Service.install_features takes the place of `no_observer`.
 
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
@@ -5320,9 +5653,9 @@ MODEL_IN_FORM = re.compile(
     br'name="model"\r\n(?:(?i:content-)[^\r\n]{1,99}\r\n){0,2}\r\n([^\r\n]{1,200})\r\n')
 MODEL_BYTES = 1024      # more than any of these takes
 
-def install_model_names(server):
-    if server.settings.log != "off":
-        server.observe_request = observe_model
+def install_model_names(service):
+    if service.settings.log != "off":
+        service.observe_request = observe_model
 
 def observe_model(record):
     in_path = MODEL_IN_PATH.search(record.path)
@@ -5359,15 +5692,15 @@ class ModelFinder:
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Server.install_features takes the place of `no_observer`.
+# Entered: `install_token_counts` in Service.install_features takes the place of `no_observer`.
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
-def install_token_counts(server):
-    if server.settings.log != "off":
-        server.observe_response = observe_tokens
+def install_token_counts(service):
+    if service.settings.log != "off":
+        service.observe_response = observe_tokens
 
 def observe_tokens(record):
     counter = TokenCounter()
@@ -5423,14 +5756,14 @@ class TokenCounter:
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Server.install_features adds an upgrade.
+# Entered: `install_websocket` in Service.install_features adds an upgrade.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
 UNTOLD_SECONDS = 2      # where the other side cannot be told that it has
 KEY_PROTOCOL = b"openai-insecure-api-key."      # how a browser's WebSocket carries a key
 
-def install_websocket(server):
-    server.upgrades[b"websocket"] = WebSocketUpgrade()
+def install_websocket(service):
+    service.upgrades[b"websocket"] = WebSocketUpgrade()
 
 
 class WebSocketUpgrade:
@@ -5497,6 +5830,7 @@ class WebSocketUpgrade:
         finally:
             exchange.close()
         handler.record.outcome = tunnel.outcome
+        handler.is_whole = tunnel.outcome == "ok"
         handler.record.bytes = tunnel.bytes
         return None
 
@@ -5683,13 +6017,14 @@ def describe_upstream(server):
     else:
         mode = "no key needed"
     text = "%s, %s" % (settings.upstream.shown, mode)
-    if server.proxy:
-        text += ", through the proxy %s" % server.proxy
+    proxy = server.service.proxy
+    if proxy:
+        text += ", through the proxy %s" % proxy
     return text
 
 def warnings(server):
     settings = server.settings
-    yield from server.warnings
+    yield from server.service.warnings
     if server.capacity < settings.max_connections:
         yield ("the limit of open files leaves room for %d clients, not %d (ulimit -n)"
                % (server.capacity, settings.max_connections))
@@ -5815,7 +6150,7 @@ def ask_for_models(server, index):
     if "/v1/messages" in upstream.provider.paths:
         fields.append((b"anthropic-version", b"2023-06-01"))
     request = Request((b"GET", b"/v1/models", None, b"1", b"1"), Headers(fields), "")
-    fields = server.edit_upstream_headers(upstream_headers(request, settings), settings)
+    fields = server.service.edit_upstream_headers(upstream_headers(request, settings), settings)
 
     target = getattr(upstream.provider.handler, "models_target", "/v1/models")
     url = upstream.url + upstream.map_path(target)
@@ -5823,7 +6158,7 @@ def ask_for_models(server, index):
     request = UpstreamRequest(url, "GET", fields + settings.key_fields[index:index + 1], b"",
                               no_body)
     request.wait = wait_alone
-    exchange = server.opener.open(request, timeout=settings.timeout)
+    exchange = server.service.opener.open(request, timeout=settings.timeout)
     exchange.close()
     return exchange.status
 
@@ -6669,7 +7004,7 @@ class WorkersHandler(Handler):
                 media_type = b"application/json"
         except WRONG_SHAPE:
             raise unreadable()
-        observe = self.server.observe_response(self.record)
+        observe = self.service.observe_response(self.record)
         if observe:
             observe(body)
         self.send_response(200, self.translated_headers(exchange, media_type), content)
@@ -6686,7 +7021,7 @@ class WorkersHandler(Handler):
             self.send_to_client(encode_chunk(events, is_chunked))
 
         wait = exchange.request.wait
-        exchange.request.wait = self.server.add_heartbeats(wait, send)
+        exchange.request.wait = self.service.add_heartbeats(wait, send)
         while not translator.done:
             events = self.next_events(exchange, translator)
             if exchange.body.done:
@@ -6701,6 +7036,7 @@ class WorkersHandler(Handler):
         if is_chunked:
             self.send_to_client(LAST_CHUNK)
             self.close_connection = self.must_close()
+        self.is_whole = True
         with contextlib.suppress(ClientGone):
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)     # what is left, for its reuse
 
@@ -6733,7 +7069,7 @@ PROVIDERS["workers-ai"] = Provider(
 # ---- Start page ----------------------------------------------------------------------------------
 # Does: gives a browser a page at /, English or Chinese: a prompt to try, snippets to copy.
 # Touches: nothing. It is a constant, and asks /, /health and /v1 like any client.
-# Entered: `install_start_page` in Server.install_features, for GET / with Accept: text/html.
+# Entered: `install_start_page` in Service.install_features, for GET / with Accept: text/html.
 
 # The words in {{ }} are replaced by those of CHINESE, and the nonce by a new one.
 PAGE = r"""<!doctype html><html lang="{{en}}"><title>{{aiproxy: an AI endpoint}}</title>
@@ -6950,8 +7286,8 @@ PAGE_RULES = (
     "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-def install_start_page(server):
-    server.start_page = start_page
+def install_start_page(service):
+    service.start_page = start_page
 
 def start_page(request):
     """The headers and the content of the page, as bytes.
@@ -7083,7 +7419,7 @@ def show_demo(server):
     show("\nOne chat request through the relay, its answer as it comes:\n\n  ")
     begin = time.monotonic()
     delay = 0
-    connection = http.client.HTTPConnection(server.url().partition("//")[2], timeout=10)
+    connection = connect_to(server)
     connection.request("POST", "/v1/chat/completions", json.dumps(request), headers)
     for line in connection.getresponse():
         if line.startswith(b"data: {"):
@@ -7092,6 +7428,16 @@ def show_demo(server):
                 show(choice["delta"].get("content", ""))
     show("\n\nFirst event after %.0f ms. " % (delay * 1000))
     show("Now it serves: try the command above.\n\n")
+
+def connect_to(server):
+    """A connection to ourselves: whose certificate it is needs no proof."""
+    scheme, _, address = server.url().partition("://")
+    if scheme == "http":
+        return http.client.HTTPConnection(address, timeout=10)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(address, timeout=10, context=context)
 
 # ==== The end =====================================================================================
 
