@@ -21,7 +21,8 @@ ROOT = os.path.dirname(PROGRAM)
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 SOURCE = open(PROGRAM, encoding="utf-8").read()
 CELL = r"((?:[^|\\]|\\.)*)"
-ROWS = re.findall(r"^\| `([A-Z_]+)` \| (?:`([^|]*)`|) *\| %s \| %s \|$" % (CELL, CELL), README, re.M)
+ROW = r"^\| `([A-Z_]+)` \| (?:`([^|]*)`|) *\| %s \| %s \|$" % (CELL, CELL)
+ROWS = re.findall(ROW, README, re.M)
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 # The two halves, and by its heading the text of each section.
