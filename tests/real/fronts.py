@@ -1,7 +1,8 @@
 """The README's recipes for a server, as far as they run on one machine without its root.
 
-nginx and Caddy stand with the README's own lines in front of a relay; systemd checks its unit; the
-container of Kubernetes is started with its command, its settings and its probe.
+The relay serves HTTPS with a certificate of our own. nginx and Caddy stand with the README's
+lines in front of a relay. systemd checks its unit. The container of Kubernetes is started with its
+command, its settings and its probe.
 """
 
 import http.client
@@ -28,6 +29,7 @@ from support import (
     chunk,
     clean_environ,
     event,
+    make_certificate,
 )
 
 README = open(os.path.join(os.path.dirname(TESTS), "README.md"), encoding="utf-8").read()
@@ -108,17 +110,37 @@ def caddy(folder, relay_port):
     return Front(folder, command, port, environ)
 
 
-class CaddyConnection(http.client.HTTPSConnection):
-    """To relay.example, which is here, by the authority that Caddy has made for itself."""
+def https(folder, upstream):
+    """The relay with its own command, but a certificate, keys, a port and an upstream of ours."""
+    port = free_port()
+    env_file = recipe("aiproxy.env").replace("sk-...", KEYS["AIPROXY_KEY"])
+    env_file = env_file.replace("app=a-long-random-string", KEYS["AIPROXY_CLIENT_KEYS"])
+    env_file = re.sub("AIPROXY_UPSTREAM=.*", "AIPROXY_UPSTREAM=" + upstream.url, env_file)
+    env_file = re.sub("AIPROXY_MODELS=.*", "AIPROXY_MODELS=m", env_file)
+    certificate, private = make_certificate(folder, "relay.example")
+    command = recipe("HTTPS").partition("\n")[2]
+    for ours, theirs in (
+        ("=" + certificate, r"=\S+/fullchain\.pem"),
+        ("=" + private, r"=\S+/privkey\.pem"),
+        ("PORT=%d" % port, "PORT=443"),
+        ("exec %s %s" % (sys.executable, PROGRAM), "python3 aiproxy.py"),
+        (write(folder, "aiproxy.env", env_file), r"aiproxy\.env"),
+    ):
+        command, count = re.subn(theirs, ours, command)
+        assert count == 1, theirs
+    return Front(folder, ["bash", "-c", command], port)
 
-    folder = None
+
+class NamedConnection(http.client.HTTPSConnection):
+    """To relay.example, which is here; it trusts the certificate in the file `authority` alone."""
+
+    authority = None
 
     def connect(self):
-        authority = os.path.join(self.folder, "caddy/pki/authorities/local/root.crt")
         deadline = time.monotonic() + PATIENCE
-        while not os.path.exists(authority) and time.monotonic() < deadline:
+        while not os.path.exists(self.authority) and time.monotonic() < deadline:
             time.sleep(0.05)
-        context = ssl.create_default_context(cafile=authority)
+        context = ssl.create_default_context(cafile=self.authority)
         plain = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
         self.sock = context.wrap_socket(plain, server_hostname="relay.example")
 
@@ -212,12 +234,15 @@ def main():
 
             check_front(checks, "nginx", connect, upstream)
         with tempfile.TemporaryDirectory() as folder, caddy(folder, relay_port) as front:
-            CaddyConnection.folder = folder
+            NamedConnection.authority = folder + "/caddy/pki/authorities/local/root.crt"
 
             def connect():
-                return CaddyConnection("relay.example", front.port, timeout=PATIENCE)
+                return NamedConnection("relay.example", front.port, timeout=PATIENCE)
 
             check_front(checks, "Caddy", connect, upstream)
+        with tempfile.TemporaryDirectory() as folder, https(folder, upstream) as front:
+            NamedConnection.authority = os.path.join(folder, "good.pem")
+            check_front(checks, "HTTPS", connect, upstream)
         check_container(checks, upstream)
     with tempfile.TemporaryDirectory() as folder:
         check_unit(checks, folder)
