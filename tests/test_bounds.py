@@ -36,7 +36,7 @@ def test_a_long_client_address_is_not_remembered_in_full(relay):
     running = relay(RATE="5/min")
 
     assert running.ask(fields=[("X-Forwarded-For", "1" * 15000)]).status == 200
-    assert max(map(len, running.server.rate_limiter.buckets)) < 100
+    assert max(map(len, running.server.service.rate_limiter.buckets)) < 100
 
 
 @pytest.mark.parametrize("address,network", [
