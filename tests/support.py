@@ -257,7 +257,7 @@ class Relay:
         self.address = self.server.server_address[:2]
         self.url = "http://127.0.0.1:%d" % self.address[1]
         serve = self.server.serve_forever
-        self.thread = threading.Thread(target=serve, args=(0.02,), daemon=True)
+        self.thread = threading.Thread(target=serve, args=(0.002,), daemon=True)
         self.thread.start()
 
     def record(self, record):
