@@ -370,10 +370,24 @@ class Client:
         front, _, self.data = self.data.partition(mark)
         return front + mark
 
+    def fill(self, count):
+        """Read until `count` bytes are here, in linear time; False if the end came before."""
+        pieces = [self.data]
+        missing = count - len(self.data)
+        try:
+            while missing > 0:
+                piece = self.sock.recv(65536)
+                if not piece:
+                    return False
+                pieces.append(piece)
+                missing -= len(piece)
+            return True
+        finally:
+            self.data = b"".join(pieces)
+
     def read_exactly(self, count):
-        while len(self.data) < count:
-            if not self.more():
-                return None
+        if not self.fill(count):
+            return None
         front, self.data = self.data[:count], self.data[count:]
         return front
 
@@ -397,21 +411,23 @@ class Client:
         if method == "HEAD" or reply.status in (204, 304):
             reply.complete = True
         elif reply.get("transfer-encoding") == "chunked":
-            while True:
-                piece = self.read_chunk()
-                if not piece:
-                    reply.complete = piece == b""
-                    return
-                reply.body += piece
+            pieces = []
+            try:
+                while True:
+                    piece = self.read_chunk()
+                    if not piece:
+                        reply.complete = piece == b""
+                        return
+                    pieces.append(piece)
+            finally:
+                reply.body += b"".join(pieces)
         elif reply.get("content-length") is not None:
             length = int(reply.get("content-length"))
-            while len(self.data) < length and self.more():
-                pass
+            self.fill(length)
             reply.body, self.data = self.data[:length], self.data[length:]
             reply.complete = len(reply.body) == length
         else:
-            while self.more():
-                pass
+            self.fill(float("inf"))
             reply.body, self.data = self.data, b""
             reply.complete = True
 
