@@ -19,7 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(os.path.dirname(HERE), "aiproxy.py")
 
 # Seconds until a wait that ought to end at once counts as a failure: generous, for slow machines.
-PATIENCE = 20
+PATIENCE = 60
 
 CHAT = "/v1/chat/completions"
 OK = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"ok":true}'

@@ -165,7 +165,7 @@ def run_core_tests(folder, names):
             command += ["--deselect", "tests/" + test]
 
     finished = subprocess.run(
-        command, cwd=str(folder), timeout=15 * PATIENCE, universal_newlines=True,
+        command, cwd=str(folder), timeout=5 * PATIENCE, universal_newlines=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return finished.returncode, finished.stdout
 
