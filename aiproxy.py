@@ -935,30 +935,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def open_exchange(self, method, target, body, wait=None):
         """Send a request up with a provider key, if there is one, and read the response's head."""
-        settings = self.settings
         wait = wait or functools.partial(wait_for_upstream, self.client)
-        headers = upstream_headers(self.request, settings)
 
         def send(key_index):
-            key_fields = settings.key_fields[key_index:key_index + 1]
-            request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
-                                      body, self.upload)
-            request.upgrade = self.request.upgrade
-            request.wait = wait
-            if not (settings.provider_keys or self.request.is_http10):
-                request.on_early_hints = self.send_early_hints
-            exchange = self.server.opener.open(request, timeout=settings.timeout)
-            exchange.drop_fields_with(settings.upstream_secrets)
-            self.record.upstream_status = exchange.status
-            upstream_id = (exchange.headers.get(b"x-request-id")
-                           or exchange.headers.get(b"request-id"))
-            if upstream_id:
-                self.record.id = upstream_id.decode("latin-1")[:200]
-            return exchange
+            return self.send_up(key_index, method, target, body, wait)
 
         exchange = self.server.use_key(send)
         if exchange.request_sent:
             self.server.body_budget.let_go(self.upload)
+        return exchange
+
+    def send_up(self, key_index, method, target, body, wait):
+        settings = self.settings
+        headers = upstream_headers(self.request, settings)
+        headers += settings.key_fields[key_index:key_index + 1]
+        request = UpstreamRequest(settings.upstream.url + target, method, headers, body,
+                                  self.upload)
+        request.upgrade = self.request.upgrade
+        request.wait = wait
+        if not (settings.provider_keys or self.request.is_http10):
+            request.on_early_hints = self.send_early_hints
+        exchange = self.server.opener.open(request, timeout=settings.timeout)
+        exchange.drop_fields_with(settings.upstream_secrets)
+        self.record.upstream_status = exchange.status
+        upstream_id = exchange.headers.get(b"x-request-id") or exchange.headers.get(b"request-id")
+        if upstream_id:
+            self.record.id = upstream_id.decode("latin-1")[:200]
         return exchange
 
     # -- and back
@@ -3850,7 +3852,7 @@ class Settings:
 
     def derive_rules(self):
         """What follows from the settings, worked out once."""
-        self.models_shown = [name for name in self.aliases if "*" not in name]
+        self.models_shown = [name for name in self.models if "*" not in name]
         self.model_patterns = [name.split("*") for name in self.models if "*" in name]
         if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
             self.has_body_rules = True
@@ -5399,7 +5401,7 @@ def print_banner(server):
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
-        "models       " + (", ".join(settings.aliases) or "all"),
+        "models       " + (", ".join(settings.models) or "all"),
         "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + (", ".join(origins) or "none: browsers are refused"),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
@@ -5454,7 +5456,7 @@ def others_names(settings):
 def curl_command(server):
     """A command to paste that asks this server for something."""
     settings = server.settings
-    model = (settings.models_shown or ["MODEL"])[0]
+    model = (settings.models_shown or list(settings.aliases) or ["MODEL"])[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
     fields = ["Content-Type: application/json"]
     key_field = "Authorization: Bearer YOUR_KEY"
@@ -5512,8 +5514,8 @@ def tune_malloc():
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
 #
-# To follow a request: translate_request, then translate_response or StreamTranslator, or
-# translate_error. read_response lists the four shapes that responses and events have.
+# To follow a request: translate_request, then translate_response or a StreamTranslator with its
+# Choices, or translate_error. [O] official, [T] told by others: how far a fact can be trusted.
 
 WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replaces them all
     "deepseek-r1": "@cf/deepseek-ai/deepseek-r1-distill-qwen-32b",
@@ -5528,6 +5530,7 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
 }
 
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 end in mid-sentence
+WINDOW_SHARE = 4                # but at most the fourth part of the model's window
 MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
 MAX_CHOICES = 128               # in one response, as OpenAI allows: each becomes several events
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
@@ -5536,17 +5539,37 @@ BROKEN_OFF = "The upstream broke off in the middle of this response."
 
 # What the client calls: the kind of its response, and the path under /accounts/{id}. Cloudflare's
 # OpenAI routes take messages, tools, images and unknown fields as OpenAI has them, and stream every
-# text model; /ai/run wants other schemas by model and does not stream gpt-oss. /ai/v1/completions
-# is documented nowhere, so a prompt goes up as one user message: /ai/run does the same with it.
+# text model. /ai/v1/completions is documented nowhere, and /ai/v1/responses serves gpt-oss alone,
+# never as a stream (cloudflare-docs#32116): so all that is text goes up as a chat.
 WORKERS_PATHS = {
     "/v1/chat/completions": ("chat", "/ai/v1/chat/completions"),
     "/v1/completions": ("text", "/ai/v1/chat/completions"),
     "/v1/embeddings": ("embeddings", "/ai/v1/embeddings"),
-    "/v1/responses": ("responses", "/ai/v1/responses"),
+    "/v1/responses": ("responses", "/ai/v1/chat/completions"),
 }
+# Members that mean `off` elsewhere (SillyTavern#1823), and are left out. All others go up: n, user,
+# logprobs, store, metadata, service_tier, parallel_tool_calls and so on are in newer schemas
+# (workerd's ChatCompletionsCommonOptions), and older ones forbid no member [O].
+MEANINGLESS = (("top_k", 0), ("top_k", -1))
+# Of a Responses request: what stays, with what a Responses object says where it is not given; what
+# a chat says otherwise, or has no use for; and what would have to be stored.
+ECHOED = {"temperature": None, "top_p": None, "metadata": {}, "parallel_tool_calls": True,
+          "instructions": None, "max_output_tokens": None, "tool_choice": "auto", "tools": []}
+RESPONSES_ONLY = frozenset((
+    "input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "n",
+    "include", "truncation", "store", "background", "prompt_cache_key", "client_metadata"))
+STORED = ("previous_response_id", "conversation", "prompt")
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+# Models by what sets them apart.
+SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
+BARE_SCHEMA = re.compile(r"/meta/|deepseek-|hermes-|mistral-small|gemma-3|qwq|qwen2\.5")    # [O]
+DATA_IMAGES = re.compile(r"llama-4|llama-3\.2|mistral-small|gemma-3")   # no URLs: their schemas [O]
+THINKS_IN_TEXT = re.compile(r"deepseek-r1|qwq")     # <think>, often without it, </think> [T]
 
 CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and statuses without one
     "model_not_found": (404, 5007, 3042, 410),
+    "context_length_exceeded": (400, 5021),
     "invalid_request": (400, 3003, 3039, 5004, 5005, 5006, 5019, 8001, 8007),
     "request_too_large": (413, 3006, 413),
     "permission_denied": (403, 3023, 3041, 5016, 5018, 5035, 403),
@@ -5564,11 +5587,9 @@ OPERATOR_ERRORS = {
     "upstream_misconfigured": "Cloudflare knows no such account or route. "
     "CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
-FINISH_REASONS = {      # Cloudflare's: OpenAI's; any other is `stop`
-    "length": "length", "model_length": "length", "max_output_tokens": "length",
-    "content_filter": "content_filter",
-    "tool_calls": "tool_calls",
-}
+# Cloudflare's: OpenAI's; any other is `stop`.
+FINISH_REASONS = {"length": "length", "model_length": "length",
+                  "content_filter": "content_filter", "tool_calls": "tool_calls"}
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
@@ -5576,21 +5597,25 @@ MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
+PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
 
 Call = collections.namedtuple("Call", (    # one request
     "kind", "path", "body",         # a kind and a path of WORKERS_PATHS; bytes
     "model", "id", "created",       # what the response shows: the client's name, an id, seconds
     "stream", "include_usage", "base64",    # what the client wants
-    "secrets"))                     # what no error may show: the account id, the token
+    "secrets",                      # what no error may show: the account ids, the tokens
+    "thinks",                       # does its model think in its text?
+    "echo",                         # what a Responses object says of its request
+), defaults=(False, ECHOED))
 
 # -- requests
 
-def translate_request(path, body, values, model, shown, secrets=(), changes=None):
+def translate_request(path, body, values, model, shown, secrets=(), changes=None, window=None):
     """The Call for the body of a client's request. Raises ErrorResponse 400.
 
     `values` is the body, parsed, `model` the model's real name, `shown` the client's, `changes`
-    what settings want. No byte differs but for these, a missing max_tokens, and a prompt. What a
-    model takes is Cloudflare's to say: only what we act on ourselves is checked here.
+    what settings want, `window` the model's, if it is known. What a model takes is Cloudflare's to
+    say: only what we act on ourselves is checked here.
     """
     kind, upstream_path = WORKERS_PATHS[path]
     if not MODEL_NAME.fullmatch(model):
@@ -5600,59 +5625,157 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
         raise invalid_parameter("stream", "must be true or false")
-    changes = dict(changes or {})
-    if given.get("model") != model:
-        changes["model"] = model
-    if kind in ("chat", "text") and not {"max_tokens", "max_completion_tokens"} & set(given):
-        changes["max_tokens"] = min(WORKERS_MAX_TOKENS, changes.get("max_tokens", math.inf))
-    if kind == "text":
-        changes["prompt"] = [{"role": "user", "content": single_prompt(given)}]
+    if changes and set(changes) != {"model"}:
+        body = edit_members(body, changes)
+        values = json.loads(body.decode())
+    chat = dict(values, model=model)
+    if kind != "embeddings":
+        chat = fit_chat(as_chat(kind, chat), model)
+        if not {"max_tokens", "max_completion_tokens", "max_output_tokens"} & set(given):
+            add_limit(chat, window)
+    changed = {name: value for name, value in chat.items()
+               if name not in values or value != values[name]}
+    is_edited = set(values) <= set(chat)        # then no other byte differs
     return Call(
-        kind=kind, path=upstream_path, body=edit_members(body, changes, {"prompt": "messages"}),
+        kind=kind, path=upstream_path,
+        body=edit_members(body, changed) if is_edited else json.dumps(chat).encode(),
         model=shown, id=os.urandom(12).hex(), created=int(time.time()),
         stream=stream and kind != "embeddings",
         include_usage=as_dict(given.get("stream_options")).get("include_usage") is True,
-        base64=given.get("encoding_format") == "base64", secrets=secrets)
-
-def single_prompt(given):
-    """The text that a completion goes on from. Else 400."""
-    if "messages" in given:
-        raise invalid_parameter("messages", "belongs to /v1/chat/completions")
-    prompt = given.get("prompt")
-    texts = prompt if isinstance(prompt, list) else [prompt]
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise invalid_parameter("prompt", "must be one text, a string or an array of one")
-    return texts[0]
+        base64=given.get("encoding_format") == "base64", secrets=secrets,
+        thinks=bool(THINKS_IN_TEXT.search(model)),
+        echo={name: given.get(name, value) for name, value in ECHOED.items()})
 
 def invalid_parameter(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
-# -- responses: every shape into one form, and that into OpenAI's objects
+def add_limit(chat, window):
+    """Add max_tokens, which counts against the model's window: small ones get Cloudflare's."""
+    if window or not SMALL.search(chat["model"]):
+        share = window // WINDOW_SHARE if window else math.inf
+        chat["max_tokens"] = min(WORKERS_MAX_TOKENS, share, chat.get("max_tokens") or math.inf)
 
-def parse_cloudflare(data):
-    """The object in Cloudflare's JSON. ValueError if it is none."""
-    check_nesting(data)
-    value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse_constant)
+def as_chat(kind, given):
+    """The members of a chat request that asks for the same. Else 400."""
+    # Cursor posts the body of a Responses request as a chat (Helicone#5629).
+    if kind == "responses" or kind == "chat" and "input" in given and "messages" not in given:
+        return chat_of_response(given)
+    if kind == "text":
+        prompt = given.pop("prompt", None)
+        texts = prompt if isinstance(prompt, list) else [prompt]
+        if "messages" in given:
+            raise invalid_parameter("messages", "belongs to /v1/chat/completions")
+        if len(texts) != 1 or not isinstance(texts[0], str):
+            raise invalid_parameter("prompt", "must be one text, a string or an array of one")
+        given["messages"] = [{"role": "user", "content": texts[0]}]
+    return given
+
+def fit_chat(chat, model):
+    """A chat request as Cloudflare's strictest schemas take it. Else 400."""
+    messages = chat.get("messages")
+    if isinstance(messages, list):
+        chat["messages"] = [fit_message(message, model) for message in messages]
+    schema = as_dict(as_dict(chat.get("response_format")).get("json_schema")).get("schema")
+    if schema is not None and BARE_SCHEMA.search(model):
+        chat["response_format"] = dict(chat["response_format"], json_schema=schema)
+    for name, value in MEANINGLESS:
+        if chat.get(name) == value:
+            del chat[name]
+    return chat
+
+def fit_message(message, model):
+    """Text becomes a string, and nothing an empty one; other parts stay."""
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    parts = dicts(content)
+    for part in parts:
+        url = as_text(as_dict(part.get("image_url")).get("url") or part.get("image_url"))
+        # To fetch it for the client would let anybody send us anywhere (SSRF).
+        if url.lower().startswith("http") and DATA_IMAGES.search(model):
+            raise invalid_parameter("messages", "has an image by its URL, and this model takes "
+                                    "only data: send it as data:image/...;base64,...")
+    if parts and all(part.get("type") in TEXT_PARTS for part in parts):
+        content = "\n".join(as_text(part.get("text")) for part in parts)   # as vLLM joins them
+    return dict(message, content="" if content is None else content)
+
+def chat_of_response(given):
+    """The members of a chat request that asks for what a Responses request does. Else 400."""
+    for name in STORED:
+        if given.get(name):
+            raise invalid_parameter(name, "refers to what is stored, and nothing is stored here: "
+                                    "send the whole conversation in `input`")
+    items = given.get("input")
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    if not isinstance(items, list):
+        raise invalid_parameter("input", "must be a string or an array")
+    messages = []
+    if given.get("instructions"):
+        messages.append({"role": "system", "content": given["instructions"]})
+    for item in dicts(items):
+        add_item(messages, item)
+    chat = {
+        "messages": messages,
+        "max_tokens": given.get("max_output_tokens"),
+        "reasoning_effort": as_dict(given.get("reasoning")).get("effort"),
+        # Tools of OpenAI's own, such as web_search, are not here: the model does without.
+        "tools": [nested(tool, "function") for tool in dicts(given.get("tools"))
+                  if tool.get("type") == "function"],
+        "tool_choice": nested(given.get("tool_choice"), "function"),
+    }
+    form = as_dict(as_dict(given.get("text")).get("format"))
+    if form.get("type", "text") != "text":
+        chat["response_format"] = nested(form, "json_schema")
+    if given.get("stream"):
+        chat["stream_options"] = {"include_usage": True}
+    if not chat["tools"]:
+        del chat["tools"], chat["tool_choice"]
+    chat = {name: value for name, value in chat.items() if value is not None}
+    chat.update({name: value for name, value in given.items() if name not in RESPONSES_ONLY})
+    return chat
+
+def nested(value, name):
+    """What has members beside its type, as a chat has it: inside a member of this name."""
     if not isinstance(value, dict):
-        raise ValueError("it is no object")
-    return value
+        return value
+    inner = {key: item for key, item in value.items() if key != "type"}
+    return {"type": value.get("type"), name: inner}
 
-def read_json(data, secrets, needed=""):
-    """Cloudflare's response or event, out of its envelope. ErrorResponse if it is none."""
-    try:
-        value = parse_cloudflare(data)
-    except ValueError:
-        raise unreadable()
-    if isinstance(value.get("result"), dict) and value.get("success") is not False:
-        value = value["result"]
-    # A Responses object that is wanted has its error inside, and is relayed with it.
-    has_error = value.get("error") and needed != "output"
-    is_error = "error" in (value.get("type"), value.get("object"))
-    if has_error or is_error or value.get("errors") or value.get("success") is False:
-        raise translate_error(200, value, secrets)
-    if needed and value.get(needed) is None:
-        raise unreadable()
-    return value
+def add_item(messages, item):
+    """Add an item of a Responses request to the messages of a chat. Else 400."""
+    kind = item.get("type", "message")
+    content = item.get("content", item.get("output"))
+    if isinstance(content, list):
+        content = [chat_part(part) for part in dicts(content)]
+    if kind == "message":
+        role = item.get("role")
+        messages.append({"role": "system" if role == "developer" else role, "content": content})
+    elif kind == "function_call":
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
+    elif kind != "reasoning":           # no model wants its old thoughts
+        raise unknown_type(kind)
+
+def chat_part(part):
+    """A part of an item's content as a message has it. Else 400."""
+    kind = part.get("type")
+    if kind in TEXT_PARTS + ("reasoning_text",):
+        return {"type": "text", "text": part.get("text")}
+    if kind == "input_image":
+        return {"type": "image_url", "image_url": {"url": part.get("image_url")}}
+    raise unknown_type(kind)
+
+def unknown_type(kind):
+    return invalid_parameter("input", "has something of the type %.40s, and Workers AI takes text, "
+                             "images, and functions with their outputs" % as_text(kind))
+
+# -- responses: every shape into one form, and that into OpenAI's objects
 
 # What Python raises for JSON of a shape that nobody expects. Caught where a whole response or an
 # event is translated, so that no member needs a guard of its own.
@@ -5661,39 +5784,36 @@ WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError)
 def unreadable():
     return ErrorResponse(502, "upstream_bad_response", "Cloudflare's answer could not be read.")
 
+def read_json(data, secrets, needed=""):
+    """Cloudflare's response or event, out of its envelope. ErrorResponse if it is none."""
+    try:
+        value = parse_object(data)
+    except ErrorResponse:
+        raise unreadable()
+    if isinstance(value.get("result"), dict) and value.get("success") is not False:
+        value = value["result"]
+    has_error = value.get("error") or value.get("errors") or value.get("success") is False
+    if has_error or "error" in (value.get("type"), value.get("object")):
+        raise translate_error(200, value, secrets)
+    if needed and value.get(needed) is None:
+        raise unreadable()
+    return value
+
 def read_response(body, secrets):
     """The choices and the usage of a response or an event (cloudflare/workerd, ai.d.ts).
 
     legacy     {"response": text, number, object or null, "tool_calls": [{"name", "arguments"}]}
     OpenAI     {"choices": [{"message" or "delta" or "text"}]}, in an envelope from /ai/run
     both       in one event, with the same text (cloudflare/ai#615): choices go first
-    Responses  {"output": [reasoning, message, function_call]}, from gpt-oss, some without `content`
     """
     data = read_json(body, secrets)
     choices = dicts(data.get("choices"))
-    if "output" in data:
-        choices = [read_output(data)]
-    elif not choices and {"response", "tool_calls", "finish_reason"} & set(data):
+    if not choices and {"response", "tool_calls", "finish_reason"} & set(data):
         choices = [{}]
     if len(choices) > MAX_CHOICES:
         raise unreadable()
     choices = [read_choice(choice, index, data) for index, choice in enumerate(choices)]
     return choices, openai_usage(data.get("usage"))
-
-def read_output(data):
-    """The items of a Responses object as one of OpenAI's choices."""
-    texts = {"content": [], "reasoning": [], "refusal": []}
-    calls = []
-    for item in dicts(data["output"]):
-        name = "reasoning" if item.get("type") == "reasoning" else "content"
-        for part in dicts(item.get("content")):
-            texts[name].append(as_text(part.get("text")))
-            texts["refusal"].append(as_text(part.get("refusal")))
-        if item.get("type") == "function_call":
-            calls.append(item)
-    message = {name: "".join(pieces) for name, pieces in texts.items()}
-    reason = as_dict(data.get("incomplete_details")).get("reason")
-    return {"message": dict(message, tool_calls=calls), "finish_reason": reason}
 
 def read_choice(choice, position, beside):
     """One of OpenAI's choices. What it lacks may be in the members `beside` them."""
@@ -5703,10 +5823,10 @@ def read_choice(choice, position, beside):
         raise ErrorResponse(502, "upstream_bad_response", "The model broke off with an error.")
     content = message.get("content") or choice.get("text") or beside.get("response")
     members = {
-        "content": as_text(content),
         # gemma-4 uses the short name
         "reasoning_content": message.get("reasoning_content") or message.get("reasoning"),
         "refusal": message.get("refusal"),
+        "content": as_text(content),
         "tool_calls": dicts(message.get("tool_calls") or beside.get("tool_calls")),
     }
     message = {name: value for name, value in members.items() if value}
@@ -5724,9 +5844,7 @@ def as_dict(value):
 
 def dicts(value):
     """The objects in a list; none if it is no list."""
-    if not isinstance(value, list):
-        return []
-    return [item for item in value if isinstance(item, dict)]
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 def openai_usage(usage):
     """OpenAI's counts out of either naming, or None."""
@@ -5737,50 +5855,98 @@ def openai_usage(usage):
     # Zeros mean that Cloudflare did not count, and a guess would be worse than none.
     return dict({"total_tokens": total}, **counts) if total else None
 
-def index_tool_calls(message, seen, call_id, empty=""):
-    """Make a message's tool calls OpenAI's: id and name once, after that only arguments.
 
-    `seen` has the numbers of the calls so far, by id, by Cloudflare's `index`, the last by None.
-    """
-    calls = []
-    for call in message.pop("tool_calls", ()):
-        function = call.get("function") or call     # llama-3.3's and Responses' are flat
-        ident = call.get("call_id") or call.get("id")
-        name = function.get("name")
-        arguments = as_text(function.get("arguments"))
-        # Two ids are two calls, even at one index. What has neither id nor name goes on with a
-        # call, or is the null sentinel after one (workers-ai-provider, streaming.ts).
-        key = ident or call.get("index")
-        if (ident or name) and (key is None or key not in seen):
-            number = seen.get(None, -1) + 1
-            ident = ident or "call_%s_%d" % (call_id, number + 1)
-            seen.update({ident: number, call.get("index"): number, None: number})
-            function = {"name": name, "arguments": arguments or empty}
-            calls.append({"index": number, "id": ident, "type": "function", "function": function})
-        elif arguments:
-            calls.append({"index": seen.get(key, 0), "function": {"arguments": arguments}})
-    if calls:
-        message["tool_calls"] = calls
+class Choice:
+    """One choice of a response as it comes: Cloudflare's deltas in, OpenAI's out."""
+
+    def __init__(self, call):
+        self.id = call.id
+        self.is_thinking = call.thinks
+        self.held = ""          # of a thought, what may be the beginning of a tag
+        self.thoughts = []
+        self.may_be_text = True     # as long as there were no tags
+        self.numbers = {}       # of tool calls, by Cloudflare's id and `index`, the last by None
+        self.finish_reason = None
+
+    def feed(self, message, is_last=False, reason=None):
+        """What is new: a delta that may be empty. With the last one, all that was held back."""
+        delta = dict(message)
+        if "reasoning_content" in message:
+            self.is_thinking = False        # Cloudflare has split it
+        if self.is_thinking:
+            self.split_thoughts(delta, is_last, reason)
+        calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
+        delta["tool_calls"] = list(calls)
+        if is_last:
+            self.finish_reason = finish_reason(reason, self.numbers)
+        return {name: value for name, value in delta.items() if value}
+
+    def split_thoughts(self, delta, is_last, reason):
+        """Make reasoning of what stands in front of </think>, wherever the text was cut."""
+        thought, tag, text = (self.held + delta.get("content", "")).partition("</think>")
+        self.held = "" if tag or is_last else PART_OF_TAG.search(thought).group()
+        thought = thought[:len(thought) - len(self.held)]
+        self.thoughts.append(thought)
+        self.is_thinking = not tag
+        if tag or "<think>" in thought:
+            self.may_be_text = False
+        if is_last and self.may_be_text and reason != "length":
+            delta["content"] = "".join(self.thoughts)
+        else:
+            delta.update(reasoning_content=thought.replace("<think>", ""), content=text)
+
+    def number_calls(self, calls, empty):
+        """OpenAI's deltas of tool calls: id and name once, after that only arguments."""
+        for call in calls:
+            function = call.get("function") or call     # llama-3.3's are flat
+            ident = call.get("id")
+            name = function.get("name")
+            arguments = decode_twice(as_text(function.get("arguments")))
+            # Two ids are two calls, even at one index. What has neither id nor name goes on with a
+            # call, or is the null sentinel after one (workers-ai-provider, streaming.ts).
+            key = ident or call.get("index")
+            if (ident or name) and (key is None or key not in self.numbers):
+                number = self.numbers.get(None, -1) + 1
+                self.numbers.update({ident: number, call.get("index"): number, None: number})
+                # Kimi gives the same ids in every turn (cloudflare/ai#526); Mistral's template
+                # looks at the last nine characters, which must be letters and digits.
+                yield {"index": number, "id": "call_%s%02d" % (self.id, number),
+                       "type": "function",
+                       "function": {"name": name, "arguments": arguments or empty}}
+            elif arguments:
+                yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
+
+def decode_twice(text):
+    """The JSON object in a JSON string: granite and deepseek-r1 encode arguments twice [T]."""
+    if text.startswith('"{'):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return text
+
+def finish_reason(reason, tool_calls):
+    """Agents look for tool_calls; some models end with `stop`, or with nothing, after one."""
+    reason = FINISH_REASONS.get(reason, "stop")
+    return "tool_calls" if tool_calls and reason == "stop" else reason
 
 def translate_response(call, body):
     """A whole response with status 200 in OpenAI's form. Raises ErrorResponse if it is none."""
-    if call.kind == "responses":
-        return relabel_response(read_json(body, call.secrets, "output"), call)
     if call.kind == "embeddings":
         return embeddings_object(read_json(body, call.secrets, "data"), call)
+    if call.kind == "responses":
+        translator = ResponsesTranslator(call)
+        translator.whole(body)
+        return translator.response
     choices, usage = read_response(body, call.secrets)
     if not choices:
         raise unreadable()
     for choice in choices:
+        state = Choice(call)
         message = {"role": "assistant", "content": "", "refusal": None}
-        message.update(choice["message"])
-        index_tool_calls(message, {}, call.id, "{}")
-        calls = message.get("tool_calls", ())
-        if calls:
-            message["content"] = message["content"] or None
-        for tool_call in calls:
+        message.update(state.feed(choice["message"], True, choice["finish_reason"]))
+        for tool_call in message.get("tool_calls", ()):
             del tool_call["index"]      # only deltas number them
-        choice.update(message=message, finish_reason=finish_reason(choice["finish_reason"], calls))
+            message["content"] = message["content"] or None
+        choice.update(message=message, finish_reason=state.finish_reason)
     return completion_object(call, choices, usage)
 
 def completion_object(call, choices, usage, chunk=""):
@@ -5795,11 +5961,6 @@ def completion_object(call, choices, usage, chunk=""):
     if usage or chunk and call.include_usage:
         completion["usage"] = usage
     return completion
-
-def finish_reason(reason, tool_calls):
-    """Agents look for tool_calls; some models end with `stop`, or with nothing, after one."""
-    reason = FINISH_REASONS.get(reason, "stop")
-    return "tool_calls" if tool_calls and reason == "stop" else reason
 
 def embeddings_object(data, call):
     """OpenAI's list of embeddings, from that or from the legacy {"shape", "data": [[...]]}."""
@@ -5822,32 +5983,7 @@ def embeddings_object(data, call):
         embeddings["usage"] = usage
     return embeddings
 
-def relabel_response(data, call):
-    """A Responses object or event with the client's model name, and no secret in its error."""
-    for part in (data, as_dict(data.get("response"))):
-        if "model" in part:
-            part["model"] = call.model
-        error = as_dict(part.get("error"))
-        error["message"] = clean_message(error.get("message"), call.secrets)
-    return data
-
 # -- streams
-
-def read_event(block):
-    """One event as (name, data), with line ends LF or CRLF; comments and ids are skipped.
-
-    A byte order mark may stand before the first one.
-    """
-    name = ""
-    data = []
-    for line in block.decode("utf-8-sig", "replace").split("\n"):
-        field, _, value = line.partition(":")
-        if field == "event":
-            name = value.strip()
-        elif field == "data":
-            data.append(value.strip())
-    return name, "\n".join(data)
-
 
 class EventReader:
     """Events out of bytes as they come, with line ends LF or CRLF (WHATWG HTML, 9.2.6)."""
@@ -5856,7 +5992,7 @@ class EventReader:
         self.buffer = bytearray()       # the event whose end has not come yet
 
     def feed(self, piece):
-        """The events that `piece` completes, as (name, data), but for those without data."""
+        """The data of the events that `piece` completes, without those that have none."""
         # Only the new part is searched for the event's end, with the 3 bytes before it, where
         # "\r\n\r" may stand: to search all of it again would cost the square of its length.
         position = max(len(self.buffer) - 3, 0)
@@ -5871,7 +6007,12 @@ class EventReader:
         del self.buffer[:begin]
         if len(self.buffer) > MAX_EVENT:
             raise unreadable()
-        return [(name, data) for name, data in events if data]
+        return list(filter(None, events))
+
+def read_event(block):
+    """The data of one event. A byte order mark may stand before the first one."""
+    lines = block.decode("utf-8-sig", "replace").split("\n")
+    return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
 
 
 class StreamTranslator:
@@ -5881,24 +6022,23 @@ class StreamTranslator:
         self.call = call
         self.render_error = render_error    # the event for an ErrorResponse
         self.events = EventReader()
-        self.tool_calls = {}    # index_tool_calls' `seen` of each choice that began, by its index
-        self.finish_reasons = {}    # those that have been sent, likewise
+        self.choices = {}       # the Choices that began, by index
+        self.out = []           # events for the client, in bytes
         self.usage = None       # OpenAI's counts, if there were any
         self.failed = None      # the code of the error that ended the stream
         self.done = False       # the client has all that it will get
 
     def feed(self, piece):
         """The bytes for the client that `piece` leads to. Any error in it is the last event."""
-        out = []
         try:
-            for name, data in self.events.feed(piece):
+            for data in self.events.feed(piece):
                 if not self.done:
-                    out += self.translate(name, data)
+                    self.translate(data)
         except ErrorResponse as error_response:
-            out.append(self.fail(error_response))
+            self.fail(error_response)
         except WRONG_SHAPE:
-            out.append(self.fail(unreadable()))
-        return b"".join(out)
+            self.fail(unreadable())
+        return self.take_out()
 
     def end(self, reason=None):
         """The last bytes, at the end of the upstream's body; `reason` is what broke it, if any."""
@@ -5906,109 +6046,166 @@ class StreamTranslator:
         if not (reason or self.is_complete()):
             out = self.feed(b"\n\n")        # a last event may lack its blank line
         if not self.done and self.is_complete():
-            out += b"".join(self.finish())
+            self.finish()
         if not self.done:
-            out += self.fail(reason or upstream_error("upstream_bad_response", BROKEN_OFF))
-        return out
+            self.fail(reason or upstream_error("upstream_bad_response", BROKEN_OFF))
+        return out + self.take_out()
 
     def whole(self, body):
         """A whole JSON response as a stream: gpt-oss may respond so. Raises ErrorResponse."""
-        choices, self.usage = read_response(body, self.call.secrets)
-        return b"".join(itertools.chain(self.render(choices, "{}"), self.finish()))
+        self.render(*read_response(body, self.call.secrets))
+        self.finish()
+        return self.take_out()
 
-    def translate(self, name, data):
-        """OpenAI's events, in bytes, for one of Cloudflare's."""
+    def take_out(self):
+        out = b"".join(self.out)
+        self.out.clear()
+        return out
+
+    def translate(self, data):
         if data == "[DONE]":
-            return self.finish()
-        choices, usage = read_response(data.encode(), self.call.secrets)
-        # of two finish chunks the second has zeros
-        self.usage = usage or self.usage
-        return self.render(choices)
+            self.finish()
+        else:
+            self.render(*read_response(data.encode(), self.call.secrets))
 
-    def render(self, choices, empty=""):
-        """The chunks of choices: the role first, then what is new, then its finish, once."""
-        is_chat = self.call.kind == "chat"
+    def render(self, choices, usage):
+        """The events of choices: its beginning first, then what is new, then its finish, once."""
+        self.usage = usage or self.usage        # of two finish chunks the second has zeros
         for choice in choices:
             index = choice["index"]
-            if is_chat and index not in self.tool_calls:
-                yield self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
-            seen = self.tool_calls.setdefault(index, {})
-            delta = choice["message"]
-            index_tool_calls(delta, seen, self.call.id, empty)
-            # a text_completion has room for nothing but content
-            if delta.get("content") or delta and is_chat:
-                yield self.chunk(index, delta, None, choice["logprobs"])
-            finish = choice["finish_reason"]
-            if finish and index not in self.finish_reasons:
-                self.finish_reasons[index] = finish_reason(finish, seen)
-                yield self.chunk(index, {}, self.finish_reasons[index])
-
-    def chunk(self, index, delta, finish=None, logprobs=None):
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return render_event(completion_object(self.call, [choice], None, ".chunk"))
-
-    def count_tokens(self):
-        usage = self.usage or {}
-        return usage.get("prompt_tokens"), usage.get("completion_tokens")
-
-    def is_complete(self):
-        """Has every choice that began its finish_reason?"""
-        return 0 < len(self.finish_reasons) == len(self.tool_calls)
+            if index not in self.choices:
+                self.choices[index] = Choice(self.call)
+                self.emit(index, {"role": "assistant", "content": "", "refusal": None})
+            state = self.choices[index]
+            is_last = bool(choice["finish_reason"]) and not state.finish_reason
+            delta = state.feed(choice["message"], is_last, choice["finish_reason"])
+            self.emit(index, delta, None, choice["logprobs"])
+            if is_last:
+                self.emit(index, {}, state.finish_reason)
 
     def finish(self):
         """What closes a stream that the upstream ended well: legacy ones give no finish_reason."""
-        if not self.tool_calls:
+        if not self.choices:
             raise unreadable()
         self.done = True
-        for index, seen in self.tool_calls.items():
-            if index not in self.finish_reasons:
-                yield self.chunk(index, {}, finish_reason(None, seen))
-        if self.call.include_usage and self.usage:
-            yield render_event(completion_object(self.call, [], self.usage, ".chunk"))
-        yield b"data: [DONE]\n\n"
+        for index, state in self.choices.items():
+            if not state.finish_reason:
+                self.emit(index, state.feed({}, True))
+                self.emit(index, {}, state.finish_reason)
+        self.conclude()
 
     def fail(self, error_response):
         """The last event, an error: never a finish_reason after it, never [DONE]."""
         # Both official SDKs raise this one, while they swallow Cloudflare's own.
         self.done = True
         self.failed = error_response.code
-        return self.render_error(error_response)
+        self.out.append(self.render_error(error_response))
+
+    def is_complete(self):
+        """Has every choice that began its finish_reason?"""
+        return bool(self.choices) and all(one.finish_reason for one in self.choices.values())
+
+    def count_tokens(self):
+        usage = self.usage or {}
+        return usage.get("prompt_tokens"), usage.get("completion_tokens")
+
+    def emit(self, index, delta, finish=None, logprobs=None):
+        """Send a chunk of OpenAI's chat, or of a completion, which has room for content alone."""
+        if finish or delta.get("content") or delta and self.call.kind == "chat":
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+            self.send(completion_object(self.call, [choice], None, ".chunk"))
+
+    def conclude(self):
+        if self.call.include_usage and self.usage:
+            self.send(completion_object(self.call, [], self.usage, ".chunk"))
+        self.out.append(b"data: [DONE]\n\n")
+
+    def send(self, event, name=""):
+        self.out.append(render_event(event, name))
+
+
+# The items of a Responses object: what is in them at first, what their events are called, and the
+# part that has their text.
+RESPONSE_ITEMS = {
+    "reasoning": ({"summary": [], "content": []}, "response.reasoning_text",
+                  {"type": "reasoning_text", "text": ""}),
+    "message": ({"role": "assistant", "content": []}, "response.output_text",
+                {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
+    "function_call": ({"arguments": ""}, "response.function_call_arguments", None),
+}
+TEXTS = (("reasoning_content", "reasoning"), ("refusal", "message"), ("content", "message"))
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class ResponsesTranslator(StreamTranslator):
-    """/v1/responses: events pass as they come, with the client's name for the model."""
+    """The events of a Responses object: each item is added and filled, and all are done at last."""
 
-    LAST = ("response.completed", "response.incomplete", "response.failed")     # no [DONE] here
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.count = 0          # of the events
+        self.texts = {}         # the pieces of each item's text, by its kind or the call's number
+        self.places = {}        # where it is
+        self.response = dict(
+            self.call.echo, id="resp_" + self.call.id, object="response", status="in_progress",
+            created_at=self.call.created, model=self.call.model, output=[], usage=None, error=None,
+            incomplete_details=None, previous_response_id=None, store=False)
 
-    def translate(self, name, data):
-        event = relabel_response(read_json(data.encode(), self.call.secrets, "type"), self.call)
-        self.usage = openai_usage(as_dict(event.get("response")).get("usage")) or self.usage
-        self.done = event["type"] in self.LAST
-        yield render_event(event, name)
+    def event(self, name, key=None, **members):
+        members.update(self.places.get(key, ()), type=name, sequence_number=self.count)
+        self.count += 1
+        self.send(members, name)
 
-    def whole(self, body):
-        """A whole response as the events without which no client can follow."""
-        # Workers AI has the Responses API "only non-streaming" (cloudflare-docs#32116).
-        response = translate_response(self.call, body)
-        self.done = True
-        self.usage = openai_usage(response.get("usage"))
-        out = []
-        def add(name, **members):
-            members.update(type=name, sequence_number=len(out))
-            out.append(render_event(members, name))
+    def emit(self, index, delta, finish=None, logprobs=None):
+        if "role" in delta:
+            self.event("response.created", response=self.response)
+            self.event("response.in_progress", response=self.response)
+        for name, kind in TEXTS:
+            if name in delta and "role" not in delta:
+                self.write(kind, kind, delta[name])
+        for call in delta.get("tool_calls", ()):
+            function = call["function"]
+            self.write(call["index"], "function_call", function["arguments"],
+                       call_id=call.get("id"), name=function.get("name"))
 
-        started = dict(response, status="in_progress", output=[], usage=None)
-        add("response.created", response=started)
-        for index, item in enumerate(dicts(response["output"])):
-            add("response.output_item.added", output_index=index, item=dict(item, content=[]))
-            for number, part in enumerate(dicts(item.get("content"))):
-                place = {"output_index": index, "item_id": item.get("id"), "content_index": number}
-                add("response.content_part.added", part=dict(part, text=""), **place)
-                if part.get("type") == "output_text":
-                    add("response.output_text.delta", delta=part["text"], logprobs=[], **place)
-            add("response.output_item.done", output_index=index, item=item)
-        add("response.%s" % response.get("status", "completed"), response=response)
-        return b"".join(out)
+    def write(self, key, kind, text, **members):
+        """Add text to an item, which may be a new one."""
+        empty, events, part = RESPONSE_ITEMS[kind]
+        if key not in self.texts:
+            output = self.response["output"]
+            ident = "%s_%s_%d" % (kind, self.call.id, len(output))
+            self.texts[key] = []
+            self.places[key] = {"output_index": len(output), "content_index": 0, "item_id": ident}
+            output.append(dict(empty, id=ident, type=kind, status="in_progress", **members))
+            self.event("response.output_item.added", key, item=output[-1])
+            if part:
+                self.event("response.content_part.added", key, part=part)
+        self.texts[key].append(text)
+        self.event(events + ".delta", key, delta=text)
+
+    def conclude(self):
+        for key, item in zip(self.texts, self.response["output"]):
+            _, events, part = RESPONSE_ITEMS[item["type"]]
+            text = "".join(self.texts[key])
+            item["status"] = "completed"
+            if part:
+                item["content"] = [dict(part, text=text)]
+                self.event(events + ".done", key, text=text)
+                self.event("response.content_part.done", key, part=item["content"][0])
+            else:
+                item["arguments"] = text
+                self.event(events + ".done", key, arguments=text)
+            self.event("response.output_item.done", key, item=item)
+        reason = INCOMPLETE.get(self.choices[0].finish_reason)
+        usage = {
+            name.replace("prompt_", "input_").replace("completion_", "output_"): count
+            for name, count in (self.usage or {}).items()}
+        details = {"input_tokens_details": {"cached_tokens": 0},
+                   "output_tokens_details": {"reasoning_tokens": 0}}
+        self.response["usage"] = dict(details, **usage) if usage else None
+        if reason:
+            self.response["incomplete_details"] = {"reason": reason}
+        self.response["status"] = "incomplete" if reason else "completed"
+        self.event("response." + self.response["status"], response=self.response)
 
 # -- errors
 
@@ -6050,11 +6247,11 @@ def classify_error(number, status, word):
 
 def extract_error(error):
     """The object in an error, parsed or not, that has the code and the message; {} if none has."""
-    try:
-        if isinstance(error, bytes):
-            error = parse_cloudflare(error)
-    except ValueError:
-        return {}
+    if isinstance(error, bytes):
+        try:
+            error = parse_object(error)
+        except ErrorResponse:
+            return {}
     for first in dicts(error.get("errors")):
         return first
     detail = error.get("error") or error
@@ -6063,17 +6260,12 @@ def extract_error(error):
 def clean_message(message, secrets):
     """Cloudflare's words without `AiError:`, JSON around them, uuids and secrets."""
     # Cut it, for a hostile one is long; redact it before, for half a secret is not recognized.
-    message = strip_message(redact_message(as_text(message), secrets)[:MAX_MESSAGE_READ])
-    # AiError: AiError: {"object": "error", "message": ...}
-    while message.startswith("{"):
+    message = redact_message(as_text(message), secrets)[:MAX_MESSAGE_READ]
+    inner = message
+    while inner:            # AiError: AiError: {"object": "error", "message": ...}
+        message = NOISE.sub("", as_text(inner)).strip()
         inner = extract_error(message.encode("utf-8", "replace")).get("message")
-        if not inner:
-            break
-        message = strip_message(as_text(inner))
     return redact_message(message, secrets)[:MAX_MESSAGE_SHOWN]
-
-def strip_message(text):
-    return NOISE.sub("", text).strip()
 
 def redact_message(text, secrets):
     for secret in secrets:
@@ -6097,9 +6289,8 @@ def translate_catalogue(items, today, names, only_names):
     models = {item.get("name"): model_object(item, today) for item in items}
     shown = {name: model for name, model in names.items() if name != model}
     shown.update(names)
-    if not only_names:
-        for name in models:
-            shown.setdefault(name, name)
+    for name in () if only_names else models:
+        shown.setdefault(name, name)
     return [dict(models[model], id=name) for name, model in shown.items() if models.get(model)]
 
 def model_object(item, today):
@@ -6107,11 +6298,10 @@ def model_object(item, today):
     entries = dicts(item.get("properties"))
     properties = {entry.get("property_id"): entry.get("value") for entry in entries}
     retired = properties.get("planned_deprecation_date")
-    if retired and retired[:10] <= today:
-        return None
     # Not by the query's task=: it yields nothing when the label changes that it must match.
     task = as_text(as_dict(item.get("task")).get("name"))
-    if re.sub(r"\W", "", task).lower() not in ("textgeneration", "textembeddings"):
+    is_text = re.sub(r"\W", "", task).lower() in ("textgeneration", "textembeddings")
+    if not is_text or retired and retired[:10] <= today:
         return None
 
     # "2025-08-05 10:49:53.265" is UTC without its mark; it may be missing.
@@ -6120,9 +6310,11 @@ def model_object(item, today):
         created = int(datetime.datetime.fromisoformat(moment).timestamp())
     except ValueError:
         created = 0
-    properties.update(description=item.get("description"), task=task)
-    names = ("description", "task", "context_window", "planned_deprecation_date")
-    metadata = {name: properties[name] for name in names if properties.get(name) is not None}
+    metadata = {"description": item.get("description"), "task": task,
+                "planned_deprecation_date": retired,
+                "require_workers_paid": properties.get("require_workers_paid") == "true" or None}
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    metadata["context_window"] = properties.get("context_window")
     return {"id": item["name"], "object": "model", "created": created, "owned_by": "cloudflare",
             "permission": [], "root": item["name"], "parent": None, "metadata": metadata}
 
@@ -6133,24 +6325,30 @@ CATALOGUE_RETRY = 30        # and one that could not be read is tried again afte
 CATALOGUE_TIMEOUT = 10      # seconds for all of its pages
 CATALOGUE_PAGES = 50        # at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
+DAY = 86400                 # seconds
 
 def prepare_workers(settings):
-    """The account and the base URL. Raises SettingError."""
-    account = settings.read("CLOUDFLARE_ACCOUNT_ID")
-    if not account or not settings.provider_keys:
+    """The accounts, the base URL and the models. Raises SettingError."""
+    accounts = settings.read("CLOUDFLARE_ACCOUNT_ID")
+    keys = settings.provider_keys
+    if not keys or len(accounts) not in (1, len(keys)):
         raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and "
-                           "CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit")
+                           "CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit: one "
+                           "account for all tokens, or as many accounts as tokens, in their order")
     upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     upstream.provider = settings.upstream.provider
-    upstream.base += "/accounts/" + account
     settings.upstream = upstream
-    settings.hidden_words = [account.encode()]
-    settings.workers_secrets = [account] + [key.decode() for key in settings.provider_keys]
+    settings.accounts = accounts * (len(keys) // len(accounts))     # by the key's index
+    settings.hidden_words = [account.encode() for account in accounts]
+    settings.workers_secrets = accounts + [key.decode() for key in keys]
     settings.needs_model = True
     settings.lists_models = True
     settings.has_body_rules = True
-    if not settings.models:
-        settings.aliases = WORKERS_ALIASES
+    if settings.models.get("short") == "short":
+        del settings.models["short"]
+        settings.models.update(WORKERS_ALIASES)
+        settings.shown["AIPROXY_MODELS"] = ", ".join(settings.models)
+    settings.aliases = settings.models or WORKERS_ALIASES
     settings.catalogue = Catalogue(settings.aliases, bool(settings.models))
 
 
@@ -6193,6 +6391,12 @@ class Catalogue:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
             self.valid_until = time.monotonic() + CATALOGUE_RETRY
 
+    def window(self, model):
+        """How many tokens a model can hold; None if the list does not say."""
+        windows = [item["metadata"]["context_window"] for item in self.last or ()
+                   if item["root"] == model]
+        return int(windows[0]) if windows and re.fullmatch("[0-9]{3,9}", str(windows[0])) else None
+
 
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
@@ -6210,33 +6414,35 @@ class WorkersHandler(Handler):
         items = catalogue.items(self.read_catalogue)
         if items is not None:
             return items
-        if self.settings.models:
-            return super().list_models()
-        raise catalogue.failure
+        may_not_list = catalogue.failure.code in ("upstream_credentials_rejected",
+                                                  "permission_denied")
+        if not (self.settings.models or may_not_list):
+            raise catalogue.failure
+        return [{"id": name, "object": "model", "created": self.server.started,
+                 "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list. ErrorResponse 502 or 504."""
         deadline = time.monotonic() + CATALOGUE_TIMEOUT
 
         def wait(connection, mask, seconds):
-            remaining = deadline - time.monotonic()
-            if remaining > 0:
-                try:
-                    return wait_for_upstream(self.client, connection, mask,
-                                             min(seconds, remaining))
-                except socket.timeout:
-                    if seconds < remaining:
-                        raise
-            raise upstream_error("upstream_timeout", "Cloudflare's model list did not come within "
-                                 "%d seconds." % CATALOGUE_TIMEOUT)
+            remaining = max(deadline - time.monotonic(), 0)
+            try:
+                wait_for_upstream(self.client, connection, mask, min(seconds, remaining))
+            except socket.timeout:
+                raise upstream_error("upstream_timeout",
+                                     "Cloudflare's model list did not come in time.")
 
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
-            target = "/ai/models/search?per_page=50&page=%d" % number
-            exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"", wait)
+            exchange = self.open_exchange(
+                "GET", "/ai/models/search?per_page=50&page=%d" % number, b"", wait)
             try:
                 body = self.read_whole(exchange)
                 page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
+            except ErrorResponse as error:
+                self.server.log.warn("the model list cannot be read: " + error.message)
+                raise
             finally:
                 exchange.close()
             if not page:
@@ -6247,14 +6453,29 @@ class WorkersHandler(Handler):
     def apply_body_rules(self, body):
         members, changes = self.check_body(body)
         request = self.request
-        model = self.settings.aliases.get(request.model, request.model)
+        settings = self.settings
+        model = settings.aliases.get(request.model, request.model)
         call = translate_request(request.path, body, members, model, request.model,
-                                 self.settings.workers_secrets, changes)
+                                 settings.workers_secrets, changes,
+                                 settings.catalogue.window(model))
         self.call = call._replace(body=b"")     # nothing keeps it once it has gone up
         return call.body
 
     def ask_upstream(self, body):
-        return self.open_exchange("POST", self.settings.upstream.base + self.call.path, body)
+        return self.open_exchange("POST", self.call.path, body)
+
+    def send_up(self, key_index, method, target, *others):
+        """A request with one of the keys, to its account. Its daily quota ends at midnight UTC."""
+        account = self.settings.accounts[key_index]
+        target = "%s/accounts/%s%s" % (self.settings.upstream.base, account, target)
+        exchange = super().send_up(key_index, method, target, *others)
+        if exchange.status == 429 and len(self.settings.accounts) > 1:
+            exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+            error = translate_error(429, exchange.prefetched)
+            if error.code == "insufficient_quota":
+                seconds = b"%d" % (DAY - time.time() % DAY)
+                exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
+        return exchange
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
@@ -6277,7 +6498,7 @@ class WorkersHandler(Handler):
     def read_whole(self, exchange):
         """The body of a response. ErrorResponse 502 or 504 if it cannot be read as a whole."""
         try:
-            return exchange.read_all(MAX_RESPONSE)
+            return exchange.prefetched + exchange.read_all(MAX_RESPONSE)
         except (OSError, ProtocolError) as error:
             raise response_error(error)
         except ValueError:
@@ -6346,15 +6567,15 @@ class WorkersHandler(Handler):
             return translator.end(upstream_error(code, BROKEN_OFF))
         return translator.feed(piece) if piece else translator.end()
 
-def parse_account(text):
-    takes = "the id of an account: letters and digits"
-    if PLACEHOLDER.fullmatch(text):
+def parse_accounts(text):
+    takes = "the id of an account, letters and digits, or several, comma-separated"
+    if any(map(PLACEHOLDER.fullmatch, parse_list(text))):
         raise ValueError(takes)
-    return match_all("[A-Za-z0-9_-]{0,64}", text, takes).group()
+    return [match_all("[A-Za-z0-9_-]{1,64}", item, takes).group() for item in parse_list(text)]
 
 OPTIONS += (
-    Option("CLOUDFLARE_ACCOUNT_ID", CLOUDFLARE_ACCOUNT_ID, parse_account,
-           "for workers-ai: the account"),
+    Option("CLOUDFLARE_ACCOUNT_ID", CLOUDFLARE_ACCOUNT_ID, parse_accounts,
+           "for workers-ai: the account, or several, as many as tokens"),
     Option("CLOUDFLARE_API_TOKEN", CLOUDFLARE_API_TOKEN, parse_keys,
            "for workers-ai: the provider key, a token with Workers AI Read and Edit"),
     Option("CLOUDFLARE_API_BASE_URL", CLOUDFLARE_API_BASE_URL, Upstream,
