@@ -5759,7 +5759,8 @@ def add_item(messages, item):
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-    elif kind != "reasoning":           # no model wants its old thoughts
+    # No model wants its old thoughts; the AI SDK refers to them by their id.
+    elif kind != "reasoning" and not as_text(item.get("id")).startswith("reasoning_"):
         raise unknown_type(kind)
 
 def chat_part(part):
@@ -5772,8 +5773,9 @@ def chat_part(part):
     raise unknown_type(kind)
 
 def unknown_type(kind):
-    return invalid_parameter("input", "has something of the type %.40s, and Workers AI takes text, "
-                             "images, and functions with their outputs" % as_text(kind))
+    return invalid_parameter("input", "has something of the type %.40s. Nothing is stored here (set "
+                             "`store` to false), and Workers AI takes text, images, functions and "
+                             "their outputs" % as_text(kind))
 
 # -- responses: every shape into one form, and that into OpenAI's objects
 
