@@ -5547,20 +5547,16 @@ WORKERS_PATHS = {
     "/v1/embeddings": ("embeddings", "/ai/v1/embeddings"),
     "/v1/responses": ("responses", "/ai/v1/chat/completions"),
 }
-# Members that mean `off` elsewhere (SillyTavern#1823), and are left out. All others go up: n, user,
-# logprobs, store, metadata, service_tier, parallel_tool_calls and so on are in newer schemas
-# (workerd's ChatCompletionsCommonOptions), and older ones forbid no member [O].
+# Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user, store
+# and so on are in newer schemas (workerd's ChatCompletionsCommonOptions), older ones forbid none [O].
 MEANINGLESS = (("top_k", 0), ("top_k", -1))
-# Of a Responses request: what stays, with what a Responses object says where it is not given; what
-# a chat says otherwise, or has no use for; and what would have to be stored.
-ECHOED = {"temperature": None, "top_p": None, "metadata": {}, "parallel_tool_calls": True,
-          "instructions": None, "max_output_tokens": None, "tool_choice": "auto", "tools": []}
+# Of a Responses request: what a chat says otherwise or has no use for, and what had to be stored.
 RESPONSES_ONLY = frozenset((
     "input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "n",
     "include", "truncation", "store", "background", "prompt_cache_key", "client_metadata"))
 STORED = ("previous_response_id", "conversation", "prompt")
-TEXT_PARTS = ("text", "input_text", "output_text")
-
+LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text")
 # Models by what sets them apart.
 SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
 BARE_SCHEMA = re.compile(r"/meta/|deepseek-|hermes-|mistral-small|gemma-3|qwq|qwen2\.5")    # [O]
@@ -5605,8 +5601,7 @@ Call = collections.namedtuple("Call", (    # one request
     "stream", "include_usage", "base64",    # what the client wants
     "secrets",                      # what no error may show: the account ids, the tokens
     "thinks",                       # does its model think in its text?
-    "echo",                         # what a Responses object says of its request
-), defaults=(False, ECHOED))
+), defaults=(False,))
 
 # -- requests
 
@@ -5631,29 +5626,34 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
     chat = dict(values, model=model)
     if kind != "embeddings":
         chat = fit_chat(as_chat(kind, chat), model)
-        if not {"max_tokens", "max_completion_tokens", "max_output_tokens"} & set(given):
+        if not LIMITS & set(given):
             add_limit(chat, window)
-    changed = {name: value for name, value in chat.items()
-               if name not in values or value != values[name]}
-    is_edited = set(values) <= set(chat)        # then no other byte differs
     return Call(
-        kind=kind, path=upstream_path,
-        body=edit_members(body, changed) if is_edited else json.dumps(chat).encode(),
+        kind=kind, path=upstream_path, body=edit_body(body, values, chat),
         model=shown, id=os.urandom(12).hex(), created=int(time.time()),
         stream=stream and kind != "embeddings",
         include_usage=as_dict(given.get("stream_options")).get("include_usage") is True,
         base64=given.get("encoding_format") == "base64", secrets=secrets,
-        thinks=bool(THINKS_IN_TEXT.search(model)),
-        echo={name: given.get(name, value) for name, value in ECHOED.items()})
+        thinks=bool(THINKS_IN_TEXT.search(model)))
+
+def edit_body(body, values, wanted):
+    """The body of an object with other values; if it can be edited, no other byte differs."""
+    changes = {name: value for name, value in wanted.items()
+               if name not in values or value != values[name]}
+    if set(values) <= set(wanted):
+        return edit_members(body, changes)
+    return json.dumps(wanted).encode()
+
+def add_limit(chat, window):
+    """Add max_tokens, which counts against the model's window; Cloudflare's own fits small ones."""
+    most = chat.get("max_tokens") or WORKERS_MAX_TOKENS
+    if window:
+        most = min(most, window // WINDOW_SHARE)
+    if window or not SMALL.search(chat["model"]):
+        chat["max_tokens"] = min(most, WORKERS_MAX_TOKENS)
 
 def invalid_parameter(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
-
-def add_limit(chat, window):
-    """Add max_tokens, which counts against the model's window: small ones get Cloudflare's."""
-    if window or not SMALL.search(chat["model"]):
-        share = window // WINDOW_SHARE if window else math.inf
-        chat["max_tokens"] = min(WORKERS_MAX_TOKENS, share, chat.get("max_tokens") or math.inf)
 
 def as_chat(kind, given):
     """The members of a chat request that asks for the same. Else 400."""
@@ -5705,6 +5705,29 @@ def chat_of_response(given):
         if given.get(name):
             raise invalid_parameter(name, "refers to what is stored, and nothing is stored here: "
                                     "send the whole conversation in `input`")
+    chat = {
+        "messages": read_input(given),
+        "max_tokens": given.get("max_output_tokens"),
+        "reasoning_effort": as_dict(given.get("reasoning")).get("effort"),
+        "stream_options": {"include_usage": True},
+    }
+    # Tools of OpenAI's own, such as web_search, are not here: the model does without.
+    tools = [nested(tool, "function") for tool in dicts(given.get("tools"))]
+    tools = [tool for tool in tools if tool["type"] == "function"]
+    if tools:
+        chat.update(tools=tools, tool_choice=nested(given.get("tool_choice"), "function"))
+    form = as_dict(as_dict(given.get("text")).get("format"))
+    if form.get("type", "text") != "text":
+        chat["response_format"] = nested(form, "json_schema")
+    if not given.get("stream"):
+        del chat["stream_options"]
+    for name, value in given.items():
+        if name not in RESPONSES_ONLY:
+            chat.setdefault(name, value)
+    return {name: value for name, value in chat.items() if value is not None}
+
+def read_input(given):
+    """The messages of a Responses request. Else 400."""
     items = given.get("input")
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
@@ -5715,25 +5738,7 @@ def chat_of_response(given):
         messages.append({"role": "system", "content": given["instructions"]})
     for item in dicts(items):
         add_item(messages, item)
-    chat = {
-        "messages": messages,
-        "max_tokens": given.get("max_output_tokens"),
-        "reasoning_effort": as_dict(given.get("reasoning")).get("effort"),
-        # Tools of OpenAI's own, such as web_search, are not here: the model does without.
-        "tools": [nested(tool, "function") for tool in dicts(given.get("tools"))
-                  if tool.get("type") == "function"],
-        "tool_choice": nested(given.get("tool_choice"), "function"),
-    }
-    form = as_dict(as_dict(given.get("text")).get("format"))
-    if form.get("type", "text") != "text":
-        chat["response_format"] = nested(form, "json_schema")
-    if given.get("stream"):
-        chat["stream_options"] = {"include_usage": True}
-    if not chat["tools"]:
-        del chat["tools"], chat["tool_choice"]
-    chat = {name: value for name, value in chat.items() if value is not None}
-    chat.update({name: value for name, value in given.items() if name not in RESPONSES_ONLY})
-    return chat
+    return messages
 
 def nested(value, name):
     """What has members beside its type, as a chat has it: inside a member of this name."""
@@ -5766,7 +5771,7 @@ def add_item(messages, item):
 def chat_part(part):
     """A part of an item's content as a message has it. Else 400."""
     kind = part.get("type")
-    if kind in TEXT_PARTS + ("reasoning_text",):
+    if kind in TEXT_PARTS:
         return {"type": "text", "text": part.get("text")}
     if kind == "input_image":
         return {"type": "image_url", "image_url": {"url": part.get("image_url")}}
@@ -5781,7 +5786,7 @@ def unknown_type(kind):
 
 # What Python raises for JSON of a shape that nobody expects. Caught where a whole response or an
 # event is translated, so that no member needs a guard of its own.
-WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError)
+WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError, OverflowError, struct.error)
 
 def unreadable():
     return ErrorResponse(502, "upstream_bad_response", "Cloudflare's answer could not be read.")
@@ -5826,8 +5831,8 @@ def read_choice(choice, position, beside):
     content = message.get("content") or choice.get("text") or beside.get("response")
     members = {
         # gemma-4 uses the short name
-        "reasoning_content": message.get("reasoning_content") or message.get("reasoning"),
-        "refusal": message.get("refusal"),
+        "reasoning_content": as_text(message.get("reasoning_content") or message.get("reasoning")),
+        "refusal": as_text(message.get("refusal")),
         "content": as_text(content),
         "tool_calls": dicts(message.get("tool_calls") or beside.get("tool_calls")),
     }
@@ -5903,7 +5908,7 @@ class Choice:
             function = call.get("function") or call     # llama-3.3's are flat
             ident = call.get("id")
             name = function.get("name")
-            arguments = decode_twice(as_text(function.get("arguments")))
+            arguments = as_text(function.get("arguments"))
             # Two ids are two calls, even at one index. What has neither id nor name goes on with a
             # call, or is the null sentinel after one (workers-ai-provider, streaming.ts).
             key = ident or call.get("index")
@@ -5914,15 +5919,16 @@ class Choice:
                 # looks at the last nine characters, which must be letters and digits.
                 yield {"index": number, "id": "call_%s%02d" % (self.id, number),
                        "type": "function",
-                       "function": {"name": name, "arguments": arguments or empty}}
+                       "function": {"name": name, "arguments": decode_twice(arguments) or empty}}
             elif arguments:
                 yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
 
 def decode_twice(text):
     """The JSON object in a JSON string: granite and deepseek-r1 encode arguments twice [T]."""
-    if text.startswith('"{'):
-        with contextlib.suppress(ValueError):
-            return json.loads(text)
+    with contextlib.suppress(ValueError, TypeError):
+        inner = json.loads(text)
+        if isinstance(json.loads(inner), dict):
+            return inner
     return text
 
 def finish_reason(reason, tool_calls):
@@ -5933,7 +5939,10 @@ def finish_reason(reason, tool_calls):
 def translate_response(call, body):
     """A whole response with status 200 in OpenAI's form. Raises ErrorResponse if it is none."""
     if call.kind == "embeddings":
-        return embeddings_object(read_json(body, call.secrets, "data"), call)
+        try:
+            return embeddings_object(read_json(body, call.secrets, "data"), call)
+        except WRONG_SHAPE:
+            raise unreadable()
     if call.kind == "responses":
         translator = ResponsesTranslator(call)
         translator.whole(body)
@@ -5967,15 +5976,12 @@ def completion_object(call, choices, usage, chunk=""):
 def embeddings_object(data, call):
     """OpenAI's list of embeddings, from that or from the legacy {"shape", "data": [[...]]}."""
     listed = []
-    try:
-        for index, row in enumerate(data["data"]):
-            vector = row.get("embedding") if isinstance(row, dict) else row
-            # Node's SDK requests base64, and decodes a list of floats to zeros.
-            if call.base64 and not isinstance(vector, str):
-                vector = base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
-            listed.append({"object": "embedding", "index": index, "embedding": vector})
-    except (TypeError, struct.error, OverflowError):
-        raise unreadable()
+    for index, row in enumerate(data["data"]):
+        vector = row.get("embedding") if isinstance(row, dict) else row
+        # Node's SDK requests base64, and decodes a list of floats to zeros.
+        if call.base64 and not isinstance(vector, str):
+            vector = base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
+        listed.append({"object": "embedding", "index": index, "embedding": vector})
     if not listed:
         raise unreadable()
     embeddings = {"object": "list", "data": listed, "model": call.model}
@@ -6148,9 +6154,9 @@ class ResponsesTranslator(StreamTranslator):
         self.texts = {}         # the pieces of each item's text, by its kind or the call's number
         self.places = {}        # where it is
         self.response = dict(
-            self.call.echo, id="resp_" + self.call.id, object="response", status="in_progress",
-            created_at=self.call.created, model=self.call.model, output=[], usage=None, error=None,
-            incomplete_details=None, previous_response_id=None, store=False)
+            id="resp_" + self.call.id, object="response", created_at=self.call.created,
+            status="in_progress", model=self.call.model, output=[], usage=None, error=None,
+            incomplete_details=None, tools=[], tool_choice="auto", parallel_tool_calls=True)
 
     def event(self, name, key=None, **members):
         members.update(self.places.get(key, ()), type=name, sequence_number=self.count)
@@ -6182,7 +6188,8 @@ class ResponsesTranslator(StreamTranslator):
             if part:
                 self.event("response.content_part.added", key, part=part)
         self.texts[key].append(text)
-        self.event(events + ".delta", key, delta=text)
+        if text:
+            self.event(events + ".delta", key, delta=text)
 
     def conclude(self):
         for key, item in zip(self.texts, self.response["output"]):
@@ -6197,7 +6204,7 @@ class ResponsesTranslator(StreamTranslator):
                 item["arguments"] = text
                 self.event(events + ".done", key, arguments=text)
             self.event("response.output_item.done", key, item=item)
-        reason = INCOMPLETE.get(self.choices[0].finish_reason)
+        reason = INCOMPLETE.get(next(iter(self.choices.values())).finish_reason)
         usage = {
             name.replace("prompt_", "input_").replace("completion_", "output_"): count
             for name, count in (self.usage or {}).items()}
@@ -6312,11 +6319,13 @@ def model_object(item, today):
         created = int(datetime.datetime.fromisoformat(moment).timestamp())
     except ValueError:
         created = 0
-    metadata = {"description": item.get("description"), "task": task,
-                "planned_deprecation_date": retired,
-                "require_workers_paid": properties.get("require_workers_paid") == "true" or None}
-    metadata = {name: value for name, value in metadata.items() if value is not None}
-    metadata["context_window"] = properties.get("context_window")
+    metadata = {"task": task, "context_window": properties.get("context_window")}
+    if item.get("description"):
+        metadata["description"] = item["description"]
+    if retired:
+        metadata["planned_deprecation_date"] = retired
+    if properties.get("require_workers_paid") == "true":
+        metadata["require_workers_paid"] = True
     return {"id": item["name"], "object": "model", "created": created, "owned_by": "cloudflare",
             "permission": [], "root": item["name"], "parent": None, "metadata": metadata}
 
@@ -6327,6 +6336,7 @@ CATALOGUE_RETRY = 30        # and one that could not be read is tried again afte
 CATALOGUE_TIMEOUT = 10      # seconds for all of its pages
 CATALOGUE_PAGES = 50        # at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
+NOT_ALLOWED = ("upstream_credentials_rejected", "permission_denied")    # to list models
 DAY = 86400                 # seconds
 
 def prepare_workers(settings):
@@ -6395,9 +6405,11 @@ class Catalogue:
 
     def window(self, model):
         """How many tokens a model can hold; None if the list does not say."""
-        windows = [item["metadata"]["context_window"] for item in self.last or ()
-                   if item["root"] == model]
-        return int(windows[0]) if windows and re.fullmatch("[0-9]{3,9}", str(windows[0])) else None
+        for item in self.last or ():
+            if item["root"] == model:
+                size = re.fullmatch("[0-9]{3,9}", str(item["metadata"]["context_window"]))
+                return int(size.group()) if size else None
+        return None
 
 
 class WorkersHandler(Handler):
@@ -6416,12 +6428,10 @@ class WorkersHandler(Handler):
         items = catalogue.items(self.read_catalogue)
         if items is not None:
             return items
-        may_not_list = catalogue.failure.code in ("upstream_credentials_rejected",
-                                                  "permission_denied")
-        if not (self.settings.models or may_not_list):
-            raise catalogue.failure
-        return [{"id": name, "object": "model", "created": self.server.started,
-                 "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
+        if self.settings.models or catalogue.failure.code in NOT_ALLOWED:
+            return [{"id": name, "object": "model", "created": self.server.started,
+                     "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
+        raise catalogue.failure
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list. ErrorResponse 502 or 504."""
