@@ -5509,13 +5509,218 @@ def tune_malloc():
             libc.mallopt(option, value)
         libc.malloc_trim(0)
 
+# ---- Responses made of chat ----------------------------------------------------------------------
+# Does: makes chat requests of those of OpenAI's Responses API, and its responses of chat's deltas.
+# Touches: nothing; values in, values out.
+# Entered: `install_responses`, by an API that has no Responses of its own.
+
+# Of the request: what a chat says otherwise or has no use for, and what would have to be stored.
+RESPONSES_ONLY = frozenset((
+    "input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "n",
+    "include", "truncation", "store", "background", "prompt_cache_key", "client_metadata"))
+STORED = ("previous_response_id", "conversation", "prompt")
+RESPONSE_TEXTS = ("input_text", "output_text", "text")
+# Of the response: for each kind of item what is in it at first, what its events are called, and the
+# part that has its text; what chat's finish_reasons are called.
+RESPONSE_ITEMS = {
+    "reasoning": ({"summary": [], "content": []}, "response.reasoning_text",
+                  {"type": "reasoning_text", "text": ""}),
+    "message": ({"role": "assistant", "content": []}, "response.output_text",
+                {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
+    "function_call": ({"arguments": ""}, "response.function_call_arguments", None),
+}
+DELTA_ITEMS = {"reasoning_content": "reasoning", "refusal": "message", "content": "message"}
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+def install_responses(paths, chat_makers, event_makers):
+    _, chat_path = paths["/v1/chat/completions"]
+    paths["/v1/responses"] = ("responses", chat_path)
+    chat_makers["responses"] = chat_of_response
+    event_makers["responses"] = ResponseEvents
+
+def chat_of_response(given):
+    """The members of a chat request that asks for the same. ErrorResponse 400."""
+    for name in STORED:
+        if given.get(name):
+            raise bad_response_request(name, "refers to what is stored, and nothing is stored "
+                                             "here: send the whole conversation in `input`")
+    try:
+        return read_response_request(given)
+    except (TypeError, AttributeError, LookupError):
+        raise bad_response_request("input", "or another member has not the shape that the "
+                                            "Responses API has")
+
+def bad_response_request(name, rule):
+    return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
+
+def read_response_request(given):
+    chat = {name: value for name, value in given.items() if name not in RESPONSES_ONLY}
+    chat["messages"] = []
+    if given.get("instructions"):
+        chat["messages"].append({"role": "system", "content": given["instructions"]})
+    items = given["input"]
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    for item in items:
+        add_item(chat["messages"], item)
+
+    chat.update(read_choices(given))
+    if given.get("max_output_tokens"):
+        chat["max_tokens"] = given["max_output_tokens"]
+    if given.get("stream"):
+        chat["stream_options"] = {"include_usage": True}
+    return chat
+
+def read_choices(given):
+    """What a request says of tools, the form of the answer, and thinking."""
+    chat = {}
+    # Tools of OpenAI's own, such as web_search, are not here: the model does without.
+    tools = [tool for tool in given.get("tools") or () if tool["type"] == "function"]
+    if tools:
+        chat["tools"] = [nest(tool, "function") for tool in tools]
+        chat["tool_choice"] = nest(given.get("tool_choice") or "auto", "function")
+    text_format = (given.get("text") or {}).get("format") or {"type": "text"}
+    if text_format["type"] != "text":
+        chat["response_format"] = nest(text_format, "json_schema")
+    effort = (given.get("reasoning") or {}).get("effort")
+    if effort:
+        chat["reasoning_effort"] = effort
+    return chat
+
+def nest(value, name):
+    """What has members beside its type, as a chat has it: inside a member of this name."""
+    if isinstance(value, str):
+        return value
+    inner = {key: item for key, item in value.items() if key != "type"}
+    return {"type": value["type"], name: inner}
+
+def add_item(messages, item):
+    """Add an item to the messages of a chat."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        role = "system" if item["role"] == "developer" else item["role"]
+        messages.append({"role": role, "content": chat_content(item["content"])})
+    elif kind == "function_call":
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        function = {"name": item["name"], "arguments": item["arguments"]}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        messages.append({"role": "tool", "tool_call_id": item["call_id"],
+                         "content": chat_content(item["output"])})
+    # No model wants its old thoughts; the AI SDK refers to them by our ids.
+    elif kind != "reasoning" and not item["id"].startswith("reasoning_"):
+        raise unknown_type(kind)
+
+def chat_content(content):
+    """The content of an item as a message has it."""
+    if isinstance(content, str):
+        return content
+    parts = []
+    for part in content:
+        if part["type"] in RESPONSE_TEXTS:
+            parts.append({"type": "text", "text": part["text"]})
+        elif part["type"] == "input_image":
+            parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
+        else:
+            raise unknown_type(part["type"])
+    return parts
+
+def unknown_type(kind):
+    return bad_response_request("input", "has something of the type %.40s. Nothing is stored here "
+                                "(set `store` to false), and what is understood are texts, images, "
+                                "functions and their outputs" % kind)
+
+
+class ResponseEvents:
+    """The events of a Responses object: each item is added and filled, and all are done at last."""
+
+    def __init__(self, call, send):
+        self.send = send        # called with each event and its name
+        self.id = call.id
+        self.count = 0          # of the events
+        self.texts = {}         # the pieces of each item's text, by its kind or the call's number
+        self.places = {}        # where it is
+        self.response = {
+            "id": "resp_" + call.id, "object": "response", "created_at": call.created,
+            "status": "in_progress", "model": call.model, "output": [], "usage": None,
+            "error": None, "incomplete_details": None, "tools": [], "tool_choice": "auto",
+            "parallel_tool_calls": True}
+
+    def event(self, name, key=None, **members):
+        members.update(self.places.get(key, ()), type=name, sequence_number=self.count)
+        self.count += 1
+        self.send(members, name)
+
+    def begin(self, index):
+        self.event("response.created", response=self.response)
+        self.event("response.in_progress", response=self.response)
+
+    def add(self, index, delta, logprobs=None):
+        """Send what is new in a choice: a delta of a chat."""
+        for name, kind in DELTA_ITEMS.items():
+            if name in delta:
+                self.write(kind, kind, delta[name])
+        for call in delta.get("tool_calls", ()):
+            function = call["function"]
+            self.write(call["index"], "function_call", function["arguments"],
+                       call_id=call.get("id"), name=function.get("name"))
+
+    def write(self, key, kind, text, **members):
+        """Add text to an item, which may be a new one."""
+        empty, events, part = RESPONSE_ITEMS[kind]
+        if key not in self.texts:
+            number = len(self.texts)
+            self.texts[key] = []
+            self.places[key] = {"output_index": number, "content_index": 0,
+                                "item_id": "%s_%s_%d" % (kind, self.id, number)}
+            item = dict(empty, id=self.places[key]["item_id"], type=kind, status="in_progress")
+            item.update(members)
+            self.response["output"].append(item)
+            self.event("response.output_item.added", key, item=item)
+            if part:
+                self.event("response.content_part.added", key, part=part)
+        if text:
+            self.texts[key].append(text)
+            self.event(events + ".delta", key, delta=text)
+
+    def close(self, index, finish):
+        reason = INCOMPLETE.get(finish)
+        self.response["status"] = "incomplete" if reason else "completed"
+        if reason:
+            self.response["incomplete_details"] = {"reason": reason}
+
+    def conclude(self, usage):
+        """Send what closes the response; `usage` is chat's."""
+        for key, item in zip(self.texts, self.response["output"]):
+            _, events, part = RESPONSE_ITEMS[item["type"]]
+            text = "".join(self.texts[key])
+            item["status"] = "completed"
+            if part:
+                item["content"] = [dict(part, text=text)]
+                self.event(events + ".done", key, text=text)
+                self.event("response.content_part.done", key, part=item["content"][0])
+            else:
+                item["arguments"] = text
+                self.event(events + ".done", key, arguments=text)
+            self.event("response.output_item.done", key, item=item)
+        if usage:
+            self.response["usage"] = {
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": 0}}
+            for name, count in usage.items():
+                name = name.replace("prompt_", "input_").replace("completion_", "output_")
+                self.response["usage"][name] = count
+        self.event("response." + self.response["status"], response=self.response)
+
 # ---- Workers AI ----------------------------------------------------------------------------------
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
 #
-# To follow a request: translate_request, then translate_response or a StreamTranslator with its
-# Choices, or translate_error. [O] official, [T] told by others: how far a fact can be trusted.
+# Follow translate_request, then translate_response or StreamTranslator, or translate_error.
+# [O] official, [T] told by others: how far a fact can be trusted.
 
 WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replaces them all
     "deepseek-r1": "@cf/deepseek-ai/deepseek-r1-distill-qwen-32b",
@@ -5539,22 +5744,16 @@ BROKEN_OFF = "The upstream broke off in the middle of this response."
 
 # What the client calls: the kind of its response, and the path under /accounts/{id}. Cloudflare's
 # OpenAI routes take messages, tools, images and unknown fields as OpenAI has them, and stream every
-# text model. /ai/v1/completions is documented nowhere, and /ai/v1/responses serves gpt-oss alone,
-# never as a stream (cloudflare-docs#32116): so all that is text goes up as a chat.
+# text model. /ai/v1/completions is documented nowhere; /ai/v1/responses serves gpt-oss alone, and
+# never streams (cloudflare-docs#32116). So all that is text goes up as a chat.
 WORKERS_PATHS = {
     "/v1/chat/completions": ("chat", "/ai/v1/chat/completions"),
     "/v1/completions": ("text", "/ai/v1/chat/completions"),
     "/v1/embeddings": ("embeddings", "/ai/v1/embeddings"),
-    "/v1/responses": ("responses", "/ai/v1/chat/completions"),
 }
-# Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user, store
-# and so on are in newer schemas (workerd's ChatCompletionsCommonOptions), older ones forbid none [O].
+# Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user and
+# so on are in newer schemas (workerd's ChatCompletionsCommonOptions); older ones forbid none [O].
 MEANINGLESS = (("top_k", 0), ("top_k", -1))
-# Of a Responses request: what a chat says otherwise or has no use for, and what had to be stored.
-RESPONSES_ONLY = frozenset((
-    "input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "n",
-    "include", "truncation", "store", "background", "prompt_cache_key", "client_metadata"))
-STORED = ("previous_response_id", "conversation", "prompt")
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text")
 # Models by what sets them apart.
@@ -5576,7 +5775,7 @@ CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and stat
     "upstream_misconfigured": (502, 7000, 7001, 7003),      # no such route or account
     "not_found": (404, 404),
 }
-# Errors that no client could fix: what it reads in place of Cloudflare's words, and the log too.
+# Errors that no client could fix: what it reads in place of Cloudflare's words.
 OPERATOR_ERRORS = {
     "upstream_credentials_rejected": "Cloudflare rejected the proxy's API token. "
     "CLOUDFLARE_API_TOKEN must be valid and allow Workers AI Read and Edit.",
@@ -5592,6 +5791,7 @@ MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
 # What no client needs of an error's message: the names of Cloudflare's classes, and uuids.
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
+ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
 BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
 
@@ -5608,14 +5808,12 @@ Call = collections.namedtuple("Call", (    # one request
 def translate_request(path, body, values, model, shown, secrets=(), changes=None, window=None):
     """The Call for the body of a client's request. Raises ErrorResponse 400.
 
-    `values` is the body, parsed, `model` the model's real name, `shown` the client's, `changes`
-    what settings want, `window` the model's, if it is known. What a model takes is Cloudflare's to
-    say: only what we act on ourselves is checked here.
+    `values` is the body, parsed, `model` the real name, `shown` the client's, `changes` what
+    settings want. What a model takes is Cloudflare's to say: only what we act on is checked.
     """
     kind, upstream_path = WORKERS_PATHS[path]
     if not MODEL_NAME.fullmatch(model):
         raise ErrorResponse(400, "invalid_model", "`model` is not the name of a model.", "model")
-    # null counts as absent
     given = {name: value for name, value in values.items() if value is not None}
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
@@ -5625,7 +5823,10 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
         values = json.loads(body.decode())
     chat = dict(values, model=model)
     if kind != "embeddings":
-        chat = fit_chat(as_chat(kind, chat), model)
+        # Cursor posts the body of a Responses request as a chat (Helicone#5629).
+        is_misplaced = kind == "chat" and "input" in given and "messages" not in given
+        make_chat = CHAT_MAKERS.get("responses" if is_misplaced else kind, dict)
+        chat = fit_chat(make_chat(chat), model)
         if not LIMITS & set(given):
             add_limit(chat, window)
     return Call(
@@ -5655,20 +5856,16 @@ def add_limit(chat, window):
 def invalid_parameter(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
-def as_chat(kind, given):
-    """The members of a chat request that asks for the same. Else 400."""
-    # Cursor posts the body of a Responses request as a chat (Helicone#5629).
-    if kind == "responses" or kind == "chat" and "input" in given and "messages" not in given:
-        return chat_of_response(given)
-    if kind == "text":
-        prompt = given.pop("prompt", None)
-        texts = prompt if isinstance(prompt, list) else [prompt]
-        if "messages" in given:
-            raise invalid_parameter("messages", "belongs to /v1/chat/completions")
-        if len(texts) != 1 or not isinstance(texts[0], str):
-            raise invalid_parameter("prompt", "must be one text, a string or an array of one")
-        given["messages"] = [{"role": "user", "content": texts[0]}]
-    return given
+def chat_of_prompt(given):
+    """The members of a chat request that asks for what a completion does. Else 400."""
+    chat = dict(given)
+    prompt = chat.pop("prompt", None)
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if "messages" in given:
+        raise invalid_parameter("messages", "belongs to /v1/chat/completions")
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise invalid_parameter("prompt", "must be one text, a string or an array of one")
+    return dict(chat, messages=[{"role": "user", "content": texts[0]}])
 
 def fit_chat(chat, model):
     """A chat request as Cloudflare's strictest schemas take it. Else 400."""
@@ -5699,93 +5896,9 @@ def fit_message(message, model):
         content = "\n".join(as_text(part.get("text")) for part in parts)   # as vLLM joins them
     return dict(message, content="" if content is None else content)
 
-def chat_of_response(given):
-    """The members of a chat request that asks for what a Responses request does. Else 400."""
-    for name in STORED:
-        if given.get(name):
-            raise invalid_parameter(name, "refers to what is stored, and nothing is stored here: "
-                                    "send the whole conversation in `input`")
-    chat = {
-        "messages": read_input(given),
-        "max_tokens": given.get("max_output_tokens"),
-        "reasoning_effort": as_dict(given.get("reasoning")).get("effort"),
-        "stream_options": {"include_usage": True},
-    }
-    # Tools of OpenAI's own, such as web_search, are not here: the model does without.
-    tools = [nested(tool, "function") for tool in dicts(given.get("tools"))]
-    tools = [tool for tool in tools if tool["type"] == "function"]
-    if tools:
-        chat.update(tools=tools, tool_choice=nested(given.get("tool_choice"), "function"))
-    form = as_dict(as_dict(given.get("text")).get("format"))
-    if form.get("type", "text") != "text":
-        chat["response_format"] = nested(form, "json_schema")
-    if not given.get("stream"):
-        del chat["stream_options"]
-    for name, value in given.items():
-        if name not in RESPONSES_ONLY:
-            chat.setdefault(name, value)
-    return {name: value for name, value in chat.items() if value is not None}
-
-def read_input(given):
-    """The messages of a Responses request. Else 400."""
-    items = given.get("input")
-    if isinstance(items, str):
-        items = [{"role": "user", "content": items}]
-    if not isinstance(items, list):
-        raise invalid_parameter("input", "must be a string or an array")
-    messages = []
-    if given.get("instructions"):
-        messages.append({"role": "system", "content": given["instructions"]})
-    for item in dicts(items):
-        add_item(messages, item)
-    return messages
-
-def nested(value, name):
-    """What has members beside its type, as a chat has it: inside a member of this name."""
-    if not isinstance(value, dict):
-        return value
-    inner = {key: item for key, item in value.items() if key != "type"}
-    return {"type": value.get("type"), name: inner}
-
-def add_item(messages, item):
-    """Add an item of a Responses request to the messages of a chat. Else 400."""
-    kind = item.get("type", "message")
-    content = item.get("content", item.get("output"))
-    if isinstance(content, list):
-        content = [chat_part(part) for part in dicts(content)]
-    if kind == "message":
-        role = item.get("role")
-        messages.append({"role": "system" if role == "developer" else role, "content": content})
-    elif kind == "function_call":
-        if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": ""})
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        call = {"id": item.get("call_id"), "type": "function", "function": function}
-        messages[-1].setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
-        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-    # No model wants its old thoughts; the AI SDK refers to them by their id.
-    elif kind != "reasoning" and not as_text(item.get("id")).startswith("reasoning_"):
-        raise unknown_type(kind)
-
-def chat_part(part):
-    """A part of an item's content as a message has it. Else 400."""
-    kind = part.get("type")
-    if kind in TEXT_PARTS:
-        return {"type": "text", "text": part.get("text")}
-    if kind == "input_image":
-        return {"type": "image_url", "image_url": {"url": part.get("image_url")}}
-    raise unknown_type(kind)
-
-def unknown_type(kind):
-    return invalid_parameter("input", "has something of the type %.40s. Nothing is stored here (set "
-                             "`store` to false), and Workers AI takes text, images, functions and "
-                             "their outputs" % as_text(kind))
-
 # -- responses: every shape into one form, and that into OpenAI's objects
 
-# What Python raises for JSON of a shape that nobody expects. Caught where a whole response or an
-# event is translated, so that no member needs a guard of its own.
+# What Python raises for JSON of a shape that nobody expects: no member needs a guard of its own.
 WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError, OverflowError, struct.error)
 
 def unreadable():
@@ -5909,17 +6022,17 @@ class Choice:
             ident = call.get("id")
             name = function.get("name")
             arguments = as_text(function.get("arguments"))
-            # Two ids are two calls, even at one index. What has neither id nor name goes on with a
-            # call, or is the null sentinel after one (workers-ai-provider, streaming.ts).
+            # Two ids are two calls, even at one index. What has neither id nor name goes on with
+            # one, or is the null sentinel after it (workers-ai-provider, streaming.ts).
             key = ident or call.get("index")
             if (ident or name) and (key is None or key not in self.numbers):
                 number = self.numbers.get(None, -1) + 1
                 self.numbers.update({ident: number, call.get("index"): number, None: number})
                 # Kimi gives the same ids in every turn (cloudflare/ai#526); Mistral's template
                 # looks at the last nine characters, which must be letters and digits.
+                function = {"name": name, "arguments": decode_twice(arguments) or empty}
                 yield {"index": number, "id": "call_%s%02d" % (self.id, number),
-                       "type": "function",
-                       "function": {"name": name, "arguments": decode_twice(arguments) or empty}}
+                       "type": "function", "function": function}
             elif arguments:
                 yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
 
@@ -5943,10 +6056,10 @@ def translate_response(call, body):
             return embeddings_object(read_json(body, call.secrets, "data"), call)
         except WRONG_SHAPE:
             raise unreadable()
-    if call.kind == "responses":
-        translator = ResponsesTranslator(call)
+    if call.kind not in ("chat", "text"):
+        translator = StreamTranslator(call)
         translator.whole(body)
-        return translator.response
+        return translator.form.response
     choices, usage = read_response(body, call.secrets)
     if not choices:
         raise unreadable()
@@ -6001,8 +6114,8 @@ class EventReader:
 
     def feed(self, piece):
         """The data of the events that `piece` completes, without those that have none."""
-        # Only the new part is searched for the event's end, with the 3 bytes before it, where
-        # "\r\n\r" may stand: to search all of it again would cost the square of its length.
+        # Only the new part is searched, with the 3 bytes before it, where "\r\n\r" may stand: to
+        # search all of it again would cost the square of an event's length.
         position = max(len(self.buffer) - 3, 0)
         self.buffer += piece
         events = []
@@ -6032,6 +6145,7 @@ class StreamTranslator:
         self.events = EventReader()
         self.choices = {}       # the Choices that began, by index
         self.out = []           # events for the client, in bytes
+        self.form = EVENT_MAKERS.get(call.kind, ChatEvents)(call, self.send)
         self.usage = None       # OpenAI's counts, if there were any
         self.failed = None      # the code of the error that ended the stream
         self.done = False       # the client has all that it will get
@@ -6040,8 +6154,10 @@ class StreamTranslator:
         """The bytes for the client that `piece` leads to. Any error in it is the last event."""
         try:
             for data in self.events.feed(piece):
-                if not self.done:
-                    self.translate(data)
+                if data == "[DONE]" and not self.done:
+                    self.finish()
+                elif not self.done:
+                    self.translate(data.encode())
         except ErrorResponse as error_response:
             self.fail(error_response)
         except WRONG_SHAPE:
@@ -6061,7 +6177,7 @@ class StreamTranslator:
 
     def whole(self, body):
         """A whole JSON response as a stream: gpt-oss may respond so. Raises ErrorResponse."""
-        self.render(*read_response(body, self.call.secrets))
+        self.translate(body)
         self.finish()
         return self.take_out()
 
@@ -6071,25 +6187,20 @@ class StreamTranslator:
         return out
 
     def translate(self, data):
-        if data == "[DONE]":
-            self.finish()
-        else:
-            self.render(*read_response(data.encode(), self.call.secrets))
-
-    def render(self, choices, usage):
-        """The events of choices: its beginning first, then what is new, then its finish, once."""
+        """Send the events of choices: the beginning first, then what is new, then the finish."""
+        choices, usage = read_response(data, self.call.secrets)
         self.usage = usage or self.usage        # of two finish chunks the second has zeros
         for choice in choices:
             index = choice["index"]
             if index not in self.choices:
                 self.choices[index] = Choice(self.call)
-                self.emit(index, {"role": "assistant", "content": "", "refusal": None})
+                self.form.begin(index)
             state = self.choices[index]
             is_last = bool(choice["finish_reason"]) and not state.finish_reason
             delta = state.feed(choice["message"], is_last, choice["finish_reason"])
-            self.emit(index, delta, None, choice["logprobs"])
+            self.form.add(index, delta, choice["logprobs"])
             if is_last:
-                self.emit(index, {}, state.finish_reason)
+                self.form.close(index, state.finish_reason)
 
     def finish(self):
         """What closes a stream that the upstream ended well: legacy ones give no finish_reason."""
@@ -6098,9 +6209,11 @@ class StreamTranslator:
         self.done = True
         for index, state in self.choices.items():
             if not state.finish_reason:
-                self.emit(index, state.feed({}, True))
-                self.emit(index, {}, state.finish_reason)
-        self.conclude()
+                self.form.add(index, state.feed({}, True))
+                self.form.close(index, state.finish_reason)
+        self.form.conclude(self.usage)
+        if self.call.kind in ("chat", "text"):
+            self.out.append(b"data: [DONE]\n\n")
 
     def fail(self, error_response):
         """The last event, an error: never a finish_reason after it, never [DONE]."""
@@ -6117,124 +6230,56 @@ class StreamTranslator:
         usage = self.usage or {}
         return usage.get("prompt_tokens"), usage.get("completion_tokens")
 
-    def emit(self, index, delta, finish=None, logprobs=None):
-        """Send a chunk of OpenAI's chat, or of a completion, which has room for content alone."""
-        if finish or delta.get("content") or delta and self.call.kind == "chat":
-            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-            self.send(completion_object(self.call, [choice], None, ".chunk"))
-
-    def conclude(self):
-        if self.call.include_usage and self.usage:
-            self.send(completion_object(self.call, [], self.usage, ".chunk"))
-        self.out.append(b"data: [DONE]\n\n")
-
     def send(self, event, name=""):
         self.out.append(render_event(event, name))
 
 
-# The items of a Responses object: what is in them at first, what their events are called, and the
-# part that has their text.
-RESPONSE_ITEMS = {
-    "reasoning": ({"summary": [], "content": []}, "response.reasoning_text",
-                  {"type": "reasoning_text", "text": ""}),
-    "message": ({"role": "assistant", "content": []}, "response.output_text",
-                {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
-    "function_call": ({"arguments": ""}, "response.function_call_arguments", None),
-}
-TEXTS = (("reasoning_content", "reasoning"), ("refusal", "message"), ("content", "message"))
-INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+class ChatEvents:
+    """The events of OpenAI's chat, or of a completion, which has room for content alone."""
 
+    def __init__(self, call, send):
+        self.call = call
+        self.send = send        # called with each event
+        self.is_chat = call.kind == "chat"
 
-class ResponsesTranslator(StreamTranslator):
-    """The events of a Responses object: each item is added and filled, and all are done at last."""
+    def begin(self, index):
+        if self.is_chat:
+            self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.count = 0          # of the events
-        self.texts = {}         # the pieces of each item's text, by its kind or the call's number
-        self.places = {}        # where it is
-        self.response = dict(
-            id="resp_" + self.call.id, object="response", created_at=self.call.created,
-            status="in_progress", model=self.call.model, output=[], usage=None, error=None,
-            incomplete_details=None, tools=[], tool_choice="auto", parallel_tool_calls=True)
+    def add(self, index, delta, logprobs=None):
+        if delta.get("content") or delta and self.is_chat:
+            self.chunk(index, delta, None, logprobs)
 
-    def event(self, name, key=None, **members):
-        members.update(self.places.get(key, ()), type=name, sequence_number=self.count)
-        self.count += 1
-        self.send(members, name)
+    def close(self, index, finish):
+        self.chunk(index, {}, finish)
 
-    def emit(self, index, delta, finish=None, logprobs=None):
-        if "role" in delta:
-            self.event("response.created", response=self.response)
-            self.event("response.in_progress", response=self.response)
-        for name, kind in TEXTS:
-            if name in delta and "role" not in delta:
-                self.write(kind, kind, delta[name])
-        for call in delta.get("tool_calls", ()):
-            function = call["function"]
-            self.write(call["index"], "function_call", function["arguments"],
-                       call_id=call.get("id"), name=function.get("name"))
+    def chunk(self, index, delta, finish=None, logprobs=None):
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        self.send(completion_object(self.call, [choice], None, ".chunk"))
 
-    def write(self, key, kind, text, **members):
-        """Add text to an item, which may be a new one."""
-        empty, events, part = RESPONSE_ITEMS[kind]
-        if key not in self.texts:
-            output = self.response["output"]
-            ident = "%s_%s_%d" % (kind, self.call.id, len(output))
-            self.texts[key] = []
-            self.places[key] = {"output_index": len(output), "content_index": 0, "item_id": ident}
-            output.append(dict(empty, id=ident, type=kind, status="in_progress", **members))
-            self.event("response.output_item.added", key, item=output[-1])
-            if part:
-                self.event("response.content_part.added", key, part=part)
-        self.texts[key].append(text)
-        if text:
-            self.event(events + ".delta", key, delta=text)
+    def conclude(self, usage):
+        if self.call.include_usage and usage:
+            self.send(completion_object(self.call, [], usage, ".chunk"))
 
-    def conclude(self):
-        for key, item in zip(self.texts, self.response["output"]):
-            _, events, part = RESPONSE_ITEMS[item["type"]]
-            text = "".join(self.texts[key])
-            item["status"] = "completed"
-            if part:
-                item["content"] = [dict(part, text=text)]
-                self.event(events + ".done", key, text=text)
-                self.event("response.content_part.done", key, part=item["content"][0])
-            else:
-                item["arguments"] = text
-                self.event(events + ".done", key, arguments=text)
-            self.event("response.output_item.done", key, item=item)
-        reason = INCOMPLETE.get(next(iter(self.choices.values())).finish_reason)
-        usage = {
-            name.replace("prompt_", "input_").replace("completion_", "output_"): count
-            for name, count in (self.usage or {}).items()}
-        details = {"input_tokens_details": {"cached_tokens": 0},
-                   "output_tokens_details": {"reasoning_tokens": 0}}
-        self.response["usage"] = dict(details, **usage) if usage else None
-        if reason:
-            self.response["incomplete_details"] = {"reason": reason}
-        self.response["status"] = "incomplete" if reason else "completed"
-        self.event("response." + self.response["status"], response=self.response)
+# By kind: what makes a chat request of another one, and the events of a stream.
+CHAT_MAKERS = {"text": chat_of_prompt}
+EVENT_MAKERS = {"chat": ChatEvents, "text": ChatEvents}
+install_responses(WORKERS_PATHS, CHAT_MAKERS, EVENT_MAKERS)     # part two: Responses made of chat
 
 # -- errors
 
 def translate_error(status, body, secrets=(), retry_after=None):
-    """The ErrorResponse for Cloudflare's error, in bytes or parsed: by its code, else its status.
-
-    Forms: {"success": false, "errors": [{"code", "message"}]}, {"error": {...}}, an object, HTML.
-    """
+    """The ErrorResponse for Cloudflare's error, parsed or not: by its code, else its status."""
     error = extract_error(body)
     word = as_text(error.get("code"))
     number = int(word) if re.fullmatch("[0-9]{3,5}", word) else 0
-    # vLLM's {"object": "error", "code": 400} inside a 200
-    if status < 400 <= number < 600:
+    if status < 400 <= number < 600:    # vLLM's {"object": "error", "code": 400} inside a 200
         status = number
     our_status, code = classify_error(number, status, word)
     message = OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
     if not message:
         message = "Cloudflare answered with status %d and no reason that could be read." % status
     headers = [(b"Retry-After", retry_after)] if retry_after else []
-    # the SDKs retry 429 and 5xx unless a header forbids it
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
         headers.append(NO_RETRY)
     param = "model" if code == "model_not_found" else None
@@ -6242,8 +6287,7 @@ def translate_error(status, body, secrets=(), retry_after=None):
 
 def classify_error(number, status, word):
     """Our status and code for Cloudflare's number, status and word."""
-    # Cloudflare's own errors, whatever status it gives them
-    if number in (8005, 7009) and status < 500:
+    if number in (8005, 7009) and status < 500:     # Cloudflare's own, whatever it calls them
         status = 502
     for key in (number, status):
         for code, numbers in CLOUDFLARE_ERRORS.items():
@@ -6290,10 +6334,7 @@ def read_catalogue_page(status, body, secrets=()):
     return dicts(read_json(body, secrets, "result")["result"])
 
 def translate_catalogue(items, today, names, only_names):
-    """OpenAI's models out of the items of all pages, without those that are retired `today`.
-
-    `names`, shown name to model, come first, aliases ahead; with `only_names` there is no rest.
-    """
+    """OpenAI's models out of the items of all pages: `names` first, aliases ahead, then others."""
     # Pages may overlap. OpenAI's id is the name; Cloudflare's `id` is a uuid.
     models = {item.get("name"): model_object(item, today) for item in items}
     shown = {name: model for name, model in names.items() if name != model}
@@ -6312,14 +6353,14 @@ def model_object(item, today):
     is_text = re.sub(r"\W", "", task).lower() in ("textgeneration", "textembeddings")
     if not is_text or retired and retired[:10] <= today:
         return None
-
     # "2025-08-05 10:49:53.265" is UTC without its mark; it may be missing.
     moment = as_text(item.get("created_at"))[:19] + "+00:00"
     try:
         created = int(datetime.datetime.fromisoformat(moment).timestamp())
     except ValueError:
         created = 0
-    metadata = {"task": task, "context_window": properties.get("context_window")}
+    window = as_text(properties.get("context_window"))
+    metadata = {"task": task, "context_window": window if re.fullmatch("[0-9]+", window) else None}
     if item.get("description"):
         metadata["description"] = item["description"]
     if retired:
@@ -6333,8 +6374,8 @@ def model_object(item, today):
 
 CATALOGUE_SECONDS = 600     # a model list is good for so long,
 CATALOGUE_RETRY = 30        # and one that could not be read is tried again after
-CATALOGUE_TIMEOUT = 10      # seconds for all of its pages
-CATALOGUE_PAGES = 50        # at most
+CATALOGUE_TIMEOUT = 10      # seconds for all of its pages,
+CATALOGUE_PAGES = 50        # which are so many at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 NOT_ALLOWED = ("upstream_credentials_rejected", "permission_denied")    # to list models
 DAY = 86400                 # seconds
@@ -6377,10 +6418,7 @@ class Catalogue:
         self.refreshed = threading.Condition()
 
     def items(self, read):
-        """The items of OpenAI's list, or None; `read` asks Cloudflare.
-
-        One client waits for it, and the others only if there is no list yet.
-        """
+        """OpenAI's list, or None. One client asks Cloudflare; others wait only for a first list."""
         with self.refreshed:
             self.refreshed.wait_for(lambda: self.last is not None or not self.is_refreshing)
             if self.is_refreshing or time.monotonic() < self.valid_until:
@@ -6406,9 +6444,8 @@ class Catalogue:
     def window(self, model):
         """How many tokens a model can hold; None if the list does not say."""
         for item in self.last or ():
-            if item["root"] == model:
-                size = re.fullmatch("[0-9]{3,9}", str(item["metadata"]["context_window"]))
-                return int(size.group()) if size else None
+            if item["root"] == model and item["metadata"]["context_window"]:
+                return int(item["metadata"]["context_window"])
         return None
 
 
@@ -6434,16 +6471,15 @@ class WorkersHandler(Handler):
         raise catalogue.failure
 
     def read_catalogue(self):
-        """The items of all pages of Cloudflare's own list. ErrorResponse 502 or 504."""
+        """The items of all pages of Cloudflare's own list."""
         deadline = time.monotonic() + CATALOGUE_TIMEOUT
 
         def wait(connection, mask, seconds):
-            remaining = max(deadline - time.monotonic(), 0)
+            seconds = min(seconds, max(deadline - time.monotonic(), 0))
             try:
-                wait_for_upstream(self.client, connection, mask, min(seconds, remaining))
+                wait_for_upstream(self.client, connection, mask, seconds)
             except socket.timeout:
-                raise upstream_error("upstream_timeout",
-                                     "Cloudflare's model list did not come in time.")
+                raise upstream_error("upstream_timeout", "The model list did not come in time.")
 
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
@@ -6464,12 +6500,12 @@ class WorkersHandler(Handler):
 
     def apply_body_rules(self, body):
         members, changes = self.check_body(body)
-        request = self.request
         settings = self.settings
-        model = settings.aliases.get(request.model, request.model)
-        call = translate_request(request.path, body, members, model, request.model,
-                                 settings.workers_secrets, changes,
-                                 settings.catalogue.window(model))
+        shown = self.request.model
+        model = settings.aliases.get(shown, shown)
+        call = translate_request(self.request.path, body, members, model, shown, changes=changes,
+                                 secrets=settings.workers_secrets,
+                                 window=settings.catalogue.window(model))
         self.call = call._replace(body=b"")     # nothing keeps it once it has gone up
         return call.body
 
@@ -6492,8 +6528,7 @@ class WorkersHandler(Handler):
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
         call = self.call
-        kind = ResponsesTranslator if call.kind == "responses" else StreamTranslator
-        translator = kind(call, self.render_error_event)
+        translator = StreamTranslator(call, self.render_error_event)
         try:
             if exchange.status != 200:
                 raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
@@ -6508,7 +6543,6 @@ class WorkersHandler(Handler):
             exchange.close()
 
     def read_whole(self, exchange):
-        """The body of a response. ErrorResponse 502 or 504 if it cannot be read as a whole."""
         try:
             return exchange.prefetched + exchange.read_all(MAX_RESPONSE)
         except (OSError, ProtocolError) as error:
@@ -6518,12 +6552,9 @@ class WorkersHandler(Handler):
 
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""
-        headers = [(b"Content-Type", media_type)]
-        for name, value in downstream_headers(exchange.headers, self.settings):
-            low = name.lower()
-            if not low.startswith(b"content-") and low not in (b"etag", b"last-modified"):
-                headers.append((name, value))
-        return headers
+        fields = downstream_headers(exchange.headers, self.settings)
+        kept = [field for field in fields if not ABOUT_BODY.match(field[0])]
+        return [(b"Content-Type", media_type)] + kept
 
     def relay_whole(self, exchange, translator):
         body = self.read_whole(exchange)
