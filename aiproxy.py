@@ -17,7 +17,7 @@ Part two holds what can be taken out, each section entered at one place.
                Refusals in the right form . Redirects . Rates . Trusted proxies . Model rules .
                Token and prompt limits . Several provider keys . Proxies on the way up .
                Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
-               Tuning of the process . Workers AI . Start page . Demo
+               Tuning of the process . Responses made of chat . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -5733,7 +5733,6 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
     "glm-4.7-flash": "@cf/zai-org/glm-4.7-flash",
     "kimi-k2.6": "@cf/moonshotai/kimi-k2.6",
 }
-
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 end in mid-sentence
 WINDOW_SHARE = 4                # but at most the fourth part of the model's window
 MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
@@ -5741,7 +5740,6 @@ MAX_CHOICES = 128               # in one response, as OpenAI allows: each become
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
-
 # What the client calls: the kind of its response, and the path under /accounts/{id}. Cloudflare's
 # OpenAI routes take messages, tools, images and unknown fields as OpenAI has them, and stream every
 # text model. /ai/v1/completions is documented nowhere; /ai/v1/responses serves gpt-oss alone, and
@@ -5755,7 +5753,6 @@ WORKERS_PATHS = {
 # so on are in newer schemas (workerd's ChatCompletionsCommonOptions); older ones forbid none [O].
 MEANINGLESS = (("top_k", 0), ("top_k", -1))
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
-TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text")
 # Models by what sets them apart.
 SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
 BARE_SCHEMA = re.compile(r"/meta/|deepseek-|hermes-|mistral-small|gemma-3|qwq|qwen2\.5")    # [O]
@@ -5788,7 +5785,7 @@ FINISH_REASONS = {"length": "length", "model_length": "length",
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
-# What no client needs of an error's message: the names of Cloudflare's classes, and uuids.
+# What no client needs of an error's message.
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
@@ -5858,14 +5855,13 @@ def invalid_parameter(name, rule):
 
 def chat_of_prompt(given):
     """The members of a chat request that asks for what a completion does. Else 400."""
-    chat = dict(given)
-    prompt = chat.pop("prompt", None)
+    prompt = given.pop("prompt", None)
     texts = prompt if isinstance(prompt, list) else [prompt]
     if "messages" in given:
         raise invalid_parameter("messages", "belongs to /v1/chat/completions")
     if len(texts) != 1 or not isinstance(texts[0], str):
         raise invalid_parameter("prompt", "must be one text, a string or an array of one")
-    return dict(chat, messages=[{"role": "user", "content": texts[0]}])
+    return dict(given, messages=[{"role": "user", "content": texts[0]}])
 
 def fit_chat(chat, model):
     """A chat request as Cloudflare's strictest schemas take it. Else 400."""
@@ -5892,7 +5888,7 @@ def fit_message(message, model):
         if url.lower().startswith("http") and DATA_IMAGES.search(model):
             raise invalid_parameter("messages", "has an image by its URL, and this model takes "
                                     "only data: send it as data:image/...;base64,...")
-    if parts and all(part.get("type") in TEXT_PARTS for part in parts):
+    if parts and all(part.get("type") == "text" for part in parts):
         content = "\n".join(as_text(part.get("text")) for part in parts)   # as vLLM joins them
     return dict(message, content="" if content is None else content)
 
@@ -5901,8 +5897,8 @@ def fit_message(message, model):
 # What Python raises for JSON of a shape that nobody expects: no member needs a guard of its own.
 WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError, OverflowError, struct.error)
 
-def unreadable():
-    return ErrorResponse(502, "upstream_bad_response", "Cloudflare's answer could not be read.")
+def unreadable(message="Cloudflare's answer could not be read."):
+    return ErrorResponse(502, "upstream_bad_response", message)
 
 def read_json(data, secrets, needed=""):
     """Cloudflare's response or event, out of its envelope. ErrorResponse if it is none."""
@@ -5940,7 +5936,7 @@ def read_choice(choice, position, beside):
     message = choice.get("delta") or choice.get("message") or {}
     finish = choice.get("finish_reason") or beside.get("finish_reason")
     if finish == "error":
-        raise ErrorResponse(502, "upstream_bad_response", "The model broke off with an error.")
+        raise unreadable("The model broke off with an error.")
     content = message.get("content") or choice.get("text") or beside.get("response")
     members = {
         # gemma-4 uses the short name
@@ -5968,11 +5964,10 @@ def dicts(value):
 
 def openai_usage(usage):
     """OpenAI's counts out of either naming, or None."""
-    counts = {
-        name.replace("input_", "prompt_").replace("output_", "completion_"): value
-        for name, value in as_dict(usage).items() if value is not None}
-    total = counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0)
+    counts = {name.replace("input_", "prompt_").replace("output_", "completion_"): value
+              for name, value in as_dict(usage).items() if value is not None}
     # Zeros mean that Cloudflare did not count, and a guess would be worse than none.
+    total = counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0)
     return dict({"total_tokens": total}, **counts) if total else None
 
 
@@ -5983,13 +5978,13 @@ class Choice:
         self.id = call.id
         self.is_thinking = call.thinks
         self.held = ""          # of a thought, what may be the beginning of a tag
-        self.thoughts = []
+        self.thoughts = []      # which may be none
         self.may_be_text = True     # as long as there were no tags
         self.numbers = {}       # of tool calls, by Cloudflare's id and `index`, the last by None
         self.finish_reason = None
 
     def feed(self, message, is_last=False, reason=None):
-        """What is new: a delta that may be empty. With the last one, all that was held back."""
+        """What is new: a delta that may be empty."""
         delta = dict(message)
         if "reasoning_content" in message:
             self.is_thinking = False        # Cloudflare has split it
@@ -6100,8 +6095,8 @@ def embeddings_object(data, call):
     embeddings = {"object": "list", "data": listed, "model": call.model}
     usage = openai_usage(data.get("usage"))
     if usage:
-        usage.pop("completion_tokens", None)
         embeddings["usage"] = usage
+        usage.pop("completion_tokens", None)
     return embeddings
 
 # -- streams
@@ -6131,7 +6126,7 @@ class EventReader:
         return list(filter(None, events))
 
 def read_event(block):
-    """The data of one event. A byte order mark may stand before the first one."""
+    """The data of one event. The first may begin with a byte order mark."""
     lines = block.decode("utf-8-sig", "replace").split("\n")
     return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
 
@@ -6172,7 +6167,7 @@ class StreamTranslator:
         if not self.done and self.is_complete():
             self.finish()
         if not self.done:
-            self.fail(reason or upstream_error("upstream_bad_response", BROKEN_OFF))
+            self.fail(reason or unreadable(BROKEN_OFF))
         return out + self.take_out()
 
     def whole(self, body):
@@ -6216,8 +6211,7 @@ class StreamTranslator:
             self.out.append(b"data: [DONE]\n\n")
 
     def fail(self, error_response):
-        """The last event, an error: never a finish_reason after it, never [DONE]."""
-        # Both official SDKs raise this one, while they swallow Cloudflare's own.
+        """The last event, which the SDKs raise: never a finish_reason after it, never [DONE]."""
         self.done = True
         self.failed = error_response.code
         self.out.append(self.render_error(error_response))
@@ -6294,9 +6288,8 @@ def classify_error(number, status, word):
             if key in numbers[1:]:
                 return numbers[0], code
     code = {4: "invalid_request", 5: "upstream_error"}.get(status // 100, "upstream_bad_response")
-    if word and not word.isdigit():
-        code = word
-    return status if status >= 400 else 502, code
+    is_name = word and not word.isdigit()
+    return status if status >= 400 else 502, word if is_name else code
 
 def extract_error(error):
     """The object in an error, parsed or not, that has the code and the message; {} if none has."""
@@ -6305,9 +6298,8 @@ def extract_error(error):
             error = parse_object(error)
         except ErrorResponse:
             return {}
-    for first in dicts(error.get("errors")):
-        return first
-    detail = error.get("error") or error
+    listed = dicts(error.get("errors"))
+    detail = listed[0] if listed else error.get("error") or error
     return {"message": detail} if isinstance(detail, str) else as_dict(detail)
 
 def clean_message(message, secrets):
@@ -6328,14 +6320,14 @@ def redact_message(text, secrets):
 # -- the model list
 
 def read_catalogue_page(status, body, secrets=()):
-    """The items of one page of models/search; an empty list is the end. Raises ErrorResponse."""
+    """The items of one page of models/search; an empty list is the end."""
     if status != 200:
         raise translate_error(status, body, secrets)
     return dicts(read_json(body, secrets, "result")["result"])
 
 def translate_catalogue(items, today, names, only_names):
     """OpenAI's models out of the items of all pages: `names` first, aliases ahead, then others."""
-    # Pages may overlap. OpenAI's id is the name; Cloudflare's `id` is a uuid.
+    # Pages may overlap. Cloudflare's `id` is a uuid.
     models = {item.get("name"): model_object(item, today) for item in items}
     shown = {name: model for name, model in names.items() if name != model}
     shown.update(names)
@@ -6345,8 +6337,8 @@ def translate_catalogue(items, today, names, only_names):
 
 def model_object(item, today):
     """A model of OpenAI's list, by its own name; None if it is no model for text, or is retired."""
-    entries = dicts(item.get("properties"))
-    properties = {entry.get("property_id"): entry.get("value") for entry in entries}
+    properties = {entry.get("property_id"): entry.get("value")
+                  for entry in dicts(item.get("properties"))}
     retired = properties.get("planned_deprecation_date")
     # Not by the query's task=: it yields nothing when the label changes that it must match.
     task = as_text(as_dict(item.get("task")).get("name"))
@@ -6355,10 +6347,9 @@ def model_object(item, today):
         return None
     # "2025-08-05 10:49:53.265" is UTC without its mark; it may be missing.
     moment = as_text(item.get("created_at"))[:19] + "+00:00"
-    try:
+    created = 0
+    with contextlib.suppress(ValueError):
         created = int(datetime.datetime.fromisoformat(moment).timestamp())
-    except ValueError:
-        created = 0
     window = as_text(properties.get("context_window"))
     metadata = {"task": task, "context_window": window if re.fullmatch("[0-9]+", window) else None}
     if item.get("description"):
@@ -6378,7 +6369,6 @@ CATALOGUE_TIMEOUT = 10      # seconds for all of its pages,
 CATALOGUE_PAGES = 50        # which are so many at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
 NOT_ALLOWED = ("upstream_credentials_rejected", "permission_denied")    # to list models
-DAY = 86400                 # seconds
 
 def prepare_workers(settings):
     """The accounts, the base URL and the models. Raises SettingError."""
@@ -6412,8 +6402,8 @@ class Catalogue:
         self.names = names
         self.only_names = only_names
         self.last = None
-        self.valid_until = 0
         self.failure = None
+        self.valid_until = 0
         self.is_refreshing = False          # by one thread; the condition guards it
         self.refreshed = threading.Condition()
 
@@ -6434,12 +6424,13 @@ class Catalogue:
 
     def refresh(self, read):
         today = time.strftime("%Y-%m-%d", time.gmtime())
+        seconds = CATALOGUE_SECONDS
         try:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
-            self.valid_until = time.monotonic() + CATALOGUE_SECONDS
         except (ErrorResponse,) + WRONG_SHAPE as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
-            self.valid_until = time.monotonic() + CATALOGUE_RETRY
+            seconds = CATALOGUE_RETRY
+        self.valid_until = time.monotonic() + seconds
 
     def window(self, model):
         """How many tokens a model can hold; None if the list does not say."""
@@ -6456,8 +6447,8 @@ class WorkersHandler(Handler):
         super().check_path()
         is_call = self.request.method == "POST" and self.request.path in WORKERS_PATHS
         if not is_call and self.request.method != "OPTIONS":
-            raise ErrorResponse(404, "not_found", "Workers AI serves POST %s and GET /v1/models "
-                                                  "here." % ", ".join(WORKERS_PATHS))
+            raise ErrorResponse(404, "not_found", "Workers AI has POST %s and GET /v1/models."
+                                % ", ".join(WORKERS_PATHS))
 
     def list_models(self):
         self.run_checks()               # the list may cost a call
@@ -6465,10 +6456,10 @@ class WorkersHandler(Handler):
         items = catalogue.items(self.read_catalogue)
         if items is not None:
             return items
-        if self.settings.models or catalogue.failure.code in NOT_ALLOWED:
-            return [{"id": name, "object": "model", "created": self.server.started,
-                     "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
-        raise catalogue.failure
+        if not (self.settings.models or catalogue.failure.code in NOT_ALLOWED):
+            raise catalogue.failure
+        return [{"id": name, "object": "model", "created": self.server.started,
+                 "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list."""
@@ -6480,11 +6471,10 @@ class WorkersHandler(Handler):
                 wait_for_upstream(self.client, connection, mask, seconds)
             except socket.timeout:
                 raise upstream_error("upstream_timeout", "The model list did not come in time.")
-
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
-            exchange = self.open_exchange(
-                "GET", "/ai/models/search?per_page=50&page=%d" % number, b"", wait)
+            target = "/ai/models/search?per_page=50&page=%d" % number
+            exchange = self.open_exchange("GET", target, b"", wait)
             try:
                 body = self.read_whole(exchange)
                 page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
@@ -6521,7 +6511,7 @@ class WorkersHandler(Handler):
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
             error = translate_error(429, exchange.prefetched)
             if error.code == "insufficient_quota":
-                seconds = b"%d" % (DAY - time.time() % DAY)
+                seconds = b"%d" % (86400 - time.time() % 86400)
                 exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
         return exchange
 
@@ -6535,10 +6525,8 @@ class WorkersHandler(Handler):
                                       exchange.headers.get(b"retry-after"))
             # gpt-oss may answer a streaming request as a whole, and an edge with a page.
             is_whole = exchange.media_type in (b"application/json", b"text/html")
-            if call.stream and not is_whole:
-                self.relay_events(exchange, translator)
-            else:
-                self.relay_whole(exchange, translator)
+            relay = self.relay_events if call.stream and not is_whole else self.relay_whole
+            relay(exchange, translator)
         finally:
             exchange.close()
 
@@ -6582,7 +6570,6 @@ class WorkersHandler(Handler):
         def send(events):
             self.record.bytes += len(events)
             self.send_to_client(encode_chunk(events, is_chunked))
-
         wait = exchange.request.wait
         exchange.request.wait = self.server.add_heartbeats(wait, send)
         while not translator.done:
@@ -6592,7 +6579,6 @@ class WorkersHandler(Handler):
             if events:
                 send(events)
         exchange.request.wait = wait
-
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
             return
