@@ -327,7 +327,8 @@ class FakeCloudflare(Upstream):
                 received, error_envelope(7001, "%s not supported for requested URI." % method),
                 405)
         answer = {
-            "/ai/v1/chat/completions": self.chat, "/ai/v1/embeddings": self.embeddings}.get(path[len(BASE):])
+            "/ai/v1/chat/completions": self.chat, "/ai/v1/embeddings": self.embeddings
+        }.get(path[len(BASE):])
         if not answer:
             return self.reply(received, error_envelope(7000, "No route for that URI"), 400)
         request = json.loads(received.body)
@@ -382,7 +383,7 @@ class FakeCloudflare(Upstream):
             return self.reply(
                 received, error_envelope(5007, "No such model %s or task" % model), 400)
         whole, events = CHAT[model]
-        if request["messages"][-1].get("role") == "tool":
+        if any(message.get("role") == "tool" for message in request["messages"]):
             whole, events = AFTER_TOOL
         return (
             self.stream(received, events)

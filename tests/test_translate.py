@@ -10,14 +10,14 @@ import json
 import pytest
 
 import aiproxy
-from aiproxy import (Call, ErrorResponse, EventReader, StreamTranslator,
-                     WORKERS_ALIASES, check_prompt_length, edit_members, error_object,
+from aiproxy import (Call, ErrorResponse, EventReader, StreamTranslator, WORKERS_ALIASES,
+                     check_prompt_length, edit_members, error_object,
                      find_error_form, parse_object, read_catalogue_page, render_error_event,
                      translate_response, translate_catalogue, translate_error, translate_request)
-from fake_cloudflare import (ACCOUNT, DUAL, ITEM, KIMI, LEGACY,
-                             LEGACY_ROWS, LLAMA_31, LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW,
-                             OPENAI_ROWS, PACKED, QWEN_3, ROWS, TOKEN,
-                             TOOLS, USAGE, UUID, delta, envelope, error_envelope, item, read_sse, sse)
+from fake_cloudflare import (ACCOUNT, DUAL, ITEM, KIMI, LEGACY, LEGACY_ROWS, LLAMA_31,
+                             LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW, OPENAI_ROWS, PACKED,
+                             QWEN_3, ROWS, TOKEN, TOOLS, USAGE, UUID, delta, envelope,
+                             error_envelope, item, read_sse, sse)
 
 CREATED = 1778255778
 
@@ -132,7 +132,8 @@ MESSAGES_MADE_FIT = {
     "an empty list [A]": ({"role": "user", "content": []}, {"role": "user", "content": []})}
 
 
-@pytest.mark.parametrize("sent,sent_up", list(MESSAGES_MADE_FIT.values()), ids=list(MESSAGES_MADE_FIT))
+@pytest.mark.parametrize(
+    "sent,sent_up", list(MESSAGES_MADE_FIT.values()), ids=list(MESSAGES_MADE_FIT))
 def test_messages_are_made_fit_for_the_strictest_schema(sent, sent_up):
     assert goes_up({"messages": [sent]})["messages"] == [sent_up]
 
@@ -177,7 +178,8 @@ ENVELOPE = {"name": "country", "strict": True, "schema": SCHEMA}
 
 @pytest.mark.parametrize("model,goes", [
     (SCOUT, SCHEMA), ("@cf/deepseek-ai/deepseek-r1-distill-qwen-32b", SCHEMA), (GEMMA, ENVELOPE),
-    ("@cf/openai/gpt-oss-20b", ENVELOPE)], ids=["llama [O]", "deepseek [O]", "gemma [O]", "gpt [O]"])
+    ("@cf/openai/gpt-oss-20b", ENVELOPE)],
+    ids=["llama [O]", "deepseek [O]", "gemma [O]", "gpt [O]"])
 def test_a_json_schema_goes_up_as_the_models_schema_has_it(model, goes):
     sent = {"messages": [], "response_format": {"type": "json_schema", "json_schema": ENVELOPE}}
     assert goes_up(sent, model=model)["response_format"] == {
@@ -1000,7 +1002,8 @@ def rebuilt(events):
     output = []
     for event in events:
         kind = event["type"].replace("response.", "", 1)
-        item = output[event["output_index"]] if event.get("output_index", 99) < len(output) else None
+        index = event.get("output_index", 99)
+        item = output[index] if index < len(output) else None
         if kind == "output_item.added":
             assert len(output) == event["output_index"]
             output.append(event["item"])
@@ -1090,7 +1093,8 @@ def test_an_error_in_a_response_stream_is_one_that_the_sdks_raise(event, code):
 def test_every_response_becomes_a_responses_object(response, expected, usage):
     made = translate_response(call("responses"), body(response))
     assert (made["object"], made["model"], made["created_at"]) == ("response", "shown", CREATED)
-    assert made["status"] == ("incomplete" if expected["finish_reason"] == "length" else "completed")
+    is_cut = expected["finish_reason"] == "length"
+    assert made["status"] == ("incomplete" if is_cut else "completed")
     message = expected["message"]
     kinds = [item["type"] for item in made["output"]]
     wanted = [kind for name, kind in (("reasoning_content", "reasoning"), ("content", "message"))

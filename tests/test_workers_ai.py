@@ -177,6 +177,95 @@ def test_aiproxy_max_tokens_holds_for_responses(cloudflare, workers):
         "max_tokens": 100, "model": LLAMA, "messages": [{"role": "user", "content": "Once"}]}
 
 
+# -- what agents send: two turns with a tool, in the shapes of their sources [T]
+
+SHELL = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+CHAT_SHELL = {"type": "function", "function": {
+    "name": "shell", "description": "Run a command.", "strict": True, "parameters": SHELL}}
+RESULT = "README.md"
+
+
+def roo(call_id):
+    """Roo Code: everything in parts, and what the model said beside its call is null."""
+    messages = [
+        {"role": "system", "content": "You are Roo."},
+        {"role": "user", "content": [{"type": "text", "text": "<task>list</task>"},
+                                     {"type": "text", "text": "<environment_details/>"}]}]
+    if call_id:
+        function = {"name": "shell", "arguments": '{"command":"ls"}'}
+        messages += [
+            {"role": "assistant", "content": None,
+             "tool_calls": [{"id": call_id, "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": call_id, "content": RESULT},
+            {"role": "user", "content": [{"type": "text", "text": "<environment_details/>"}]}]
+    return CHAT, {
+        "messages": messages, "temperature": 0, "stream": True, "tools": [CHAT_SHELL],
+        "stream_options": {"include_usage": True}, "tool_choice": "auto",
+        "parallel_tool_calls": False, "max_tokens": 8192}
+
+
+def opencode(call_id):
+    """opencode: the AI SDK for compatible APIs, whose assistant has no content beside its call."""
+    messages = [{"role": "system", "content": "You are opencode."},
+                {"role": "user", "content": "list"}]
+    if call_id:
+        function = {"name": "shell", "arguments": '{"command":"ls"}'}
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"type": "function", "id": call_id, "function": function}]},
+            {"role": "tool", "tool_call_id": call_id, "content": RESULT}]
+    return CHAT, {
+        "messages": messages, "max_tokens": 32000, "top_p": 1, "stream": True,
+        "stream_options": {"include_usage": True}, "tools": [CHAT_SHELL], "tool_choice": "auto"}
+
+
+def codex(call_id):
+    """Codex: the Responses API with nothing stored, and tools that only OpenAI has."""
+    texts = [("developer", "<permissions/>"), ("user", "<environment_context/>"), ("user", "list")]
+    items = [{"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+             for role, text in texts]
+    if call_id:
+        items += [
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": None},
+            {"type": "function_call", "name": "shell", "arguments": '{"command":"ls"}',
+             "call_id": call_id},
+            {"type": "function_call_output", "call_id": call_id, "output": RESULT}]
+    tool = dict(CHAT_SHELL["function"], type="function")
+    return "/v1/responses", {
+        "instructions": "You are Codex.", "input": items, "tool_choice": "auto", "store": False,
+        "tools": [tool, {"type": "web_search", "external_web_access": False},
+                  {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}}],
+        "parallel_tool_calls": False, "reasoning": {"effort": "medium", "summary": "auto"},
+        "stream": True, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "0199",
+        "text": {"verbosity": "medium"}, "client_metadata": {"x-codex-installation-id": "0199"}}
+
+
+@pytest.mark.parametrize("agent", [roo, opencode, codex])
+def test_an_agent_gets_through_two_turns_with_a_tool(cloudflare, workers, agent):
+    running = workers()
+    path, first = agent(None)
+    reply = post(running, path, model="gpt-oss-20b", **first)
+    assert (reply.status, reply.complete) == (200, True)
+    if path == CHAT:
+        deltas = [event["choices"][0]["delta"] for event in events_of(reply)[:-2]]
+        call, = [one["tool_calls"][0] for one in deltas
+                 if "id" in one.get("tool_calls", [{}])[0]]
+        call_id = call["id"]
+    else:
+        output = events_of(reply)[-1]["response"]["output"]
+        call_id, = [item["call_id"] for item in output if item["type"] == "function_call"]
+
+    path, second = agent(call_id)
+    reply = post(running, path, model="gpt-oss-20b", **second)
+    assert reply.status == 200
+    sent_up = json.loads(cloudflare.received[-1].body)["messages"]
+    assert all(isinstance(message["content"], str) for message in sent_up)
+    results = [message for message in sent_up if message["role"] == "tool"]
+    assert [message["tool_call_id"] for message in results] == [call_id]
+    if path != CHAT:
+        assert events_of(reply)[-1]["response"]["output"][0]["content"][0]["text"] == "It is sunny."
+
+
 # -- whole responses
 
 
