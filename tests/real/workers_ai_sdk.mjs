@@ -1,13 +1,14 @@
 // The AI SDK (npm: ai, @ai-sdk/openai, @ai-sdk/openai-compatible) with the relay in front of a fake
 // Cloudflare: tools in two turns, whole and streamed, by Responses (its default) and by chat.
-// AI_SDK names a folder whose node_modules has the packages; PYTHON the interpreter.
+// AI_SDK names a folder whose node_modules has the packages, if not this one; PYTHON names the
+// interpreter, python3 if it is not set.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
 import { fileURLToPath, pathToFileURL } from "node:url";
 
-const from = createRequire((process.env.AI_SDK ?? ".") + "/x.js");
+const from = createRequire(process.env.AI_SDK ? process.env.AI_SDK + "/x.js" : import.meta.url);
 const load = (name) => import(pathToFileURL(from.resolve(name)));
 const { generateText, streamText, tool, stepCountIs } = await load("ai");
 const { createOpenAI } = await load("@ai-sdk/openai");
@@ -31,6 +32,7 @@ const tools = {
   }),
 };
 
+let passed = 0;
 let failed = 0;
 for (const name of ["@cf/openai/gpt-oss-20b", "@cf/shape/flat-tool", "@cf/shape/sentinel"]) {
   for (const [kind, model] of [
@@ -59,6 +61,7 @@ for (const name of ["@cf/openai/gpt-oss-20b", "@cf/shape/flat-tool", "@cf/shape/
             ["stop", 0],
           ]
         );
+        passed++;
         console.log("passed", title);
       } catch (error) {
         failed++;
@@ -68,5 +71,5 @@ for (const name of ["@cf/openai/gpt-oss-20b", "@cf/shape/flat-tool", "@cf/shape/
   }
 }
 fake.stdin.end();
-console.log(failed + " failed");
-process.exitCode = failed ? 1 : 0;
+console.log(`${passed} passed, ${failed} failed`);
+process.exitCode = failed || !passed ? 1 : 0;
