@@ -5755,7 +5755,7 @@ MEANINGLESS = (("top_k", 0), ("top_k", -1))
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 # Models by what sets them apart.
 SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
-BARE_SCHEMA = re.compile(r"/meta/|deepseek-|hermes-|mistral-small|gemma-3|qwq|qwen2\.5")    # [O]
+BARE_SCHEMA = re.compile(r"/meta/|deepseek-r1|deepseek-coder|hermes-2")     # json-mode.mdx [O]
 DATA_IMAGES = re.compile(r"llama-4|llama-3\.2|mistral-small|gemma-3")   # no URLs: their schemas [O]
 THINKS_IN_TEXT = re.compile(r"deepseek-r1|qwq")     # <think>, often without it, </think> [T]
 
