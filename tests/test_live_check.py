@@ -147,6 +147,18 @@ def test_workers_ai_is_asked_for_its_own_list(upstream, check_live):
     assert upstream.received[0].line == "GET %s HTTP/1.1" % path
 
 
+def test_workers_ai_says_that_an_account_is_wrong(upstream, check_live):
+    upstream.answer = answer_by_key(one=404)
+
+    status, lines = check_live(
+        AIPROXY_UPSTREAM="workers-ai", CLOUDFLARE_ACCOUNT_ID="account-1",
+        CLOUDFLARE_API_TOKEN="sk-hidden-one",
+        CLOUDFLARE_API_BASE_URL=upstream.url + "/client/v4")[:2]
+
+    assert status == 2
+    assert lines == ["key 1 of 1: refused: there is no such account (404)"]
+
+
 def test_the_operators_fields_go_up(upstream, check_live):
     upstream.answer = answer_by_key(one=200, none=401)
     check_live(AIPROXY_KEY="sk-hidden-one", AIPROXY_UPSTREAM=upstream.url,
