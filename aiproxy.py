@@ -10,12 +10,12 @@ Start reading at `Server` and scroll down: part one stands in the order in which
 it. Only the lowest layer, HTTP on the wire, comes late, because everything uses it.
 Part two holds what can be taken out, each section entered at one place.
 
-    Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
-               Header fields . The upstream . The relay loop . HTTP on the wire . The log .
+    Part one   Settings and limits . Tables . Server . Handler . The checks .
+               The request's body . Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
     Part two   Env files . Review of the settings . CORS . Errors in the form of other APIs .
-               Refusals in the right form . Redirects . Rates . Trusted proxies . Model rules .
-               Token and prompt limits . Several provider keys . Proxies on the way up .
+               Refusals in the right form . Redirects . Rates . Trusted proxies . Body rules .
+               Model rules . Token and prompt limits . Several provider keys . Proxies on the way up .
                Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
                Tuning of the process . Workers AI . Start page . Demo
 
@@ -46,7 +46,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     sees that something is missing; half an answer must not look like a whole one. (`cut`)
  6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If the upstream
     reads `{"model": "a", "model": "b"}` otherwise than we do, our check was for nothing; with two
-    lengths it is request smuggling. (`parse_object`, `read_head`)
+    lengths it is request smuggling. (`read_head`, `parse_object`)
  7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
     been closed, at least for sending: we take that for a disconnect, also before the first byte,
     and stop paying for the answer. (`wait_for_upstream`, `has_disconnected`)
@@ -166,15 +166,7 @@ MAX_CHUNK_LINE = 4096   # bytes of a chunk's size line with its extensions
 MAX_TRAILER = 8192      # bytes of all trailer lines
 MAX_INTERIM = 100       # 1xx interim responses before the real one
 
-MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
-MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
-MAX_DIGITS = 400        # of a number in a JSON body
-
 LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
-
-BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
-SMALL_BODY = 1 / 8192   # of that: a body that is never refused for the others' sake
-LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
 
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
@@ -378,7 +370,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
-        self.body_budget = BodyBudget()
 
         self.install_features()
         try:
@@ -399,8 +390,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.error_form = openai_form       # (path): the form of errors in the API there
         self.response_checks = []           # (handler, exchange), before its head goes down
         self.checks = []                    # (handler), before the body is read; may raise
-        self.body_rules = []                # (members, request, settings): changes to the members
-        self.check_form = refuse_form       # (body, request, settings): the form to send up
+        # (handler): a body that must be here before it goes up, as it is to go up; or None
+        self.read_whole_body = no_whole_body
+        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
         self.warnings = []                  # for the banner
         self.use_key = use_first_key        # which provider key a request is sent with
         self.add_heartbeats = no_heartbeats     # (wait, send): what to wait with
@@ -408,7 +400,6 @@ class Server(http.server.ThreadingHTTPServer):
         # (record): what to call with each piece of a body that no rule reads
         self.observe_request = no_observer
         self.observe_response = no_observer
-        self.needs_whole_bodies = False     # must a body be here before it goes up?
         self.is_trusted_proxy = is_loopback     # (address): is its X-Forwarded-For believed?
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
@@ -419,6 +410,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_redirects(self)             # part two: Redirects
         install_rates(self)                 # part two: Rates
         install_trusted_proxies(self)       # part two: Trusted proxies
+        install_body_rules(self)            # part two: Body rules
         install_model_rules(self)           # part two: Model rules
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
@@ -702,7 +694,7 @@ class Request:
         self.client_name = ""               # of the client key, once it has been checked
         self.model = ""                     # as the client named it, in the path or in the body
         self.upgrade = b""                  # the protocol to change to, once that is sure
-        self.is_json = False                # have rules read the body, as JSON?
+        self.own_fields = {}                # ours for the upstream in place of the client's
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -748,7 +740,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 500, "internal_error", "The proxy failed on this request. Its log says where."))
         finally:
             if self.upload:
-                self.server.body_budget.let_go(self.upload)
+                self.server.on_body_gone(self.upload)
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
 
@@ -880,51 +872,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_body(self):
         """What may go up of the body now: all of it if it is small or rules apply, else a part."""
-        request = self.request
+        body = self.server.read_whole_body(self)            # 415 413 408 503 400 403
+        if body is not None:
+            return body
+        self.observe_body()
+        self.start_body(self.settings.max_body if self.settings.has_own_keys else None)     # 413
+        return self.upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)                     # 408
+
+    def observe_body(self):
+        self.upload.observe = self.server.observe_request(self.record)
+
+    def start_body(self, limit):
+        """The body may come, up to `limit` bytes: tell so a client that waits to hear it."""
         upload = self.upload
-        is_inspected = needs_body_inspection(request, not upload.done, self.settings)
-        if is_inspected:
-            check_content_coding(request)                   # 415
-        if is_inspected or self.settings.has_own_keys:
-            upload.limit = self.settings.max_body
+        upload.limit = limit
         upload.check_limit()                                # 413
-        expects = b"expect" in request.headers and not request.is_http10
+        expects = b"expect" in self.request.headers and not self.request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
-        is_whole = is_inspected or self.server.needs_whole_bodies
-        if not is_inspected:
-            upload.observe = self.server.observe_request(self.record)
-        if not is_whole:
-            return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
-        budget = self.server.body_budget
-        body = join_pieces(budget.count(upload, BODIES_HELD * self.settings.max_body))      # 503
-        if not is_inspected:
-            return body
-        with budget.one_at_a_time(len(body)):
-            return self.apply_body_rules(body)              # 400 403
-
-    def apply_body_rules(self, body):
-        """The body to send up: only what a setting changes differs."""
-        request = self.request
-        if not is_inference(request):
-            if not body:                    # a job is cancelled so
-                return body
-            if is_form(request.headers):
-                body = self.server.check_form(body, request, self.settings)
-                self.record.model = request.model
-                return body
-        return edit_members(body, self.check_body(body)[1])
-
-    def check_body(self, body):
-        """Its members, and the changes that the rules of part two want."""
-        request = self.request
-        request.is_json = True
-        members = parse_object(body)
-        changes = {}
-        for rule in self.server.body_rules:
-            changes.update(rule(members, request, self.settings))
-            self.record.model = request.model
-        return members, changes
 
     # -- to the upstream
 
@@ -958,7 +923,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         exchange = self.server.use_key(send)
         if exchange.request_sent:
-            self.server.body_budget.let_go(self.upload)
+            self.server.on_body_gone(self.upload)
         return exchange
 
     # -- and back
@@ -1124,12 +1089,11 @@ def no_heartbeats(wait, send):
     """A silent stream stays silent. See "Heartbeats"."""
     return wait
 
-def do_nothing(job):
-    """See "Heartbeats"."""
+def no_whole_body(handler):
+    """Every body may go up as it comes. See "Body rules"."""
 
-def refuse_form(body, request, settings):
-    """No rule reads forms. See "Model rules"."""
-    raise ErrorResponse(400, "invalid_form", "The body must be JSON here.")
+def do_nothing(what):
+    """See "Heartbeats" and "Body rules"."""
 
 def no_observer(record):
     """No one looks at the bytes. See "Token counts" and "Model names for the log"."""
@@ -1455,9 +1419,7 @@ def error_object(error):
         kind = "server_error"
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
 
-# ---- The body's rules ----------------------------------------------------------------------------
-# A request's body on its way in, and what the settings make of it. What they do not change goes up
-# byte for byte.
+# ---- The request's body --------------------------------------------------------------------------
 
 class Upload:
     """A request's body as the client sends it: bounded by `limit`, not slower than BODY_RATE."""
@@ -1469,7 +1431,6 @@ class Upload:
         self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
-        self.held = 0                       # those that the BodyBudget counts
         self.waited = 0.0                   # seconds spent waiting for the client
         self.observe = None                 # called with each piece
 
@@ -1522,220 +1483,6 @@ class Upload:
                                 "The body came more slowly than %d bytes a second." % BODY_RATE)
 
 
-class BodyBudget:
-    """The memory of all bodies that are held as a whole, each until it has gone up."""
-
-    def __init__(self):
-        self.held = 0                       # bytes
-        self.lock = threading.Lock()        # guards it
-        self.parsing = threading.Lock()     # held while a large body is parsed
-
-    def count(self, upload, most):
-        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes.
-
-        A small one passes all the same: a few large ones that come slowly must not lock out chats.
-        """
-        for piece in read_pieces(upload, upload.wait, math.inf):
-            size = upload.held + len(piece)
-            with self.lock:
-                if self.held + len(piece) > most and size > most * SMALL_BODY:
-                    raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
-                                        "requests as it can. Try again.",
-                                        headers=[(b"Retry-After", b"1")])
-                self.held += len(piece)
-                upload.held = size
-            yield piece
-
-    def let_go(self, upload):
-        with self.lock:
-            self.held -= upload.held
-            upload.held = 0
-
-    def one_at_a_time(self, length):
-        """What to hold while a body is parsed: its values take several times its size."""
-        return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
-
-
-def needs_body_inspection(request, has_body, settings):
-    """Does a setting want the body looked into? The path decides, never the content type."""
-    if not settings.has_body_rules:
-        return False
-    return is_inference(request) or (has_body and settings.has_own_keys)
-
-def is_inference(request):
-    return request.method == "POST" and request.path in INFERENCE_PATHS
-
-def is_form(headers):
-    return headers.get(b"content-type", b"").lower().startswith(b"multipart/")
-
-def check_content_coding(request):
-    """415 for a body that we cannot read without decompressing it.
-
-    A misspelt field counts, too: CGI-like servers take `_` for `-`.
-    """
-    codings = [(name.lower(), value.lower()) for name, value in request.headers.fields
-               if name.lower().replace(b"_", b"-") == b"content-encoding"]
-    if codings and codings != [(b"content-encoding", b"identity")]:
-        raise ErrorResponse(415, "unsupported_encoding",
-                            "The body must not be compressed here: its model has to be read.",
-                            headers=[(b"Accept-Encoding", b"identity")])
-
-# -- strict JSON
-
-def parse_object(body):
-    """The members of a JSON object. ErrorResponse 400 for what could be read in two ways.
-
-    Strict where json is not: one encoding, no NaN, no infinite or absurd numbers, no name twice in
-    an object, bounded nesting. Otherwise our check could pass what the upstream reads differently.
-    """
-    try:
-        check_nesting(body)
-        members = STRICT_JSON.decode(body.decode("utf-8"))
-        if not isinstance(members, dict):
-            raise ValueError("it is not an object")
-        return members
-    except ValueError as error:         # UnicodeDecodeError is one, too
-        reason = str(error).partition(":")[0]
-        raise ErrorResponse(400, "invalid_json", "The body is not valid JSON: %s." % reason)
-
-NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
-
-def check_nesting(body):
-    """ValueError above MAX_DEPTH or MAX_VALUES, found without parsing.
-
-    A parser recurses, and a thread's stack is small. Without its strings a JSON text is little more
-    than its brackets and commas: they can be counted, in time proportional to its length.
-    """
-    may_be_deep = body.count(b"[") + body.count(b"{") > MAX_DEPTH
-    if not may_be_deep and len(body) <= 2 * MAX_VALUES:     # a value and its comma are 2 bytes
-        return
-    values = 0
-    depth = 0
-    for structure in json_structure(body):
-        values += sum(map(structure.count, (b",", b"[", b"{")))
-        if values > MAX_VALUES:
-            raise ValueError("it holds more than %d values" % MAX_VALUES)
-        for mark in structure.replace(b",", b""):
-            depth += 1 if mark in b"[{" else -1
-            if depth > MAX_DEPTH:
-                raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
-
-def json_structure(body):
-    """The brackets and commas outside of strings, a block at a time: memory is for few blocks."""
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    in_string = False
-    for start in range(0, len(unescaped), READ_SIZE):
-        parts = unescaped[start:start + READ_SIZE].split(b'"')
-        outside = parts[1::2] if in_string else parts[::2]
-        yield b"".join(outside).translate(None, NOT_STRUCTURE)
-        if len(parts) % 2 == 0:
-            in_string = not in_string
-
-def unique_members(pairs):
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        if [name for name, _ in pairs].count("model") > 1:
-            raise ErrorResponse(400, "invalid_model", "The body must hold `model` once.", "model")
-        raise ValueError("a name appears twice")
-    return members
-
-def parse_number(digits, kind):
-    value = kind(digits) if len(digits) <= MAX_DIGITS else math.inf
-    if value in (math.inf, -math.inf):
-        raise ValueError("a number is out of range")
-    return value
-
-def refuse_constant(name):
-    raise ValueError("%s is not JSON" % name)
-
-STRICT_JSON = json.JSONDecoder(
-    object_pairs_hook=unique_members, parse_constant=refuse_constant,
-    parse_int=functools.partial(parse_number, kind=int),
-    parse_float=functools.partial(parse_number, kind=float))
-
-def check_spelling(members, names):
-    """400 for `Model` and its like: some parsers would take it for the real one.
-
-    `names` has the right spellings, each by its own in lower case.
-    """
-    for name in members:
-        right = names.get(name.casefold(), name)
-        if name != right:
-            code = "invalid_model" if right == "model" else "invalid_parameter"
-            raise ErrorResponse(400, code, "`%s` must be written so." % right, right)
-
-# -- changing a body
-
-# A body that is edited has been parsed strictly before.
-JSON = json.JSONDecoder()
-# What stands between names and values: RFC 8259 section 2.
-JSON_GAP = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
-
-def find_values(text, start, wanted):
-    """Where wanted values stand in the array or object that begins at `start`; returns its end.
-
-    `wanted` has, by name or index, what to call a value, or a dict of the same kind for what is
-    inside it. Yields for each what it is called, where its name begins (in an array: the value),
-    where it begins and where it ends. Nothing is decoded twice.
-    """
-    has_names = text[start] == "{"
-    position = JSON_GAP.match(text, start + 1).end()
-    for name in itertools.count():
-        if text[position] in "]}":
-            return position + 1
-        name_start = position
-        if has_names:
-            name, name_end = JSON.raw_decode(text, position)
-            position = JSON_GAP.match(text, name_end).end()
-        called = wanted.get(name)
-        if isinstance(called, dict):
-            end = yield from find_values(text, position, called)
-        else:
-            _, end = JSON.raw_decode(text, position)
-            if called is not None:
-                yield called, name_start, position, end
-        position = JSON_GAP.match(text, end).end()
-
-def edit_members(body, changes, renames=None):
-    """A JSON object with other values for what `changes` names, new members put in front.
-
-    A key of `changes` is the name of a member, or the path to a value inside one: a tuple of names
-    and indexes. `renames` gives some of the changed members another name. No other byte differs.
-    """
-    if not changes:
-        return body
-    text = body.decode("latin-1")           # a byte a character: of an emoji, all would take four
-    added = dict(changes)
-    inside = text.index("{") + 1
-    copied = inside                         # up to here, `edited` has the text
-    edited = []
-    for key, name_start, start, end in find_values(text, inside - 1, as_tree(changes)):
-        label = text[name_start:start]
-        if renames and key in renames:
-            label = json.dumps(renames[key]) + label.rpartition('"')[2]
-        edited += [text[copied:name_start], label, json.dumps(added.pop(key))]
-        copied = end
-        if not added:
-            break
-
-    front = json.dumps(added)[1:-1]
-    is_empty = text[JSON_GAP.match(text, inside).end()] == "}"
-    if front and not is_empty:
-        front += ", "
-    pieces = [text[:inside], front] + edited + [text[copied:]]
-    return "".join(pieces).encode("latin-1")
-
-def as_tree(changes):
-    """The keys of `changes` as find_values wants them: ("a", 0) becomes {"a": {0: ("a", 0)}}."""
-    tree = {}
-    for key in changes:
-        *outer, last = key if isinstance(key, tuple) else (key,)
-        node = tree
-        for name in outer:
-            node = node.setdefault(name, {})
-        node[last] = key
-    return tree
-
 # ---- Header fields up and down -------------------------------------------------------------------
 
 def upstream_headers(request, settings):
@@ -1747,8 +1494,7 @@ def upstream_headers(request, settings):
     for name, value in request.headers.fields:
         if goes_up(name.lower(), request, settings):
             fields.append((name, value))
-    if request.is_json:
-        fields.append((b"Content-Type", b"application/json"))
+    fields += request.own_fields.values()
     if settings.has_own_keys:
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
@@ -1761,10 +1507,8 @@ def goes_up(low, request, settings):
     name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
     if low in request.headers.connection or name in DROPPED_REQUEST_FIELDS:
         return False
-    if name.startswith(DROPPED_REQUEST_PREFIXES):
+    if name.startswith(DROPPED_REQUEST_PREFIXES) or name in request.own_fields:
         return False
-    if request.is_json and name == b"content-type":
-        return False                    # ours says that it is JSON
     if not settings.has_own_keys:
         return True
     if name.startswith(b"sec-websocket-"):
@@ -3794,7 +3538,6 @@ class Settings:
         self.aliases = self.models      # name to model
         self.needs_model = bool(self.models)
         self.lists_models = bool(self.models)       # do we answer /v1/models?
-        self.has_body_rules = False     # does a setting want bodies looked into?
         self.set_defaults()
         self.derive_keys()
         self.derive_rules()
@@ -3862,8 +3605,6 @@ class Settings:
         """What follows from the settings, worked out once."""
         self.models_shown = [name for name in self.aliases if "*" not in name]
         self.model_patterns = [name.split("*") for name in self.models if "*" in name]
-        if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
-            self.has_body_rules = True
 
         paths = self.upstream.provider.paths + INFERENCE_PATHS
         allowed = [path for path in paths
@@ -4022,7 +3763,8 @@ def serve(settings, on_start):
 
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
-# entered: delete the section and the line that enters it, and the relay still works.
+# entered: delete the section and the line that enters it, and the relay still works. Some need
+# others, which they name: those cannot go without them.
 
 # ---- Env files -----------------------------------------------------------------------------------
 # Does: reads settings from the files that --env-file names.
@@ -4478,10 +4220,299 @@ OPTIONS += (
            "comma-separated"),
 )
 
+# ---- Body rules ----------------------------------------------------------------------------------
+# Does: reads bodies as a whole where a setting wants them looked into, strictly, and edits them.
+# Touches: members that a rule changes; no other byte. Bodies are held until they have gone up.
+# Entered: `install_body_rules` in Server.install_features takes the place of `no_whole_body`.
+
+MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
+MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
+MAX_DIGITS = 400        # of a number in a JSON body
+
+BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
+SMALL_BODY = 1 / 8192   # of that: a body that is never refused for the others' sake
+LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
+
+def install_body_rules(server):
+    server.body_budget = BodyBudget()
+    server.on_body_gone = server.body_budget.let_go
+    server.read_whole_body = read_whole_body
+    server.needs_whole_bodies = False   # must each be here before it goes up?
+    server.inspects_bodies = False      # does a setting want them looked into?
+    server.body_rules = []              # (members, request, settings): changes to the members
+    server.check_form = refuse_form     # (body, request, settings): the form to send up
+
+
+class BodyBudget:
+    """The memory of all bodies that are held as a whole, each until it has gone up."""
+
+    def __init__(self):
+        self.held = 0                       # bytes
+        self.sizes = {}                     # by Upload
+        self.lock = threading.Lock()        # guards it
+        self.parsing = threading.Lock()     # held while a large body is parsed
+
+    def count(self, upload, most):
+        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes.
+
+        A small one passes all the same: a few large ones that come slowly must not lock out chats.
+        """
+        for piece in read_pieces(upload, upload.wait, math.inf):
+            with self.lock:
+                size = self.sizes.get(upload, 0) + len(piece)
+                if self.held + len(piece) > most and size > most * SMALL_BODY:
+                    raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
+                                        "requests as it can. Try again.",
+                                        headers=[(b"Retry-After", b"1")])
+                self.held += len(piece)
+                self.sizes[upload] = size
+            yield piece
+
+    def let_go(self, upload):
+        with self.lock:
+            self.held -= self.sizes.pop(upload, 0)
+
+    def one_at_a_time(self, length):
+        """What to hold while a body is parsed: its values take several times its size."""
+        return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
+
+
+def read_whole_body(handler):
+    """A body that must be here before it goes up, as it is to go up; None for any other."""
+    if needs_body_inspection(handler):
+        return read_inspected_body(handler, apply_body_rules)
+    if not handler.server.needs_whole_bodies:
+        return None
+    handler.observe_body()
+    return hold_body(handler)
+
+def read_inspected_body(handler, edit):
+    """What `edit(handler, body)` makes of the body."""
+    check_content_coding(handler.request)                   # 415
+    body = hold_body(handler)
+    with handler.server.body_budget.one_at_a_time(len(body)):
+        return edit(handler, body)                          # 400 403
+
+def hold_body(handler):
+    most = handler.settings.max_body
+    handler.start_body(most)                                # 413
+    pieces = handler.server.body_budget.count(handler.upload, BODIES_HELD * most)
+    return join_pieces(pieces)                              # 408 503
+
+def needs_body_inspection(handler):
+    """Does a setting want the body looked into? The path decides, never the content type."""
+    if not handler.server.inspects_bodies:
+        return False
+    has_body = not handler.upload.done
+    return is_inference(handler.request) or (has_body and handler.settings.has_own_keys)
+
+def is_inference(request):
+    return request.method == "POST" and request.path in INFERENCE_PATHS
+
+def is_form(headers):
+    return headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+
+def check_content_coding(request):
+    """415 for a body that we cannot read without decompressing it.
+
+    A misspelt field counts, too: CGI-like servers take `_` for `-`.
+    """
+    codings = [(name.lower(), value.lower()) for name, value in request.headers.fields
+               if name.lower().replace(b"_", b"-") == b"content-encoding"]
+    if codings and codings != [(b"content-encoding", b"identity")]:
+        raise ErrorResponse(415, "unsupported_encoding",
+                            "The body must not be compressed here: its model has to be read.",
+                            headers=[(b"Accept-Encoding", b"identity")])
+
+def apply_body_rules(handler, body):
+    """The body to send up: only what a setting changes differs."""
+    request = handler.request
+    if not is_inference(request):
+        if not body:                        # a job is cancelled so
+            return body
+        if is_form(request.headers):
+            body = handler.server.check_form(body, request, handler.settings)
+            handler.record.model = request.model
+            return body
+    return edit_members(body, check_body(handler, body)[1])
+
+def check_body(handler, body):
+    """Its members, and the changes that the rules want."""
+    request = handler.request
+    # What it has been read as, whatever the client calls it.
+    request.own_fields[b"content-type"] = (b"Content-Type", b"application/json")
+    members = parse_object(body)
+    changes = {}
+    for rule in handler.server.body_rules:
+        changes.update(rule(members, request, handler.settings))
+        handler.record.model = request.model
+    return members, changes
+
+def refuse_form(body, request, settings):
+    """No rule reads forms. See "Model rules"."""
+    raise ErrorResponse(400, "invalid_form", "The body must be JSON here.")
+
+# -- strict JSON
+
+def parse_object(body):
+    """The members of a JSON object. ErrorResponse 400 for what could be read in two ways.
+
+    Strict where json is not: one encoding, no NaN, no infinite or absurd numbers, no name twice in
+    an object, bounded nesting. Otherwise our check could pass what the upstream reads differently.
+    """
+    try:
+        check_nesting(body)
+        members = STRICT_JSON.decode(body.decode("utf-8"))
+        if not isinstance(members, dict):
+            raise ValueError("it is not an object")
+        return members
+    except ValueError as error:         # UnicodeDecodeError is one, too
+        reason = str(error).partition(":")[0]
+        raise ErrorResponse(400, "invalid_json", "The body is not valid JSON: %s." % reason)
+
+NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
+
+def check_nesting(body):
+    """ValueError above MAX_DEPTH or MAX_VALUES, found without parsing.
+
+    A parser recurses, and a thread's stack is small. Without its strings a JSON text is little more
+    than its brackets and commas: they can be counted, in time proportional to its length.
+    """
+    may_be_deep = body.count(b"[") + body.count(b"{") > MAX_DEPTH
+    if not may_be_deep and len(body) <= 2 * MAX_VALUES:     # a value and its comma are 2 bytes
+        return
+    values = 0
+    depth = 0
+    for structure in json_structure(body):
+        values += sum(map(structure.count, (b",", b"[", b"{")))
+        if values > MAX_VALUES:
+            raise ValueError("it holds more than %d values" % MAX_VALUES)
+        for mark in structure.replace(b",", b""):
+            depth += 1 if mark in b"[{" else -1
+            if depth > MAX_DEPTH:
+                raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
+
+def json_structure(body):
+    """The brackets and commas outside of strings, a block at a time: memory is for few blocks."""
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    in_string = False
+    for start in range(0, len(unescaped), READ_SIZE):
+        parts = unescaped[start:start + READ_SIZE].split(b'"')
+        outside = parts[1::2] if in_string else parts[::2]
+        yield b"".join(outside).translate(None, NOT_STRUCTURE)
+        if len(parts) % 2 == 0:
+            in_string = not in_string
+
+def unique_members(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        if [name for name, _ in pairs].count("model") > 1:
+            raise ErrorResponse(400, "invalid_model", "The body must hold `model` once.", "model")
+        raise ValueError("a name appears twice")
+    return members
+
+def parse_number(digits, kind):
+    value = kind(digits) if len(digits) <= MAX_DIGITS else math.inf
+    if value in (math.inf, -math.inf):
+        raise ValueError("a number is out of range")
+    return value
+
+def refuse_constant(name):
+    raise ValueError("%s is not JSON" % name)
+
+STRICT_JSON = json.JSONDecoder(
+    object_pairs_hook=unique_members, parse_constant=refuse_constant,
+    parse_int=functools.partial(parse_number, kind=int),
+    parse_float=functools.partial(parse_number, kind=float))
+
+def check_spelling(members, names):
+    """400 for `Model` and its like: some parsers would take it for the real one.
+
+    `names` has the right spellings, each by its own in lower case.
+    """
+    for name in members:
+        right = names.get(name.casefold(), name)
+        if name != right:
+            code = "invalid_model" if right == "model" else "invalid_parameter"
+            raise ErrorResponse(400, code, "`%s` must be written so." % right, right)
+
+# -- changing a body
+
+# A body that is edited has been parsed strictly before.
+JSON = json.JSONDecoder()
+# What stands between names and values: RFC 8259 section 2.
+JSON_GAP = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
+
+def find_values(text, start, wanted):
+    """Where wanted values stand in the array or object that begins at `start`; returns its end.
+
+    `wanted` has, by name or index, what to call a value, or a dict of the same kind for what is
+    inside it. Yields for each what it is called, where its name begins (in an array: the value),
+    where it begins and where it ends. Nothing is decoded twice.
+    """
+    has_names = text[start] == "{"
+    position = JSON_GAP.match(text, start + 1).end()
+    for name in itertools.count():
+        if text[position] in "]}":
+            return position + 1
+        name_start = position
+        if has_names:
+            name, name_end = JSON.raw_decode(text, position)
+            position = JSON_GAP.match(text, name_end).end()
+        called = wanted.get(name)
+        if isinstance(called, dict):
+            end = yield from find_values(text, position, called)
+        else:
+            _, end = JSON.raw_decode(text, position)
+            if called is not None:
+                yield called, name_start, position, end
+        position = JSON_GAP.match(text, end).end()
+
+def edit_members(body, changes, renames=None):
+    """A JSON object with other values for what `changes` names, new members put in front.
+
+    A key of `changes` is the name of a member, or the path to a value inside one: a tuple of names
+    and indexes. `renames` gives some of the changed members another name. No other byte differs.
+    """
+    if not changes:
+        return body
+    text = body.decode("latin-1")           # a byte a character: of an emoji, all would take four
+    added = dict(changes)
+    inside = text.index("{") + 1
+    copied = inside                         # up to here, `edited` has the text
+    edited = []
+    for key, name_start, start, end in find_values(text, inside - 1, as_tree(changes)):
+        label = text[name_start:start]
+        if renames and key in renames:
+            label = json.dumps(renames[key]) + label.rpartition('"')[2]
+        edited += [text[copied:name_start], label, json.dumps(added.pop(key))]
+        copied = end
+        if not added:
+            break
+
+    front = json.dumps(added)[1:-1]
+    is_empty = text[JSON_GAP.match(text, inside).end()] == "}"
+    if front and not is_empty:
+        front += ", "
+    pieces = [text[:inside], front] + edited + [text[copied:]]
+    return "".join(pieces).encode("latin-1")
+
+def as_tree(changes):
+    """The keys of `changes` as find_values wants them: ("a", 0) becomes {"a": {0: ("a", 0)}}."""
+    tree = {}
+    for key in changes:
+        *outer, last = key if isinstance(key, tuple) else (key,)
+        node = tree
+        for name in outer:
+            node = node.setdefault(name, {})
+        node[last] = key
+    return tree
+
 # ---- Model rules ---------------------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
 # Touches: the path, members of an inspected body, a form: aliases become the models behind them.
 # Entered: `install_model_rules` in Server.install_features adds checks and a rule.
+# Needs: Body rules.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
 # and what has a model of its own. (Below `messages` and `input` stands what a model has written.)
@@ -4508,6 +4539,8 @@ def install_model_rules(server):
     server.checks.append(check_named_model)
     server.body_rules.append(apply_model_rules)
     server.check_form = apply_form_rules
+    if server.settings.models or server.settings.default_model:
+        server.inspects_bodies = True
 
 def check_named_model(handler):
     """400 or 403 for the model that a path or a query names; an alias in the path is replaced.
@@ -4714,6 +4747,7 @@ def invalid_form(reason):
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
 # Entered: `install_limits` in Server.install_features adds a rule, and a warning for the banner.
+# Needs: Body rules.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
 # llama.cpp's, Ollama's, Hugging Face's, SGLang's, and Gemini's in both of its spellings.
@@ -4760,6 +4794,8 @@ ONE_TOKEN = "...."     # what a token number counts as
 def install_limits(server):
     server.body_rules.append(limit_body)
     settings = server.settings
+    if settings.max_tokens or settings.max_chars:
+        server.inspects_bodies = True
     if not settings.max_tokens or settings.paths is None:
         return
     paths = [path for method, path in settings.paths if method in ("POST", "PUT", "PATCH", "*")]
@@ -4906,6 +4942,7 @@ def is_text(name, value, siblings):
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
 # Entered: `install_key_rotation` in Server.install_features takes the place of `use_first_key`.
+# Needs: Body rules.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
 KEY_COOLDOWN = 60                           # seconds, after a status that names no time
@@ -5166,6 +5203,7 @@ class ModelFinder:
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
+MAX_USAGE_DEPTH = 100   # objects and arrays in it: a parser recurses, and a stack is small
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
 def install_token_counts(server):
@@ -5217,8 +5255,9 @@ class TokenCounter:
 
     def parse(self, part):
         """The object that `part` begins with; {} if it is none."""
+        if part.count(b"[") + part.count(b"{") > MAX_USAGE_DEPTH:
+            return {}
         try:
-            check_nesting(part)
             return json.JSONDecoder().raw_decode(part.decode("utf-8", "replace"))[0]
         except ValueError:
             return {}
@@ -5522,6 +5561,7 @@ def tune_malloc():
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
+# Needs: Body rules.
 #
 # To follow a request: translate_request, then translate_response or StreamTranslator, or
 # translate_error. read_response lists the four shapes that responses and events have.
@@ -6159,7 +6199,6 @@ def prepare_workers(settings):
     settings.workers_secrets = [account] + [key.decode() for key in settings.provider_keys]
     settings.needs_model = True
     settings.lists_models = True
-    settings.has_body_rules = True
     if not settings.models:
         settings.aliases = WORKERS_ALIASES
     settings.catalogue = Catalogue(settings.aliases, bool(settings.models))
@@ -6255,8 +6294,11 @@ class WorkersHandler(Handler):
             items += page
         return items
 
-    def apply_body_rules(self, body):
-        members, changes = self.check_body(body)
+    def read_body(self):
+        return read_inspected_body(self, WorkersHandler.translate_body)
+
+    def translate_body(self, body):
+        members, changes = check_body(self, body)
         request = self.request
         model = self.settings.aliases.get(request.model, request.model)
         call = translate_request(request.path, body, members, model, request.model,
