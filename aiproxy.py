@@ -784,7 +784,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer_about_us()
         upgrade = self.find_upgrade()
         self.check_caller()                                 # 403 400 401
-        if settings.lists_models and is_model_list(request):
+        if settings.aliases and is_model_list(request):
             return self.send_json(find_model(request.path, self.list_models()))     # 429 502 404
         self.check_path()                                   # 404 405
         if request.method == "OPTIONS" and settings.has_own_keys:
@@ -1381,13 +1381,6 @@ def is_plain(text, pattern):
         return pattern.fullmatch(urllib.parse.unquote(text, errors="strict")) is not None
     except UnicodeDecodeError:
         return False
-
-def check_model(model, settings):
-    """The real name of a model. 403 unless it is on the list, or fits a pattern there."""
-    if settings.models and not settings.allows_model(model):
-        raise ErrorResponse(403, "model_not_allowed", "Model not allowed. Allowed models are: %s."
-                            % ", ".join(settings.models), param="model")
-    return settings.aliases.get(model, model)
 
 # -- the form of our own errors
 
@@ -3311,26 +3304,6 @@ def parse_client_keys(text):
         keys[name] = parse_key(key)
     return list(keys.items())
 
-def parse_model(text):
-    """The name of a model, of whatever script. A full-width comma would make one name of two."""
-    takes = "a model's name: printable characters but commas, '=' and white space"
-    if not text.isprintable():
-        raise ValueError(takes)
-    return match_all("[^\\s=,，]*", text, takes).group()
-
-def parse_models(text):
-    """Names and aliases, each with the model behind it, in the order of the list."""
-    models = {}
-    takes = ("names, comma-separated, each once: model, alias=model, or a pattern such as gpt-4o* "
-             "that is no alias")
-    for entry in parse_list(text):
-        name, equals, model = map(str.strip, entry.partition("="))
-        has_bad_alias = equals and (not model or "*" in entry)
-        if not name or name in models or has_bad_alias:
-            raise ValueError(takes)
-        models[parse_model(name)] = parse_model(model or name)
-    return models
-
 def parse_paths(text):
     """Pairs of a method, or *, and a path's pattern; None for no list."""
     rules = []
@@ -3385,14 +3358,6 @@ def parse_switch(text):
     takes = "1, true, yes, on or 0, false, no, off"
     return bool(match_all("(1|true|yes|on)|0|false|no|off|", text.lower(), takes).group(1))
 
-def parse_rate(text):
-    """Requests and seconds; None for no limit."""
-    if not text:
-        return None
-    match = match_all(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text,
-                      "a rate such as 20/s, 60/min, 100/h or 1000/day")
-    return int(match.group(1)), {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)[0]]
-
 def parse_size(text):
     """Bytes. KB, MB and GB are powers of 1024."""
     match = match_all(r"([0-9]{1,12})\s*(?:([KMG])B|B?)", text.upper(), "a size such as 32MB")
@@ -3419,12 +3384,6 @@ OPTIONS = (
            "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
-    Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
-           "models allowed, comma-separated; alias=model adds a short name; gpt-4o* allows all "
-           "that begin so; empty: all"),
-    Option("AIPROXY_DEFAULT_MODEL", AIPROXY_DEFAULT_MODEL, parse_model,
-           "the model of a request on an inference path that names none; empty: it is refused if "
-           "AIPROXY_MODELS is set"),
     Option("AIPROXY_PATHS", AIPROXY_PATHS, parse_paths,
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
@@ -3439,15 +3398,6 @@ OPTIONS = (
     Option("AIPROXY_PORT", AIPROXY_PORT, number(int, 0, 65535, "a port number, 0 to 65535"),
            "port to listen on; where it is not set, PORT, FC_SERVER_PORT and FC_CUSTOM_LISTEN_PORT "
            "are understood"),
-    Option("AIPROXY_RATE", AIPROXY_RATE, parse_rate,
-           "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
-           "empty: no limit, or 60/min with AIPROXY_OPEN"),
-    Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
-           "most output tokens of a request, all its answers together: larger limits are lowered, "
-           "missing ones added; empty: no limit"),
-    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
-           "most characters of prompt text, a token number being four; 0: no limit; empty: 131072 "
-           "for workers-ai, else 0"),
     Option("AIPROXY_MAX_BODY", AIPROXY_MAX_BODY, parse_size,
            "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
@@ -3459,9 +3409,6 @@ OPTIONS = (
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
            "seconds of upstream silence, also between events; there is no limit in total"),
-    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT, number(float, 0, 86400, "seconds, 0 for none"),
-           "seconds between the comments that a silent event stream gets, so that no load balancer "
-           "cuts it; 0: none"),
     Option("AIPROXY_GRACE", AIPROXY_GRACE, number(float, 0, 86400, "seconds"),
            "seconds that running requests get at SIGTERM"),
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
@@ -3506,20 +3453,6 @@ def may_be_secret(option, text):
     return bool(option.parse in SECRET_PARSERS or has_user_info or LIKE_KEY.search(text))
 
 
-def fits(name, parts):
-    """Does a name consist of these parts, with anything between them? In linear time."""
-    first, *middle, last = parts
-    if not name.startswith(first):
-        return False
-    position = len(first)
-    for part in middle:
-        found = name.find(part, position)
-        if found < 0:
-            return False
-        position = found + len(part)
-    return name.endswith(last) and position + len(last) <= len(name)
-
-
 class Settings:
     """The settings in force, read from `environ` here and nowhere else. Raises SettingError."""
 
@@ -3535,18 +3468,17 @@ class Settings:
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
         self.hidden_words = []          # what no client may see, besides the provider keys
-        self.aliases = self.models      # name to model
-        self.needs_model = bool(self.models)
-        self.lists_models = bool(self.models)       # do we answer /v1/models?
+        self.aliases = {}               # the names of models that clients may use, to models
+        self.models_shown = []          # those that everybody may see
         self.set_defaults()
         self.derive_keys()
-        self.derive_rules()
+        self.derive_default_path()
         self.derive_guards()
+        for read_more in MORE_SETTINGS:
+            read_more(self)
         review_settings(self)           # part two: Review of the settings
         self.check_safe()
         self.check_consistent()
-        for read_more in MORE_SETTINGS:
-            read_more(self)
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
@@ -3574,11 +3506,6 @@ class Settings:
         self.provider_keys = self.read(provider.key_variable)
         if provider.prepare:
             provider.prepare(self)
-        if self.open and not self.rate:
-            self.shown["AIPROXY_RATE"] = "60/min"
-            self.rate = parse_rate("60/min")
-        if not self.shown["AIPROXY_MAX_CHARS"]:
-            self.max_chars = provider.max_chars
         # Client keys without a provider key guard an upstream that wants none in the same way.
         self.has_own_keys = bool(self.provider_keys or self.client_keys)
         if self.has_own_keys and self.paths is None:
@@ -3601,11 +3528,8 @@ class Settings:
             names = ["%s=***" % name for name, _ in self.client_keys]
             self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
 
-    def derive_rules(self):
-        """What follows from the settings, worked out once."""
-        self.models_shown = [name for name in self.aliases if "*" not in name]
-        self.model_patterns = [name.split("*") for name in self.models if "*" in name]
-
+    def derive_default_path(self):
+        """The path of the examples that we give."""
         paths = self.upstream.provider.paths + INFERENCE_PATHS
         allowed = [path for path in paths
                    if self.paths is None or "POST" in allowed_methods(path, self.paths)]
@@ -3626,10 +3550,6 @@ class Settings:
             self.origins = ["*"]
         self.any_origin = "*" in self.origins
         self.origin_pattern = origin_pattern(self.origins)
-
-    def allows_model(self, name):
-        """Is it on the list of models, or does it fit a pattern there?"""
-        return name in self.models or any(fits(name, parts) for parts in self.model_patterns)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
@@ -3652,9 +3572,6 @@ class Settings:
         if any(client_key in self.provider_keys for _, client_key in self.client_keys):
             raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                                "for the client")
-        if self.models and self.default_model and not self.allows_model(self.default_model):
-            raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
-                               % self.default_model)
         if self.key_header.encode() in self.secrets:
             raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
                                "it")
@@ -3888,14 +3805,9 @@ def show_derived(settings):
     fields = [name.decode() for name, _ in settings.key_fields[:1]]
     in_force = {
         "AIPROXY_KEY_HEADER": "".join(fields) or "none",
-        "AIPROXY_MODELS": settings.shown["AIPROXY_MODELS"] or "all",
-        "AIPROXY_DEFAULT_MODEL": settings.default_model or "none",
         "AIPROXY_PATHS": ", ".join(paths) or "all",
         "AIPROXY_ORIGINS": ", ".join(settings.origins) or "none",
         "AIPROXY_OPEN": str(int(settings.open)),
-        "AIPROXY_RATE": settings.shown["AIPROXY_RATE"] or "none",
-        "AIPROXY_MAX_TOKENS": str(settings.max_tokens or "none"),
-        "AIPROXY_MAX_CHARS": str(settings.max_chars or "none"),
     }
     settings.shown.update(in_force)
 
@@ -4178,6 +4090,28 @@ def format_duration(seconds):
     if minutes:
         return "%dm%ds" % (minutes, seconds)
     return "%ds" % seconds
+
+def parse_rate(text):
+    """Requests and seconds; None for no limit."""
+    if not text:
+        return None
+    match = match_all(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text,
+                      "a rate such as 20/s, 60/min, 100/h or 1000/day")
+    return int(match.group(1)), {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)[0]]
+
+def derive_rate(settings):
+    """Whoever serves anybody gets a rate."""
+    if settings.open and not settings.rate:
+        settings.shown["AIPROXY_RATE"] = "60/min"
+        settings.rate = parse_rate("60/min")
+    settings.shown["AIPROXY_RATE"] = settings.shown["AIPROXY_RATE"] or "none"
+
+MORE_SETTINGS.append(derive_rate)
+OPTIONS += (
+    Option("AIPROXY_RATE", AIPROXY_RATE, parse_rate,
+           "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
+           "empty: no limit, or 60/min with AIPROXY_OPEN"),
+)
 
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
@@ -4581,6 +4515,30 @@ def find_path_model(path):
             return path[:match.end()], name, mark + after
     return path, "", ""
 
+def check_model(model, settings):
+    """The real name of a model. 403 unless it is on the list, or fits a pattern there."""
+    if settings.models and not allows_model(model, settings):
+        raise ErrorResponse(403, "model_not_allowed", "Model not allowed. Allowed models are: %s."
+                            % ", ".join(settings.models), param="model")
+    return settings.aliases.get(model, model)
+
+def allows_model(name, settings):
+    """Is it on the list of models, or does it fit a pattern there?"""
+    return name in settings.models or any(fits(name, parts) for parts in settings.model_patterns)
+
+def fits(name, parts):
+    """Does a name consist of these parts, with anything between them? In linear time."""
+    first, *middle, last = parts
+    if not name.startswith(first):
+        return False
+    position = len(first)
+    for part in middle:
+        found = name.find(part, position)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return name.endswith(last) and position + len(last) <= len(name)
+
 # -- in JSON
 
 def apply_model_rules(members, request, settings):
@@ -4616,7 +4574,7 @@ def named_model(members, request, settings):
         return ""
     if settings.default_model and is_inference(request):
         return settings.default_model
-    if settings.needs_model:
+    if settings.aliases:
         raise missing_model()
     return ""
 
@@ -4666,7 +4624,7 @@ def apply_form_rules(body, request, settings):
     if len(models) > 1:
         raise invalid_model("must hold `model` once")
     if not models:
-        if settings.needs_model and not request.model:
+        if settings.aliases and not request.model:
             raise missing_model()
         return body
     _, start, end = models[0]
@@ -4742,6 +4700,50 @@ def check_model_part(name, filename, headers):
 
 def invalid_form(reason):
     return ErrorResponse(400, "invalid_form", "The form cannot be read: %s." % reason)
+
+# -- the settings
+
+def parse_model(text):
+    """The name of a model, of whatever script. A full-width comma would make one name of two."""
+    takes = "a model's name: printable characters but commas, '=' and white space"
+    if not text.isprintable():
+        raise ValueError(takes)
+    return match_all("[^\\s=,，]*", text, takes).group()
+
+def parse_models(text):
+    """Names and aliases, each with the model behind it, in the order of the list."""
+    models = {}
+    takes = ("names, comma-separated, each once: model, alias=model, or a pattern such as gpt-4o* "
+             "that is no alias")
+    for entry in parse_list(text):
+        name, equals, model = map(str.strip, entry.partition("="))
+        has_bad_alias = equals and (not model or "*" in entry)
+        if not name or name in models or has_bad_alias:
+            raise ValueError(takes)
+        models[parse_model(name)] = parse_model(model or name)
+    return models
+
+def derive_models(settings):
+    """What follows from the list of models. A provider may have set names that it replaces."""
+    settings.aliases = settings.models or settings.aliases
+    settings.models_shown = [name for name in settings.aliases if "*" not in name]
+    settings.model_patterns = [name.split("*") for name in settings.models if "*" in name]
+    default = settings.default_model
+    if settings.models and default and not allows_model(default, settings):
+        raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
+                           % default)
+    settings.shown["AIPROXY_MODELS"] = settings.shown["AIPROXY_MODELS"] or "all"
+    settings.shown["AIPROXY_DEFAULT_MODEL"] = default or "none"
+
+MORE_SETTINGS.append(derive_models)
+OPTIONS += (
+    Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
+           "models allowed, comma-separated; alias=model adds a short name; gpt-4o* allows all "
+           "that begin so; empty: all"),
+    Option("AIPROXY_DEFAULT_MODEL", AIPROXY_DEFAULT_MODEL, parse_model,
+           "the model of a request on an inference path that names none; empty: it is refused if "
+           "AIPROXY_MODELS is set"),
+)
 
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
@@ -4937,6 +4939,22 @@ def is_text(name, value, siblings):
         if str(siblings.get(media_type)).lower().startswith("text/"):
             return True
     return not MEDIA_DATA.fullmatch(value)
+
+def derive_limits(settings):
+    if not settings.shown["AIPROXY_MAX_CHARS"]:
+        settings.max_chars = settings.upstream.provider.max_chars
+    settings.shown["AIPROXY_MAX_TOKENS"] = str(settings.max_tokens or "none")
+    settings.shown["AIPROXY_MAX_CHARS"] = str(settings.max_chars or "none")
+
+MORE_SETTINGS.append(derive_limits)
+OPTIONS += (
+    Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
+           "most output tokens of a request, all its answers together: larger limits are lowered, "
+           "missing ones added; empty: no limit"),
+    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
+           "most characters of prompt text, a token number being four; 0: no limit; empty: 131072 "
+           "for workers-ai, else 0"),
+)
 
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
@@ -5147,6 +5165,12 @@ def wait_with_heartbeats(seconds, wait, send):
                 send(HEARTBEAT)
     return wait_in_parts
 
+OPTIONS += (
+    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT, number(float, 0, 86400, "seconds, 0 for none"),
+           "seconds between the comments that a silent event stream gets, so that no load balancer "
+           "cuts it; 0: none"),
+)
+
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
@@ -5266,6 +5290,7 @@ class TokenCounter:
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
 # Entered: `install_websocket` in Server.install_features adds an upgrade.
+# Needs: Model rules, Token and prompt limits.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
 UNTOLD_SECONDS = 2      # where the other side cannot be told that it has
@@ -5444,7 +5469,7 @@ class Direction:
 def print_banner(server):
     settings = server.settings
     client_names = [name for name, _ in settings.client_keys]
-    shown = settings.shown
+    shown = collections.defaultdict(lambda: "none", settings.shown)
     origins = ["any"] if settings.any_origin else settings.origins
     lines = [
         "upstream     " + describe_upstream(server),
@@ -5498,7 +5523,7 @@ def others_names(settings):
     return {
         "VALID_API_KEYS": ("AIPROXY_CLIENT_KEYS", settings.client_keys),
         "API_KEY": (key_variable, settings.provider_keys),
-        "MODELS": ("AIPROXY_MODELS", settings.models),
+        "MODELS": ("AIPROXY_MODELS", settings.shown.get("AIPROXY_MODELS") != "all"),
     }
 
 def curl_command(server):
@@ -5561,7 +5586,7 @@ def tune_malloc():
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
-# Needs: Body rules.
+# Needs: Body rules, Model rules.
 #
 # To follow a request: translate_request, then translate_response or StreamTranslator, or
 # translate_error. read_response lists the four shapes that responses and events have.
@@ -6197,10 +6222,7 @@ def prepare_workers(settings):
     settings.upstream = upstream
     settings.hidden_words = [account.encode()]
     settings.workers_secrets = [account] + [key.decode() for key in settings.provider_keys]
-    settings.needs_model = True
-    settings.lists_models = True
-    if not settings.models:
-        settings.aliases = WORKERS_ALIASES
+    settings.aliases = settings.models or WORKERS_ALIASES
     settings.catalogue = Catalogue(settings.aliases, bool(settings.models))
 
 
