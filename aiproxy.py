@@ -385,6 +385,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
+        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.refuse = self.send_busy        # (socket, record), where there is no room
         self.error_form = openai_form       # (path): the form of errors in the API there
@@ -819,7 +820,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_caller(self):
         """Its way to us, its page and its client key, whose name is for the log and the rates."""
         check_host_allowed(self.request, self.settings)     # 403
-        check_origin(self.request, self.settings)           # 403
+        self.server.check_origin(self.request, self.settings)       # 403
         check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
@@ -1200,38 +1201,14 @@ def is_loopback_host(host):
     """Is this the value of a Host field that leads to this machine?"""
     return LOOPBACK_HOST.fullmatch(host) is not None
 
-def check_origin(request, settings):
-    if not is_origin_allowed(request.headers, settings):
-        raise ErrorResponse(403, "origin_not_allowed", "Pages from this origin may not call this "
-                            "proxy. Add it to AIPROXY_ORIGINS to let them.")
-
-def is_origin_allowed(headers, settings):
-    """May this page call us?
+def refuse_pages(request, settings):
+    """403 for what a web page sends. See "CORS" to let some pages in.
 
     No Origin means no page, unless Sec-Fetch-Site says that another site's page is behind it.
     """
-    origin = headers.get(b"origin")
-    if settings.any_origin:
-        return True
-    if origin is None:
-        is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
-        return settings.is_guarded_by_keys or not is_foreign
-    if is_listed_origin(origin, settings):
-        return True
-    host = headers.get(b"host", b"")        # our own start page, on this machine
-    return origin == b"http://" + host and is_loopback_host(host)
-
-def is_listed_origin(origin, settings):
-    """Does it fit one that AIPROXY_ORIGINS names?"""
-    return settings.origin_pattern.fullmatch(canonical_origin(origin.decode("latin-1"))) is not None
-
-def canonical_origin(origin):
-    """As browsers send it: in lower case, without the scheme's own port."""
-    origin = origin.lower()
-    port = DEFAULT_PORTS.get(origin.partition("://")[0])
-    if port and origin.endswith(":%d" % port):
-        return origin.rpartition(":")[0]
-    return origin
+    is_foreign = request.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+    if is_foreign or b"origin" in request.headers:
+        raise ErrorResponse(403, "origin_not_allowed", "Web pages may not call this proxy.")
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
@@ -3229,11 +3206,6 @@ PLACEHOLDER = re.compile(
 LIKE_KEY = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
 VISIBLE = r"[\x21-\x7e]*"
-# RFC 6454 section 6.2, and a `*` where a list may have one. Only http and https have host names.
-WEB_ORIGIN = re.compile(
-    r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
-OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
-
 def clean(text):
     """Without the quotes around all of it: Docker's env files keep them."""
     text = text.strip()
@@ -3316,44 +3288,6 @@ def parse_paths(text):
         rules.append((method, path))
     return tuple(rules) if rules else None
 
-def parse_origins(text):
-    return [parse_origin(item) for item in parse_list(text)]
-
-def parse_origin(text):
-    """An origin as browsers send it, perhaps with a `*` in the place of what may differ."""
-    takes = ("* or origins, comma-separated, as browsers send them, without a path: "
-             "https://app.example, https://*.app.example, http://localhost:*, chrome-extension://*")
-    text = text.lower()
-    if OTHER_ORIGIN.fullmatch(text):
-        return text
-    try:
-        ascii_text = re.sub(r"[^/:]*[^\0-\x7f][^/:]*", encode_host, text)
-        scheme, host, port, any_port = match_all(WEB_ORIGIN, ascii_text, takes).groups()
-        if int(port or 0) > 65535:
-            raise ValueError()
-        if host.startswith("["):
-            host = "[%s]" % ipaddress.IPv6Address(host[1:-1])
-        elif re.fullmatch(r"(.*\.)?[0-9]+\.?", host):
-            host = str(ipaddress.IPv4Address(host))
-    except ValueError:
-        raise ValueError(takes)
-    end = ":*" if any_port else ":%d" % int(port or DEFAULT_PORTS[scheme.partition(":")[0]])
-    return canonical_origin(scheme + host + end)
-
-def encode_host(match):
-    """A host name that is not ASCII, as it travels."""
-    return match.group().encode("idna").decode()
-
-def origin_pattern(origins):
-    """What fits one of these origins, as `canonical_origin` has it."""
-    patterns = []
-    for origin in origins:
-        pattern = re.escape(origin)
-        pattern = pattern.replace(r"//\*\.", r"//(?:[a-z0-9_-]+\.)+")
-        pattern = pattern.replace(r"//\*", r"//[^/:]+")
-        patterns.append(pattern.replace(r":\*", r"(?::[0-9]+)?"))
-    return re.compile("|".join(patterns) or "(?!)")
-
 def parse_switch(text):
     takes = "1, true, yes, on or 0, false, no, off"
     return bool(match_all("(1|true|yes|on)|0|false|no|off|", text.lower(), takes).group(1))
@@ -3387,10 +3321,6 @@ OPTIONS = (
     Option("AIPROXY_PATHS", AIPROXY_PATHS, parse_paths,
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
-    Option("AIPROXY_ORIGINS", AIPROXY_ORIGINS, parse_origins,
-           "browser origins allowed, comma-separated; * for any, or for a port, the labels in "
-           "front of a host, an extension's id; empty: any where callers must present a key, "
-           "else none"),
     Option("AIPROXY_OPEN", AIPROXY_OPEN, parse_switch,
            "1: serve a hidden key without client keys to more than this machine, knowingly"),
     Option("AIPROXY_HOST", AIPROXY_HOST, matching(VISIBLE, "an address or a host name"),
@@ -3546,10 +3476,6 @@ class Settings:
         is_unguarded = not (self.is_guarded_by_keys or self.open)
         self.is_guarded_by_loopback = is_unguarded and not is_transparent
         self.wants_loopback_host = is_unguarded and is_loopback(self.host)
-        if not self.origins and self.is_guarded_by_keys:
-            self.origins = ["*"]
-        self.any_origin = "*" in self.origins
-        self.origin_pattern = origin_pattern(self.origins)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
@@ -3806,21 +3732,62 @@ def show_derived(settings):
     in_force = {
         "AIPROXY_KEY_HEADER": "".join(fields) or "none",
         "AIPROXY_PATHS": ", ".join(paths) or "all",
-        "AIPROXY_ORIGINS": ", ".join(settings.origins) or "none",
         "AIPROXY_OPEN": str(int(settings.open)),
     }
     settings.shown.update(in_force)
 
 # ---- CORS ----------------------------------------------------------------------------------------
-# Does: lets the pages of allowed origins read every response, and answers their preflights.
-# Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
-# Entered: `install_cors` in Server.install_features takes the place of `no_cors_headers`.
+# Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
+# Touches: which pages are refused; it adds header fields to responses.
+# Entered: `install_cors` in Server.install_features takes the places of `refuse_pages` and
+# `no_cors_headers`.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
 EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
+# RFC 6454 section 6.2, and a `*` where a list may have one. Only http and https have host names.
+WEB_ORIGIN = re.compile(
+    r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
+OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
 
 def install_cors(server):
+    server.check_origin = check_origin
     server.cors_headers = cors_headers
+    if server.settings.is_guarded_by_loopback and server.settings.any_origin:
+        server.warnings.append(
+            "AIPROXY_ORIGINS=*: any web page that you open can spend your key")
+
+def check_origin(request, settings):
+    if not is_origin_allowed(request.headers, settings):
+        raise ErrorResponse(403, "origin_not_allowed", "Pages from this origin may not call this "
+                            "proxy. Add it to AIPROXY_ORIGINS to let them.")
+
+def is_origin_allowed(headers, settings):
+    """May this page call us?
+
+    No Origin means no page, unless Sec-Fetch-Site says that another site's page is behind it.
+    """
+    origin = headers.get(b"origin")
+    if settings.any_origin:
+        return True
+    if origin is None:
+        is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+        return settings.is_guarded_by_keys or not is_foreign
+    if is_listed_origin(origin, settings):
+        return True
+    host = headers.get(b"host", b"")        # our own start page, on this machine
+    return origin == b"http://" + host and is_loopback_host(host)
+
+def is_listed_origin(origin, settings):
+    """Does it fit one that AIPROXY_ORIGINS names?"""
+    return settings.origin_pattern.fullmatch(canonical_origin(origin.decode("latin-1"))) is not None
+
+def canonical_origin(origin):
+    """As browsers send it: in lower case, without the scheme's own port."""
+    origin = origin.lower()
+    port = DEFAULT_PORTS.get(origin.partition("://")[0])
+    if port and origin.endswith(":%d" % port):
+        return origin.rpartition(":")[0]
+    return origin
 
 def cors_headers(request, settings, names=()):
     """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
@@ -3855,6 +3822,62 @@ def preflight_headers(headers, settings):
     if is_listed and headers.get(b"access-control-request-private-network") == b"true":
         fields.append((b"Access-Control-Allow-Private-Network", b"true"))
     return fields
+
+# -- the setting
+
+def parse_origins(text):
+    return [parse_origin(item) for item in parse_list(text)]
+
+def parse_origin(text):
+    """An origin as browsers send it, perhaps with a `*` in the place of what may differ."""
+    takes = ("* or origins, comma-separated, as browsers send them, without a path: "
+             "https://app.example, https://*.app.example, http://localhost:*, chrome-extension://*")
+    text = text.lower()
+    if OTHER_ORIGIN.fullmatch(text):
+        return text
+    try:
+        ascii_text = re.sub(r"[^/:]*[^\0-\x7f][^/:]*", encode_host, text)
+        scheme, host, port, any_port = match_all(WEB_ORIGIN, ascii_text, takes).groups()
+        if int(port or 0) > 65535:
+            raise ValueError()
+        if host.startswith("["):
+            host = "[%s]" % ipaddress.IPv6Address(host[1:-1])
+        elif re.fullmatch(r"(.*\.)?[0-9]+\.?", host):
+            host = str(ipaddress.IPv4Address(host))
+    except ValueError:
+        raise ValueError(takes)
+    end = ":*" if any_port else ":%d" % int(port or DEFAULT_PORTS[scheme.partition(":")[0]])
+    return canonical_origin(scheme + host + end)
+
+def encode_host(match):
+    """A host name that is not ASCII, as it travels."""
+    return match.group().encode("idna").decode()
+
+def origin_pattern(origins):
+    """What fits one of these origins, as `canonical_origin` has it."""
+    patterns = []
+    for origin in origins:
+        pattern = re.escape(origin)
+        pattern = pattern.replace(r"//\*\.", r"//(?:[a-z0-9_-]+\.)+")
+        pattern = pattern.replace(r"//\*", r"//[^/:]+")
+        patterns.append(pattern.replace(r":\*", r"(?::[0-9]+)?"))
+    return re.compile("|".join(patterns) or "(?!)")
+
+def derive_origins(settings):
+    """Any page where nobody gets through without a key, else those that are named."""
+    if not settings.origins and settings.is_guarded_by_keys:
+        settings.origins = ["*"]
+    settings.any_origin = "*" in settings.origins
+    settings.origin_pattern = origin_pattern(settings.origins)
+    settings.shown["AIPROXY_ORIGINS"] = ", ".join(settings.origins) or "none"
+
+MORE_SETTINGS.append(derive_origins)
+OPTIONS += (
+    Option("AIPROXY_ORIGINS", AIPROXY_ORIGINS, parse_origins,
+           "browser origins allowed, comma-separated; * for any, or for a port, the labels in "
+           "front of a host, an extension's id; empty: any where callers must present a key, "
+           "else none"),
+)
 
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
@@ -5470,13 +5493,13 @@ def print_banner(server):
     settings = server.settings
     client_names = [name for name, _ in settings.client_keys]
     shown = collections.defaultdict(lambda: "none", settings.shown)
-    origins = ["any"] if settings.any_origin else settings.origins
+    origins = shown["AIPROXY_ORIGINS"]
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
         "models       " + (", ".join(settings.aliases) or "all"),
         "paths        " + shown["AIPROXY_PATHS"],
-        "origins      " + (", ".join(origins) or "none: browsers are refused"),
+        "origins      " + {"*": "any", "none": "none: browsers are refused"}.get(origins, origins),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
             shown["AIPROXY_RATE"], shown["AIPROXY_MAX_TOKENS"], shown["AIPROXY_MAX_CHARS"],
             settings.max_body),
@@ -5508,8 +5531,6 @@ def warnings(server):
                % (server.capacity, settings.max_connections))
     if settings.provider_keys and settings.open and not settings.client_keys:
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
-    if settings.is_guarded_by_loopback and settings.any_origin:
-        yield "AIPROXY_ORIGINS=*: any web page that you open can spend your key"
     for name, (ours, is_set) in others_names(settings).items():
         if settings.environ.get(name) and not is_set:
             yield "%s is not read; the name here is %s" % (name, ours)
