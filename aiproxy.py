@@ -13,7 +13,8 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields . The upstream . The relay loop . HTTP on the wire . The log .
                Reading the settings . Main
-    Part two   Env files . Review of the settings . CORS . Errors in the form of other APIs .
+    Part two   Env files . Review of the settings . Forgiving paths . CORS .
+               Errors in the form of other APIs .
                Refusals in the right form . Redirects . Rates . Trusted proxies . Body rules .
                Model rules . Token and prompt limits . Several provider keys . Proxies on the way up .
                Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
@@ -247,6 +248,8 @@ SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-
                     b"authorization", b"origin")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NEVER_METHODS = ("TRACE", "CONNECT")
+# What balancers ask to see whether we are there, and browsers of every server.
+PROBES = (("OPTIONS", "*"), ("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
 
 # RFC 9110 section 5.6.2, RFC 9112 sections 3, 4, 5 and 7.1. No folding, no bare CR or LF.
 TOKEN = br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -385,6 +388,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
+        self.own_answers = []               # (handler), behind the client key; did it answer?
+        # (path, rules): the path that the client meant; what to add to a 404
+        self.normalize_path = lambda path, rules: path
+        self.suggest_path = lambda path, rules: ""
         self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
         self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.refuse = self.send_busy        # (socket, record), where there is no room
@@ -405,6 +412,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
+        install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
         install_error_forms(self)           # part two: Errors in the form of other APIs
         install_busy_refusals(self)         # part two: Refusals in the right form
@@ -779,17 +787,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
-        if is_preflight(request) or is_probe(request):
+        if is_preflight(request) or (request.method, request.path) in PROBES:
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
         upgrade = self.find_upgrade()
         self.check_caller()                                 # 403 400 401
+        if any(answer(self) for answer in self.server.own_answers):
+            return None
         if settings.aliases and is_model_list(request):
             return self.send_json(find_model(request.path, self.list_models()))     # 429 502 404
         self.check_path()                                   # 404 405
-        if request.method == "OPTIONS" and settings.has_own_keys:
-            return self.send_response(204, [allow_header(request.path, settings)])
         if upgrade:
             upgrade.check(request, settings)                # 400 403
         self.run_checks()                                   # 429 400 403
@@ -813,7 +821,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request, self.settings)                # 405 501
-        check_target(request, self.settings)                # 400
+        check_target(request, self.settings, self.server.normalize_path)    # 400
         self.record.path = request.path
         check_expectation(request)                          # 417
 
@@ -840,7 +848,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_path(self):
         """A method, so that the handler of a translated API can serve other paths."""
-        check_path(self.request, self.settings)
+        check_path_allowed(self.request, self.settings, self.server.suggest_path)
 
     def run_checks(self):
         for check in self.server.checks:
@@ -1130,7 +1138,7 @@ def check_method(request, settings):
     if settings.has_own_keys and request.method not in METHODS:
         raise ErrorResponse(501, "method_not_allowed", message)
 
-def check_target(request, settings):
+def check_target(request, settings, normalize_path):
     """400 unless the target is a plain path, or a whole URL of our own (RFC 9112 section 3.2.2)."""
     if request.path == "*" and request.method == "OPTIONS" and not request.query:
         return                              # asks about the server as a whole
@@ -1264,29 +1272,7 @@ def is_preflight(request):
     return (request.method == "OPTIONS" and b"origin" in headers
             and b"access-control-request-method" in headers)
 
-def is_probe(request):
-    """A balancer's question whether we are there, or what browsers ask every server for."""
-    if request.method == "OPTIONS":
-        return request.path in ("*", "/")
-    return request.is_read_only and request.path == "/favicon.ico"
-
-# -- for what: paths and models
-
-def normalize_path(path, rules):
-    """The path that a client with a slightly wrong base URL meant: /v1/v1/x, /x, //v1/x/ are /v1/x.
-
-    Only if that leads to something, and never for a path that AIPROXY_PATHS names as it is.
-    """
-    meant = re.sub("//+", "/", path)
-    meant = meant.rstrip("/") or "/"
-    if meant.startswith("/v1/v1/"):
-        meant = meant[len("/v1"):]
-    elif "/v1" + meant in INFERENCE_PATHS or meant == "/models":
-        meant = "/v1" + meant
-    if meant == path or any(path == pattern for _, pattern in rules):
-        return path
-    leads_to_something = meant.startswith("/v1/models") or allowed_methods(meant, rules)
-    return meant if leads_to_something else path
+# -- for what
 
 def is_model_list(request):
     return request.is_read_only and (request.path + "/").startswith("/v1/models/")
@@ -1307,29 +1293,22 @@ def describe_api(settings):
     return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
             "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
 
-def check_path(request, settings):
+def check_path_allowed(request, settings, suggest_path):
     """404 and 405 unless AIPROXY_PATHS allows the path, exactly as it is sent up."""
     if settings.paths is not None and (request.method, request.path) not in settings.paths:
         methods = allowed_methods(request.path, settings.paths)
         if not methods:
-            raise ErrorResponse(404, "not_found", "There is nothing at this path. Did you mean %s? "
-                                "What may be called is set by AIPROXY_PATHS."
-                                % nearest(request.path, settings.paths))
-        answers_options = request.method == "OPTIONS" and settings.has_own_keys
+            raise ErrorResponse(404, "not_found", "There is nothing at this path.%s What may be "
+                                "called is set by AIPROXY_PATHS."
+                                % suggest_path(request.path, settings.paths))
         takes_any = methods == list(METHODS)        # without keys of ours also PROPFIND and others
-        if request.method not in methods and not (answers_options or takes_any):
+        if request.method not in methods and not takes_any:
             raise ErrorResponse(405, "method_not_allowed",
                                 "This path takes %s." % ", ".join(methods),
                                 headers=[allow_header(request.path, settings)])
     if settings.upstream.map_path(request.path) is None:
         raise ErrorResponse(404, "not_found",
                             "The upstream's base URL has a path, so only /v1/... can be called.")
-
-def nearest(path, rules):
-    """The path of the rules that is most like this one, for somebody who has mistyped it."""
-    def likeness(pattern):
-        return difflib.SequenceMatcher(None, pattern, path[:200]).ratio()
-    return max((pattern for _, pattern in rules), key=likeness)
 
 def allow_header(path, settings):
     return (b"Allow", ", ".join(allowed_methods(path, settings.paths)).encode())
@@ -3735,6 +3714,50 @@ def show_derived(settings):
         "AIPROXY_OPEN": str(int(settings.open)),
     }
     settings.shown.update(in_force)
+
+# ---- Forgiving paths -----------------------------------------------------------------------------
+# Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
+# a 404, and says to a plain OPTIONS what a path takes.
+# Touches: the path of a request, before it is checked.
+# Entered: `install_forgiving_paths` in Server.install_features.
+
+def install_forgiving_paths(server):
+    server.normalize_path = normalize_path
+    server.suggest_path = suggest_path
+    server.own_answers.append(answer_options)
+
+def normalize_path(path, rules):
+    """The path that a client with a slightly wrong base URL meant: /v1/v1/x, /x, //v1/x/ are /v1/x.
+
+    Only if that leads to something, and never for a path that AIPROXY_PATHS names as it is.
+    """
+    meant = re.sub("//+", "/", path)
+    meant = meant.rstrip("/") or "/"
+    if meant.startswith("/v1/v1/"):
+        meant = meant[len("/v1"):]
+    elif "/v1" + meant in INFERENCE_PATHS or meant == "/models":
+        meant = "/v1" + meant
+    if meant == path or any(path == pattern for _, pattern in rules):
+        return path
+    leads_to_something = meant.startswith("/v1/models") or allowed_methods(meant, rules)
+    return meant if leads_to_something else path
+
+def suggest_path(path, rules):
+    """Names the path of the rules that is most like this one, for somebody who has mistyped it."""
+    def likeness(pattern):
+        return difflib.SequenceMatcher(None, pattern, path[:200]).ratio()
+    return " Did you mean %s?" % max((pattern for _, pattern in rules), key=likeness)
+
+def answer_options(handler):
+    """A plain OPTIONS on a path that is allowed gets its methods. (Without keys it goes up.)"""
+    path = handler.request.path
+    settings = handler.settings
+    if handler.request.method != "OPTIONS" or not settings.has_own_keys:
+        return False
+    if not allowed_methods(path, settings.paths) or settings.upstream.map_path(path) is None:
+        return False
+    handler.send_response(204, [allow_header(path, settings)])
+    return True
 
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
