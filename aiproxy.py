@@ -274,12 +274,13 @@ LOOPBACK = re.compile(
     r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::(?:1|ffff:127(?:\.[0-9]{1,3}){3})\]?", re.I)
 LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
-# A client's address as proxies write it, with brackets, port and zone or without; and where it
-# stands in Forwarded (RFC 7239 section 6).
+# A client's address as proxies write it, with brackets, port and zone or without.
 NAMED_ADDRESS = re.compile(
     r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
     r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
-FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
+
+# Where a proxy in front tells for whom it asks.
+FORWARDED_FIELDS = (b"x-forwarded-for", b"x-real-ip", b"forwarded")
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -408,7 +409,9 @@ class Server(http.server.ThreadingHTTPServer):
         # (record): what to call with each piece of a body that no rule reads
         self.observe_request = no_observer
         self.observe_response = no_observer
-        self.is_trusted_proxy = is_loopback     # (address): is its X-Forwarded-For believed?
+        self.is_trusted_proxy = is_loopback     # (address): may it have many connections?
+        self.find_client = lambda address, headers: address     # whose request is it?
+        self.asks_for_others = is_forwarded     # (headers): for others than this machine?
         self.upgrades = {}                  # by protocol: what serves an upgraded connection
         self.start_page = None              # makes the page for a browser at /
         self.proxy = ""                     # in front of the upstream, as the banner shows it
@@ -815,10 +818,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_duplicates(request.headers)                   # 400
         body = make_body(self.client, request.headers, request.is_http10)       # 400
         self.upload = Upload(self.client, body)
-        if b"x-forwarded-for" in request.headers:
-            self.record.client = find_client(self.record.client, request.headers,
-                                             self.server.is_trusted_proxy)
-            request.caller = network_of(self.record.client)
+        self.record.client = self.server.find_client(self.record.client, request.headers)
+        request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request, self.settings)                # 405 501
         check_target(request, self.settings, self.server.normalize_path)    # 400
@@ -827,7 +828,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_caller(self):
         """Its way to us, its page and its client key, whose name is for the log and the rates."""
-        check_host_allowed(self.request, self.settings)     # 403
+        check_host_allowed(self.request, self.settings, self.server.asks_for_others)    # 403
         self.server.check_origin(self.request, self.settings)       # 403
         check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
@@ -1168,20 +1169,7 @@ def check_expectation(request):
 
 # -- who is calling, and from where
 
-def find_client(address, headers, is_trusted_proxy):
-    """Who asks: of X-Forwarded-For the rightmost address that is not a trusted proxy's.
-
-    `address` is the connection's. Each proxy adds on the right whom it was asked by; what stands
-    further left anybody may have made up.
-    """
-    for name in reversed(headers.elements(b"x-forwarded-for")):
-        named_address = plain_address(name.decode("latin-1"))
-        if not named_address or not is_trusted_proxy(address):
-            break
-        address = named_address
-    return address
-
-def check_host_allowed(request, settings):
+def check_host_allowed(request, settings, asks_for_others):
     """403 where others than this machine could reach what no key guards.
 
     That is DNS rebinding, where a web page has its own name lead to this machine; or a public
@@ -1190,20 +1178,16 @@ def check_host_allowed(request, settings):
     host = request.headers.get(b"host", b"")
     is_foreign = settings.wants_loopback_host and not is_loopback_host(host)
     if settings.is_guarded_by_loopback and not is_foreign:
-        is_foreign = not all(map(is_loopback, forwarded_clients(request.headers)))
+        is_foreign = asks_for_others(request.headers)
     if is_foreign:
         raise ErrorResponse(
             403, "host_not_allowed",
             "This proxy asks for no client key, so it serves this machine only, by its loopback "
             "names. To serve others, set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
 
-def forwarded_clients(headers):
-    """Everybody for whom a proxy in front says that it asks."""
-    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
-    for value in headers.get_all(b"forwarded"):
-        names += FORWARDED_FOR.findall(value)
-    texts = [name.decode("latin-1").strip('"') for name in names]
-    return [plain_address(text) or text for text in texts if text]
+def is_forwarded(headers):
+    """Does a proxy in front say for whom it asks? See "Trusted proxies" for who may that be."""
+    return any(name in headers for name in FORWARDED_FIELDS)
 
 def is_loopback_host(host):
     """Is this the value of a Host field that leads to this machine?"""
@@ -4162,8 +4146,11 @@ OPTIONS += (
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Server.install_features takes the place of `is_loopback`.
+# Entered: `install_trusted_proxies` in Server.install_features takes the places of `is_loopback`
+# and `is_forwarded`.
 
+# Where a client's address stands in Forwarded (RFC 7239 section 6).
+FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
 # RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
 NETWORK_WORDS = {
     "loopback": "127.0.0.0/8 ::1/128",
@@ -4181,6 +4168,35 @@ def install_trusted_proxies(server):
         return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
 
     server.is_trusted_proxy = is_trusted_proxy
+    server.find_client = functools.partial(find_client, is_trusted_proxy)
+    server.asks_for_others = asks_for_others
+
+def find_client(is_trusted_proxy, address, headers):
+    """Who asks: of X-Forwarded-For the rightmost address that is not a trusted proxy's.
+
+    `address` is the connection's. Each proxy adds on the right whom it was asked by; what stands
+    further left anybody may have made up.
+    """
+    if b"x-forwarded-for" not in headers:
+        return address
+    for name in reversed(headers.elements(b"x-forwarded-for")):
+        named_address = plain_address(name.decode("latin-1"))
+        if not named_address or not is_trusted_proxy(address):
+            break
+        address = named_address
+    return address
+
+def asks_for_others(headers):
+    """Does a proxy in front ask for anybody who is not on this machine?"""
+    return not all(map(is_loopback, forwarded_clients(headers)))
+
+def forwarded_clients(headers):
+    """Everybody for whom a proxy in front says that it asks."""
+    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
+    for value in headers.get_all(b"forwarded"):
+        names += FORWARDED_FOR.findall(value)
+    texts = [name.decode("latin-1").strip('"') for name in names]
+    return [plain_address(text) or text for text in texts if text]
 
 def parse_networks(text):
     """The networks of a list of addresses, networks and words."""
