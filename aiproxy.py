@@ -11,12 +11,12 @@ it. Only the lowest layer, HTTP on the wire, comes late, because everything uses
 Part two holds what can be taken out, each section entered at one place.
 
     Part one   Settings and limits . Tables . Server . Handler . The checks .
-               The request's body . Header fields . The upstream . The relay loop . HTTP on the wire . The log .
-               Reading the settings . Main
+               The request's body . Header fields up and down . The upstream . The relay loop .
+               HTTP on the wire . The log . Reading the settings . Main
     Part two   Env files . Review of the settings . Forgiving paths . CORS .
-               Errors in the form of other APIs .
-               Refusals in the right form . Redirects . Rates . Trusted proxies . Body rules .
-               Model rules . Token and prompt limits . Several provider keys . Proxies on the way up .
+               Errors in the form of other APIs . Refusals in the right form . Redirects .
+               Rates . Trusted proxies . Body rules . Model rules . Model list .
+               Token and prompt limits . Several provider keys . Proxies on the way up .
                Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
                Tuning of the process . Workers AI . Start page . Demo
 
@@ -424,6 +424,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_trusted_proxies(self)       # part two: Trusted proxies
         install_body_rules(self)            # part two: Body rules
         install_model_rules(self)           # part two: Model rules
+        install_model_list(self)            # part two: Model list
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
@@ -796,10 +797,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer_about_us()
         upgrade = self.find_upgrade()
         self.check_caller()                                 # 403 400 401
-        if any(answer(self) for answer in self.server.own_answers):
+        if self.answer_ourselves():                         # 404 429 502
             return None
-        if settings.aliases and is_model_list(request):
-            return self.send_json(find_model(request.path, self.list_models()))     # 429 502 404
         self.check_path()                                   # 404 405
         if upgrade:
             upgrade.check(request, settings)                # 400 403
@@ -847,6 +846,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             upgrade.prepare(request, self.settings)
         return upgrade
 
+    def answer_ourselves(self):
+        """Is this answered without the upstream? See "Model list" and "Forgiving paths"."""
+        return any(answer(self) for answer in self.server.own_answers)
+
     def check_path(self):
         """A method, so that the handler of a translated API can serve other paths."""
         check_path_allowed(self.request, self.settings, self.server.suggest_path)
@@ -872,11 +875,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.check_caller()
             health["models"] = self.settings.models_shown
         return self.send_json(health)
-
-    def list_models(self):
-        """The items of the model list, in OpenAI's form."""
-        return [{"id": name, "object": "model", "created": self.server.started,
-                 "owned_by": "aiproxy"} for name in self.settings.models_shown]
 
     # -- the request's body
 
@@ -1257,20 +1255,6 @@ def is_preflight(request):
             and b"access-control-request-method" in headers)
 
 # -- for what
-
-def is_model_list(request):
-    return request.is_read_only and (request.path + "/").startswith("/v1/models/")
-
-def find_model(path, items):
-    """The whole list, or one entry of it. SDKs send the slashes of an id as %2F."""
-    wanted = urllib.parse.unquote(path[len("/v1/models/"):])
-    if not wanted:
-        return {"object": "list", "data": items}
-    for item in items:
-        if item["id"] == wanted:
-            return item
-    raise ErrorResponse(404, "model_not_found", "The model %s does not exist or you may not use it."
-                        % json.dumps(wanted[:200]), param="model")
 
 def describe_api(settings):
     """What / answers to a program."""
@@ -4807,6 +4791,44 @@ OPTIONS += (
            "AIPROXY_MODELS is set"),
 )
 
+# ---- Model list ----------------------------------------------------------------------------------
+# Does: answers GET /v1/models where AIPROXY_MODELS names some.
+# Touches: nothing.
+# Entered: `install_model_list` in Server.install_features adds an answer.
+# Needs: Model rules.
+
+def install_model_list(server):
+    if server.settings.aliases:
+        server.own_answers.append(answer_model_list)
+
+def answer_model_list(handler):
+    if not is_model_list(handler.request):
+        return False
+    send_models(handler, list_models(handler.server))
+    return True
+
+def send_models(handler, items):
+    handler.send_json(find_model(handler.request.path, items))
+
+def list_models(server):
+    """The items of the model list, in OpenAI's form."""
+    return [{"id": name, "object": "model", "created": server.started,
+             "owned_by": "aiproxy"} for name in server.settings.models_shown]
+
+def is_model_list(request):
+    return request.is_read_only and (request.path + "/").startswith("/v1/models/")
+
+def find_model(path, items):
+    """The whole list, or one entry of it. SDKs send the slashes of an id as %2F."""
+    wanted = urllib.parse.unquote(path[len("/v1/models/"):])
+    if not wanted:
+        return {"object": "list", "data": items}
+    for item in items:
+        if item["id"] == wanted:
+            return item
+    raise ErrorResponse(404, "model_not_found", "The model %s does not exist or you may not use it."
+                        % json.dumps(wanted[:200]), param="model")
+
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
@@ -5646,7 +5668,7 @@ def tune_malloc():
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
-# Needs: Body rules, Model rules.
+# Needs: Body rules, Model rules, Model list.
 #
 # To follow a request: translate_request, then translate_response or StreamTranslator, or
 # translate_error. read_response lists the four shapes that responses and events have.
@@ -6336,6 +6358,12 @@ class WorkersHandler(Handler):
             raise ErrorResponse(404, "not_found", "Workers AI serves POST %s and GET /v1/models "
                                                   "here." % ", ".join(WORKERS_PATHS))
 
+    def answer_ourselves(self):
+        if not is_model_list(self.request):
+            return super().answer_ourselves()
+        send_models(self, self.list_models())
+        return True
+
     def list_models(self):
         self.run_checks()               # the list may cost a call
         catalogue = self.settings.catalogue
@@ -6343,7 +6371,7 @@ class WorkersHandler(Handler):
         if items is not None:
             return items
         if self.settings.models:
-            return super().list_models()
+            return list_models(self.server)
         raise catalogue.failure
 
     def read_catalogue(self):
