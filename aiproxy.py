@@ -17,8 +17,9 @@ Part two holds what can be taken out, each section entered at one place.
                Errors in the form of other APIs . Refusals in the right form . Redirects .
                Rates . Trusted proxies . Body rules . Model rules . Model list .
                Token and prompt limits . Several provider keys . Proxies on the way up .
-               Heartbeats . Model names for the log . Token counts . WebSocket . Banner .
-               Tuning of the process . Workers AI . Start page . Demo
+               Heartbeats . Model names for the log . Token counts . Ends without close_notify .
+               Early hints . WebSocket . Banner . Tuning of the process . Workers AI .
+               Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -389,32 +390,35 @@ class Server(http.server.ThreadingHTTPServer):
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
-        self.own_answers = []               # (handler), behind the client key; did it answer?
-        # (path, rules): the path that the client meant; what to add to a 404
-        self.normalize_path = lambda path, rules: path
-        self.suggest_path = lambda path, rules: ""
-        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
-        self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
         self.refuse = self.send_busy        # (socket, record), where there is no room
-        self.error_form = openai_form       # (path): the form of errors in the API there
-        self.response_checks = []           # (handler, exchange), before its head goes down
-        self.checks = []                    # (handler), before the body is read; may raise
-        # (handler): a body that must be here before it goes up, as it is to go up; or None
-        self.read_whole_body = no_whole_body
-        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
-        self.warnings = []                  # for the banner
-        self.use_key = use_first_key        # which provider key a request is sent with
-        self.add_heartbeats = no_heartbeats     # (wait, send): what to wait with
-        self.on_silence = do_nothing        # (job): called while an event stream is silent
-        # (record): what to call with each piece of a body that no rule reads
-        self.observe_request = no_observer
-        self.observe_response = no_observer
-        self.is_trusted_proxy = is_loopback     # (address): may it have many connections?
+        # Of a request, in the order in which they are called. (handler) unless said otherwise.
+        self.normalize_path = lambda path, rules: path          # the path that the client meant
         self.find_client = lambda address, headers: address     # whose request is it?
+        self.is_trusted_proxy = is_loopback     # (address): may it have many connections?
+        self.start_page = None              # (): headers and content of a page for browsers at /
+        self.prepare_request = do_nothing   # before its client key is looked for
         self.asks_for_others = is_forwarded     # (headers): for others than this machine?
-        self.upgrades = {}                  # by protocol: what serves an upgraded connection
-        self.start_page = None              # makes the page for a browser at /
-        self.proxy = ""                     # in front of the upstream, as the banner shows it
+        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
+        self.own_answers = []               # did it answer without the upstream?
+        self.suggest_path = lambda path, rules: ""      # what to add to a 404
+        self.checks = []                    # before the body is read; may raise
+        self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
+        self.observe_request = do_nothing   # (record): what to call with each piece of the others
+        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
+        self.use_key = lambda send: send(0)     # calls it with the index of a provider key
+        # Of its response.
+        self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
+        self.switch_protocols = None        # (handler, exchange): what to do after a 101
+        self.response_checks = []           # (handler, exchange), before its head goes down
+        self.cors_headers = lambda request, settings, names: []     # header fields to add
+        self.error_form = lambda path: OPENAI_ERRORS    # the form of errors in the API there
+        self.observe_response = do_nothing  # (record): what to call with each piece of its body
+        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
+        self.on_silence = do_nothing        # (job): called while an event stream is silent
+        self.watch_last_event = do_nothing  # (job): its LastEvent, where only that tells an end
+        # For the banner.
+        self.warnings = []
+        self.proxy = ""                     # in front of the upstream
         install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
         install_error_forms(self)           # part two: Errors in the form of other APIs
@@ -431,6 +435,8 @@ class Server(http.server.ThreadingHTTPServer):
         install_heartbeats(self)            # part two: Heartbeats
         install_model_names(self)           # part two: Model names for the log
         install_token_counts(self)          # part two: Token counts
+        install_last_events(self)           # part two: Ends without close_notify
+        install_early_hints(self)           # part two: Early hints
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
 
@@ -641,6 +647,9 @@ class Server(http.server.ThreadingHTTPServer):
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
+def do_nothing(*arguments):
+    """Where a section of part two may do more."""
+
 def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
     return not wait_ready(0, client, READ) or is_closed(client)
@@ -706,7 +715,6 @@ class Request:
         self.caller = address               # whom rates count: a client key's name, or an address
         self.client_name = ""               # of the client key, once it has been checked
         self.model = ""                     # as the client named it, in the path or in the body
-        self.upgrade = b""                  # the protocol to change to, once that is sure
         self.own_fields = {}                # ours for the upstream in place of the client's
 
 
@@ -795,17 +803,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_response(204)
         if request.is_read_only and request.path in ("/", "/health", "/healthz"):
             return self.answer_about_us()
-        upgrade = self.find_upgrade()
+        self.server.prepare_request(self)
         self.check_caller()                                 # 403 400 401
         if self.answer_ourselves():                         # 404 429 502
             return None
         self.check_path()                                   # 404 405
-        if upgrade:
-            upgrade.check(request, settings)                # 400 403
-        self.run_checks()                                   # 429 400 403
+        self.run_checks()                                   # 400 403 429
         body = self.read_body()                             # 408 413 415 503 400 403
-        if upgrade:
-            return upgrade.relay(self)                      # 502 504
         exchange = self.ask_upstream(body)                  # 502 504
         del body                # it has gone up: nothing of it stays while the response streams
         return self.relay(exchange)                         # 502
@@ -833,18 +837,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.request.client_name:
             self.record.client = self.request.client_name
             self.request.caller = self.request.client_name
-
-    def find_upgrade(self):
-        """What serves the protocol that the client wants to change to; None for plain HTTP."""
-        request = self.request
-        if request.method != "GET" or request.is_http10 or not self.upload.done:
-            return None
-        protocol = wanted_upgrade(request.headers)
-        upgrade = self.server.upgrades.get(protocol)
-        if upgrade:
-            request.upgrade = protocol
-            upgrade.prepare(request, self.settings)
-        return upgrade
 
     def answer_ourselves(self):
         """Is this answered without the upstream? See "Model list" and "Forgiving paths"."""
@@ -916,10 +908,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             key_fields = settings.key_fields[key_index:key_index + 1]
             request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
                                       body, self.upload)
-            request.upgrade = self.request.upgrade
             request.wait = wait
-            if not (settings.provider_keys or self.request.is_http10):
-                request.on_early_hints = self.send_early_hints
+            request.on_interim = functools.partial(self.server.on_interim, self)
             exchange = self.server.opener.open(request, timeout=settings.timeout)
             exchange.drop_fields_with(settings.upstream_secrets)
             self.record.upstream_status = exchange.status
@@ -938,6 +928,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
+        if exchange.status == 101:
+            return self.server.switch_protocols(self, exchange)
         try:
             secret_filter = check_for_key(exchange, self.settings)      # 502
             for check in self.server.response_checks:
@@ -958,6 +950,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
         self.close_connection = announced_close or self.must_close()
+        return None
 
     def must_close(self):
         """Must the client connection end with this response? After an error of ours, always."""
@@ -980,10 +973,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
-
-    def send_early_hints(self, headers):
-        fields = downstream_headers(headers, self.settings)
-        self.send_to_client(render_head(b"HTTP/1.1 103 Early Hints", fields))
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client takes nothing for too long, or too slowly."""
@@ -1084,28 +1073,6 @@ def check_for_key(exchange, settings):
             return secret_filter
     raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
                          "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
-
-def no_cors_headers(request, settings, names=()):
-    """No page may read a response. See "CORS"."""
-    return []
-
-def use_first_key(send):
-    """Send a request with the one provider key. See "Several provider keys" for more."""
-    return send(0)
-
-def no_heartbeats(wait, send):
-    """A silent stream stays silent. See "Heartbeats"."""
-    return wait
-
-def no_whole_body(handler):
-    """Every body may go up as it comes. See "Body rules"."""
-
-def do_nothing(what):
-    """See "Heartbeats" and "Body rules"."""
-
-def no_observer(record):
-    """No one looks at the bytes. See "Token counts" and "Model names for the log"."""
-    return None
 
 # ---- The checks ----------------------------------------------------------------------------------
 # Functions of a request and the settings, in the order in which they are made. Each returns, or
@@ -1322,9 +1289,6 @@ class OpenAIErrors:
 
 OPENAI_ERRORS = OpenAIErrors()
 
-def openai_form(path):
-    return OPENAI_ERRORS
-
 def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
     return render_event(*form.event(error, request_id))
 
@@ -1415,8 +1379,6 @@ def upstream_headers(request, settings):
     if settings.has_own_keys:
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
-    if request.upgrade:
-        fields += [(b"Connection", b"Upgrade"), (b"Upgrade", request.upgrade)]
     return fields
 
 def goes_up(low, request, settings):
@@ -1426,11 +1388,7 @@ def goes_up(low, request, settings):
         return False
     if name.startswith(DROPPED_REQUEST_PREFIXES) or name in request.own_fields:
         return False
-    if not settings.has_own_keys:
-        return True
-    if name.startswith(b"sec-websocket-"):
-        return bool(request.upgrade)    # one of these may carry a client key: see "WebSocket"
-    return low in ALLOWED_REQUEST_FIELDS
+    return not settings.has_own_keys or low in ALLOWED_REQUEST_FIELDS
 
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
@@ -1472,12 +1430,6 @@ def http_date(now):
     """A time as a Date field has it."""
     return email.utils.formatdate(now, usegmt=True).encode()
 
-def wanted_upgrade(headers):
-    """The one protocol that a peer wants to change to, in lower case; b"" for none."""
-    protocols = headers.elements(b"upgrade")
-    is_wanted = b"upgrade" in headers.connection and len(protocols) == 1
-    return protocols[0].lower() if is_wanted else b""
-
 # ---- The upstream --------------------------------------------------------------------------------
 # urllib.request is the way up: a Request, and an opener with one handler, ours, whose connections
 # are kept for the next request.
@@ -1486,8 +1438,8 @@ class UpstreamRequest(urllib.request.Request):
     """urllib's request, with what it has no place for: repeated fields, a body still coming.
 
     `upload` gives the rest of a body that begins with `prefix`. `wait(connection, mask, seconds)`
-    sleeps until the connection is ready, and may raise what ends the exchange. `on_early_hints`
-    is called with the Headers of a 103.
+    sleeps until the connection is ready, and may raise what ends the exchange.
+    `on_interim(status, headers)` is called for each 1xx response before the real one.
     """
 
     def __init__(self, url, method, fields, prefix, upload):
@@ -1496,10 +1448,11 @@ class UpstreamRequest(urllib.request.Request):
         self.fields = fields
         self.prefix = prefix
         self.upload = upload
-        self.upgrade = b""
         self.wait = None
-        self.on_early_hints = None
-        is_idempotent = any(name.lower() == b"idempotency-key" for name, _ in fields)
+        self.on_interim = None
+        names = [name.lower() for name, _ in fields]
+        self.may_switch = b"upgrade" in names       # may the response be a 101?
+        is_idempotent = b"idempotency-key" in names
         self.is_repeatable = upload.done and (is_idempotent or method in ("GET", "HEAD"))
         length = len(prefix) if upload.done else upload.length
         self.is_chunked = length is None
@@ -1804,7 +1757,7 @@ class Exchange:
             raise ClosedEarly()
 
     def read_one_head(self):
-        """Read a head. Interim responses are counted, and dropped but for early hints."""
+        """Read a head. Interim responses are counted, and dropped."""
         first_line, self.headers = read_head(self.connection, STATUS_LINE, self.read_more)
         self.status = int(first_line[1])
         if self.status >= 200 or self.status == 101:
@@ -1813,15 +1766,13 @@ class Exchange:
         self.interim += 1
         if self.interim > MAX_INTERIM:
             raise ProtocolError("it sent interim responses only")
-        if self.status == 103 and self.request.on_early_hints:
-            self.request.on_early_hints(self.headers)
+        self.request.on_interim(self.status, self.headers)
 
     def read_response_head(self):
         """The head of the final response, and what it says of the body."""
         while not self.first_line:
             self.read_one_head()
-        upgrade = self.request.upgrade      # RFC 9110 section 7.8: only what was asked for
-        if self.status == 101 and not (upgrade and wanted_upgrade(self.headers) == upgrade):
+        if self.status == 101 and not self.request.may_switch:
             raise ProtocolError("it switched protocols unasked")
 
         is_http10 = self.first_line[0] == b"0"
@@ -2184,9 +2135,7 @@ class ResponseJob(Job):
         self.can_tell_cut = (exchange.is_event_stream and not exchange.is_coded
                              and exchange.length is None and secret_filter is None)
         self.tail = EVENT_ENDS[0]
-        # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
-        is_in_doubt = self.upstream.is_tls and isinstance(exchange.body, UntilCloseBody)
-        self.last_event = LastEvent() if is_in_doubt and self.can_tell_cut else None
+        self.last_event = handler.server.watch_last_event(self)
 
     # -- in the client thread, before the job is submitted
 
@@ -2351,26 +2300,6 @@ class ResponseJob(Job):
             self.end_early("upstream_timeout")
         elif self.state == self.RELAYING and self.is_between_events():
             self.on_silence(self)
-
-
-class LastEvent:
-    """The beginning of the last event of a stream, kept as it passes."""
-
-    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
-                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
-
-    def __init__(self):
-        self.event = b""
-
-    def feed(self, data):
-        data = (self.event + data).replace(b"\r\n", b"\n")
-        content = data.rstrip(b"\n")
-        line_ends = data[len(content):]
-        self.event = content.rpartition(b"\n\n")[2][:256] + line_ends[:2]
-
-    def is_final(self):
-        """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
-        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
 
 
 class LingeringClose(Job):
@@ -3730,8 +3659,8 @@ def answer_options(handler):
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
 # Touches: which pages are refused; it adds header fields to responses.
-# Entered: `install_cors` in Server.install_features takes the places of `refuse_pages` and
-# `no_cors_headers`.
+# Entered: `install_cors` in Server.install_features takes the place of `refuse_pages`, and adds
+# header fields.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
 EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
@@ -3873,7 +3802,7 @@ OPTIONS += (
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
 # Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Server.install_features takes the place of `openai_form`.
+# Entered: `install_error_forms` in Server.install_features finds the form by the path.
 
 ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -4203,7 +4132,7 @@ OPTIONS += (
 # ---- Body rules ----------------------------------------------------------------------------------
 # Does: reads bodies as a whole where a setting wants them looked into, strictly, and edits them.
 # Touches: members that a rule changes; no other byte. Bodies are held until they have gone up.
-# Entered: `install_body_rules` in Server.install_features takes the place of `no_whole_body`.
+# Entered: `install_body_rules` in Server.install_features sets `read_whole_body`.
 
 MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
@@ -5043,7 +4972,7 @@ OPTIONS += (
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Server.install_features takes the place of `use_first_key`.
+# Entered: `install_key_rotation` in Server.install_features sets `use_key`.
 # Needs: Body rules.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
@@ -5218,8 +5147,7 @@ class UpstreamProxy(urllib.request.BaseHandler):
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
-# Entered: `install_heartbeats` in Server.install_features takes the places of functions that do
-# nothing.
+# Entered: `install_heartbeats` in Server.install_features sets `on_silence`, `add_heartbeats`.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
 
@@ -5258,7 +5186,7 @@ OPTIONS += (
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
-# Entered: `install_model_names` in Server.install_features takes the place of `no_observer`.
+# Entered: `install_model_names` in Server.install_features sets `observe_request`.
 
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
@@ -5307,7 +5235,7 @@ class ModelFinder:
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Server.install_features takes the place of `no_observer`.
+# Entered: `install_token_counts` in Server.install_features sets `observe_response`.
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
@@ -5370,10 +5298,57 @@ class TokenCounter:
         except ValueError:
             return {}
 
+# ---- Ends without close_notify -------------------------------------------------------------------
+# Does: takes the API's own last event for the end of a stream whose TLS ends without close_notify.
+# Touches: what counts as a cut, in event streams without a length.
+# Entered: `install_last_events` in Server.install_features sets `watch_last_event`.
+
+def install_last_events(server):
+    server.watch_last_event = watch_last_event
+
+def watch_last_event(job):
+    """Some upstreams end TLS so. Then only the API can tell an end from a cut."""
+    is_in_doubt = job.upstream.is_tls and isinstance(job.body, UntilCloseBody)
+    return LastEvent() if is_in_doubt and job.can_tell_cut else None
+
+
+class LastEvent:
+    """The beginning of the last event of a stream, kept as it passes."""
+
+    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
+                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
+
+    def __init__(self):
+        self.event = b""
+
+    def feed(self, data):
+        data = (self.event + data).replace(b"\r\n", b"\n")
+        content = data.rstrip(b"\n")
+        line_ends = data[len(content):]
+        self.event = content.rpartition(b"\n\n")[2][:256] + line_ends[:2]
+
+    def is_final(self):
+        """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
+        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
+
+# ---- Early hints ---------------------------------------------------------------------------------
+# Does: passes a 103 (RFC 8297) on where no key is hidden, so that a page may begin to load.
+# Touches: nothing; it sends a head of its own.
+# Entered: `install_early_hints` in Server.install_features sets `on_interim`.
+
+def install_early_hints(server):
+    if not server.settings.provider_keys:
+        server.on_interim = pass_early_hints
+
+def pass_early_hints(handler, status, headers):
+    if status == 103 and not handler.request.is_http10:
+        fields = downstream_headers(headers, handler.settings)
+        handler.send_to_client(render_head(b"HTTP/1.1 103 Early Hints", fields))
+
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Server.install_features adds an upgrade.
+# Entered: `install_websocket` in Server.install_features adds a check, and what follows a 101.
 # Needs: Model rules, Token and prompt limits.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
@@ -5381,75 +5356,99 @@ UNTOLD_SECONDS = 2      # where the other side cannot be told that it has
 KEY_PROTOCOL = b"openai-insecure-api-key."      # how a browser's WebSocket carries a key
 
 def install_websocket(server):
-    server.upgrades[b"websocket"] = WebSocketUpgrade()
+    server.prepare_request = prepare_websocket
+    server.checks.insert(0, check_websocket)
+    server.switch_protocols = relay_websocket
 
+def prepare_websocket(handler):
+    """Let the fields of an upgrade go up, and none that carries a client key."""
+    request = handler.request
+    settings = handler.settings
+    is_plain = request.method != "GET" or request.is_http10 or not handler.upload.done
+    if is_plain or wanted_upgrade(request.headers) != b"websocket":
+        return
+    if settings.client_keys or settings.provider_keys:
+        take_key_protocol(request)
+    if settings.has_own_keys:
+        request.own_fields.update(websocket_fields(request.headers))
+    request.own_fields[b"connection"] = (b"Connection", b"Upgrade")
+    request.own_fields[b"upgrade"] = (b"Upgrade", b"websocket")
 
-class WebSocketUpgrade:
-    """What serves a WebSocket. `prepare` and `check` look at values only."""
+def wanted_upgrade(headers):
+    """The one protocol that a peer wants to change to, in lower case; b"" for none."""
+    protocols = headers.elements(b"upgrade")
+    is_wanted = b"upgrade" in headers.connection and len(protocols) == 1
+    return protocols[0].lower() if is_wanted else b""
 
-    def prepare(self, request, settings):
-        """Turn the key in Sec-WebSocket-Protocol into the header field that it stands for.
+def websocket_fields(headers):
+    """By names in lower case the fields that are WebSocket's own, each once."""
+    return {name.lower(): (name, b", ".join(headers.get_all(name.lower())))
+            for name, _ in headers.fields
+            if name.lower().startswith(b"sec-websocket-")
+            and name.lower() not in headers.connection}
 
-        Browsers cannot set one here. Our own key must not go up, but a caller's own key may.
-        """
-        if not (settings.client_keys or settings.provider_keys):
-            return
-        fields = []
-        for name, value in request.headers.fields:
-            if name.lower().replace(b"_", b"-") == b"sec-websocket-protocol":
-                protocols = [one.strip() for one in value.split(b",")]
-                fields += [(b"x-api-key", one[len(KEY_PROTOCOL):]) for one in protocols
-                           if one.startswith(KEY_PROTOCOL)]
-                value = b", ".join(one for one in protocols if not one.startswith(KEY_PROTOCOL))
-                if not value:
-                    continue
-            fields.append((name, value))
-        request.headers = Headers(fields)
+def take_key_protocol(request):
+    """Turn the key in Sec-WebSocket-Protocol into the header field that it stands for.
 
-    def check(self, request, settings):
-        """The model stands in the query, at one path for all of the connection. Else 400 or 403."""
-        reads_frames = settings.models or settings.max_tokens or settings.max_chars
-        if reads_frames and request.path != "/v1/realtime":
-            raise ErrorResponse(403, "websocket_not_allowed", "AIPROXY_MODELS, AIPROXY_MAX_TOKENS "
-                                "and AIPROXY_MAX_CHARS cannot hold in a WebSocket here.")
-        pairs = urllib.parse.parse_qsl(request.query[1:])
-        models = [value for name, value in pairs if name.casefold() == "model"]
-        request.model = ",".join(models)
-        if not settings.models:
-            return
-        if len(models) != 1:
-            code = "invalid_model" if models else "missing_model"
-            raise ErrorResponse(400, code, "The query must hold `model` once.", param="model")
-        model = check_model(request.model, settings)
-        request.query = "?" + "&".join(
-            self.replace_model(part, model)
-            for part in request.query[1:].split("&"))
+    Browsers cannot set one here. Our own key must not go up, but a caller's own key may.
+    """
+    fields = []
+    for name, value in request.headers.fields:
+        if name.lower().replace(b"_", b"-") == b"sec-websocket-protocol":
+            protocols = [one.strip() for one in value.split(b",")]
+            fields += [(b"x-api-key", one[len(KEY_PROTOCOL):]) for one in protocols
+                       if one.startswith(KEY_PROTOCOL)]
+            value = b", ".join(one for one in protocols if not one.startswith(KEY_PROTOCOL))
+            if not value:
+                continue
+        fields.append((name, value))
+    request.headers = Headers(fields)
 
-    def replace_model(self, part, model):
-        """One part of a query, with the real name of the model."""
-        name, equals, _ = part.partition("=")
-        if equals and urllib.parse.unquote_plus(name).casefold() == "model":
-            return "model=" + urllib.parse.quote(model, "")
-        return part
+def check_websocket(handler):
+    """The model stands in the query, at one path for all of the connection. Else 400 or 403."""
+    request = handler.request
+    settings = handler.settings
+    if b"upgrade" not in request.own_fields:
+        return
+    reads_frames = settings.models or settings.max_tokens or settings.max_chars
+    if reads_frames and request.path != "/v1/realtime":
+        raise ErrorResponse(403, "websocket_not_allowed", "AIPROXY_MODELS, AIPROXY_MAX_TOKENS "
+                            "and AIPROXY_MAX_CHARS cannot hold in a WebSocket here.")
+    pairs = urllib.parse.parse_qsl(request.query[1:])
+    models = [value for name, value in pairs if name.casefold() == "model"]
+    request.model = ",".join(models)
+    handler.record.model = request.model
+    if not settings.models:
+        return
+    if len(models) != 1:
+        code = "invalid_model" if models else "missing_model"
+        raise ErrorResponse(400, code, "The query must hold `model` once.", param="model")
+    model = check_model(request.model, settings)
+    request.query = "?" + "&".join(
+        replace_model(part, model) for part in request.query[1:].split("&"))
 
-    def relay(self, handler):
-        """Ask the upstream; after a 101 the relay loop moves bytes both ways."""
-        handler.record.model = handler.request.model
-        exchange = handler.ask_upstream(b"")
-        if exchange.status != 101:
-            return handler.relay(exchange)
-        settings = handler.settings
+def replace_model(part, model):
+    """One part of a query, with the real name of the model."""
+    name, equals, _ = part.partition("=")
+    if equals and urllib.parse.unquote_plus(name).casefold() == "model":
+        return "model=" + urllib.parse.quote(model, "")
+    return part
+
+def relay_websocket(handler, exchange):
+    """The relay loop moves bytes both ways."""
+    settings = handler.settings
+    tunnel = Tunnel(handler.client, exchange.connection, settings.timeout)
+    try:
+        if wanted_upgrade(exchange.headers) != b"websocket":    # RFC 9110 section 7.8
+            raise response_error(ProtocolError("it switched protocols unasked"))
         headers = downstream_headers(exchange.headers, settings)
         headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-        tunnel = Tunnel(handler.client, exchange.connection, settings.timeout)
-        try:
-            handler.start_response(101, exchange.reason, headers)
-            handler.server.relay_loop.run_and_wait(tunnel)
-        finally:
-            exchange.close()
-        handler.record.outcome = tunnel.outcome
-        handler.record.bytes = tunnel.bytes
-        return None
+        handler.start_response(101, exchange.reason, headers)
+        handler.server.relay_loop.run_and_wait(tunnel)
+    finally:
+        exchange.close()
+    handler.record.outcome = tunnel.outcome
+    handler.record.bytes = tunnel.bytes
 
 
 class Tunnel(Job):
