@@ -13,13 +13,13 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
-    Part two   Env files . Review of the settings . Forgiving paths . CORS .
-               Errors in the form of other APIs . Refusals in the right form . Redirects .
-               Rates . Trusted proxies . Body rules . Model rules . Model list .
-               Token and prompt limits . Several provider keys . Proxies on the way up .
-               Heartbeats . Model names for the log . Token counts . Ends without close_notify .
-               Early hints . WebSocket . Banner . Tuning of the process . Workers AI .
-               Start page . Demo
+    Part two   Env files . Review of the settings . Health . Forgiving paths . CORS .
+               Errors in the form of other APIs . Refusals in the right form .
+               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
+               Model rules . Model list . Token and prompt limits . Several provider keys .
+               Proxies on the way up . Heartbeats . Model names for the log . Token counts .
+               Ends without close_notify . Early hints . WebSocket . Banner .
+               Tuning of the process . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -59,7 +59,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
     meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
 10. Search what comes down for the provider key: an upstream may repeat the one that it rejects.
-    (`Exchange.drop_fields_with`, `check_for_key`, `SecretFilter`)
+    (`Exchange.drop_fields_with`, `check_for_key`)
 
 RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
@@ -249,8 +249,6 @@ SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-
                     b"authorization", b"origin")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NEVER_METHODS = ("TRACE", "CONNECT")
-# What balancers ask to see whether we are there, and browsers of every server.
-PROBES = (("OPTIONS", "*"), ("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
 
 # RFC 9110 section 5.6.2, RFC 9112 sections 3, 4, 5 and 7.1. No folding, no bare CR or LF.
 TOKEN = br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -395,11 +393,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.normalize_path = lambda path, rules: path          # the path that the client meant
         self.find_client = lambda address, headers: address     # whose request is it?
         self.is_trusted_proxy = is_loopback     # (address): may it have many connections?
-        self.start_page = None              # (): headers and content of a page for browsers at /
+        self.free_answers = []              # did it answer, whoever asks?
         self.prepare_request = do_nothing   # before its client key is looked for
         self.asks_for_others = is_forwarded     # (headers): for others than this machine?
         self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
-        self.own_answers = []               # did it answer without the upstream?
+        self.own_answers = []               # did it answer a client that may ask?
         self.suggest_path = lambda path, rules: ""      # what to add to a 404
         self.checks = []                    # before the body is read; may raise
         self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
@@ -409,6 +407,7 @@ class Server(http.server.ThreadingHTTPServer):
         # Of its response.
         self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
         self.switch_protocols = None        # (handler, exchange): what to do after a 101
+        self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
         self.response_checks = []           # (handler, exchange), before its head goes down
         self.cors_headers = lambda request, settings, names: []     # header fields to add
         self.error_form = lambda path: OPENAI_ERRORS    # the form of errors in the API there
@@ -419,10 +418,12 @@ class Server(http.server.ThreadingHTTPServer):
         # For the banner.
         self.warnings = []
         self.proxy = ""                     # in front of the upstream
+        install_health(self)                # part two: Health
         install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
         install_error_forms(self)           # part two: Errors in the form of other APIs
         install_busy_refusals(self)         # part two: Refusals in the right form
+        install_secret_filter(self)         # part two: Keys in long errors
         install_redirects(self)             # part two: Redirects
         install_rates(self)                 # part two: Rates
         install_trusted_proxies(self)       # part two: Trusted proxies
@@ -799,10 +800,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
-        if is_preflight(request) or (request.method, request.path) in PROBES:
+        if request.path == "*":                             # RFC 9110 section 9.3.7
             return self.send_response(204)
-        if request.is_read_only and request.path in ("/", "/health", "/healthz"):
-            return self.answer_about_us()
+        if any(answer(self) for answer in self.server.free_answers):
+            return None
         self.server.prepare_request(self)
         self.check_caller()                                 # 403 400 401
         if self.answer_ourselves():                         # 404 429 502
@@ -849,24 +850,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def run_checks(self):
         for check in self.server.checks:
             check(self)
-
-    # -- what we answer ourselves
-
-    def answer_about_us(self):
-        """/health and /: no key, no upstream call. Models are shown to those who may list them."""
-        wants_page = b"text/html" in self.request.headers.get(b"accept", b"")
-        if self.request.path == "/" and wants_page and self.server.start_page:
-            return self.send_response(200, *self.server.start_page())
-        if self.request.path == "/":
-            return self.send_json(describe_api(self.settings))
-        health = {"status": "healthy", "timestamp": int(time.time())}
-        if not self.server.relay_loop.is_working():
-            health["status"] = "unhealthy"
-            return self.send_json(health, 503)
-        with contextlib.suppress(ErrorResponse, ProtocolError):
-            self.check_caller()
-            health["models"] = self.settings.models_shown
-        return self.send_json(health)
 
     # -- the request's body
 
@@ -931,7 +914,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exchange.status == 101:
             return self.server.switch_protocols(self, exchange)
         try:
-            secret_filter = check_for_key(exchange, self.settings)      # 502
+            secret_filter = self.server.check_for_key(exchange, self.settings)      # 502
             for check in self.server.response_checks:
                 check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
@@ -1058,21 +1041,25 @@ def wait_for_upstream(client, connection, mask, seconds):
 def check_for_key(exchange, settings):
     """502 for an error that says that our key is bad, or repeats it: not the client's business.
 
-    Returns the filter for the rest of its body, None where there is nothing to look for.
+    So must be one that cannot be searched as a whole. See "Keys in long errors" for a filter,
+    which this would return: what only passes the bytes that hold no key.
     """
     if not settings.provider_keys or exchange.status < 300:
         return None
-    if exchange.is_coded and not exchange.body.done and exchange.status != 401:
+    if exchange.status == 401:
+        raise rejected_key()
+    exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+    if holds_secret(exchange.prefetched, settings.upstream_secrets):
+        raise rejected_key()
+    if not exchange.body.done or (exchange.is_coded and exchange.prefetched):
         raise upstream_error("upstream_bad_response", "The upstream answered with status %d and a "
-                             "compressed body, although it was asked not to compress: it could "
-                             "not be searched for the proxy's key." % exchange.status)
-    secret_filter = SecretFilter(settings.upstream_secrets)
-    if exchange.status != 401:
-        exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-        if secret_filter.find(exchange.prefetched) < 0:
-            return secret_filter
-    raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
-                         "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
+                             "body that could not be searched for the proxy's key."
+                             % exchange.status)
+    return None
+
+def rejected_key():
+    return upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
+                          "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
 
 # ---- The checks ----------------------------------------------------------------------------------
 # Functions of a request and the settings, in the order in which they are made. Each returns, or
@@ -1215,18 +1202,7 @@ def carried_keys(headers):
     keys.discard(b"")
     return keys
 
-def is_preflight(request):
-    """A browser's question before the request itself (Fetch standard, section 4.8)."""
-    headers = request.headers
-    return (request.method == "OPTIONS" and b"origin" in headers
-            and b"access-control-request-method" in headers)
-
 # -- for what
-
-def describe_api(settings):
-    """What / answers to a program."""
-    return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
-            "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
 
 def check_path_allowed(request, settings, suggest_path):
     """404 and 405 unless AIPROXY_PATHS allows the path, exactly as it is sent up."""
@@ -1842,9 +1818,8 @@ class Exchange:
         return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
 
 
-# How JSON may have a letter (RFC 8259 section 7), and such a thing cut off. A key is visible ASCII.
+# How JSON may have a letter (RFC 8259 section 7). A key is visible ASCII.
 JSON_ESCAPE = re.compile(br'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
-PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
 
 def unescape(data):
     return JSON_ESCAPE.sub(lambda match: match[2] or bytes.fromhex(match[1].decode()), data)
@@ -1857,57 +1832,6 @@ def holds_secret(data, secrets):
     if b"\\" in data:
         texts.append(unescape(data))
     return any(secret in text for secret in secrets for text in texts)
-
-def escaped_pattern(secret):
-    """What finds a secret, however JSON has it."""
-    letters = [br"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
-               for place in range(len(secret))]
-    return re.compile(b"".join(letters))
-
-
-class SecretFilter:
-    """Looks for secrets, as they are and as JSON may have them, in bytes as they pass."""
-
-    def __init__(self, secrets):
-        self.secrets = secrets
-        self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
-        first = b"|".join(re.escape(secret[:1]) for secret in secrets)
-        # A look ahead: what begins in the middle of another is not passed over.
-        self.beginning = re.compile(br"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
-        self.waiting = b""                  # the end of what came, if a secret may begin in it
-        self.found = False
-
-    def find(self, data):
-        """Where the first secret begins; -1 if there is none."""
-        starts = [data.index(secret) for secret in self.secrets if secret in data]
-        if b"\\" in data:
-            text = unescape(data)
-            starts += [escaped_pattern(secret).search(data).start()
-                       for secret in self.secrets if secret in text]
-        return min(starts, default=-1)
-
-    def feed(self, data, is_end=False):
-        """What may pass of `data` and of what was waiting. `found` is set at the first secret."""
-        data = self.waiting + data
-        self.waiting = b""
-        end = self.find(data)
-        if end >= 0:
-            self.found = True
-        elif is_end:
-            end = len(data)
-        else:
-            end = self.find_beginning(data)
-            self.waiting = data[end:]
-        return data[:end]
-
-    def find_beginning(self, data):
-        """Where the end of `data` could be the beginning of a secret; its length if nowhere."""
-        for match in self.beginning.finditer(data, max(0, len(data) - self.longest + 1)):
-            rest = data[match.start():]
-            text = unescape(PART_OF_ESCAPE.sub(b"", rest))
-            if any(secret.startswith((rest, text)) for secret in self.secrets):
-                return match.start()
-        return len(data)
 
 # ---- The relay loop ------------------------------------------------------------------------------
 
@@ -3275,7 +3199,7 @@ class Settings:
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = {}               # the names of models that clients may use, to models
-        self.models_shown = []          # those that everybody may see
+        self.models_shown = []          # those that clients get to see
         self.set_defaults()
         self.derive_keys()
         self.derive_default_path()
@@ -3612,6 +3536,46 @@ def show_derived(settings):
     }
     settings.shown.update(in_force)
 
+# ---- Health --------------------------------------------------------------------------------------
+# Does: answers /health, / and what balancers and browsers ask every server for.
+# Touches: nothing. No key is needed, and no upstream call.
+# Entered: `install_health` in Server.install_features adds an answer.
+
+PROBES = (("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
+
+def install_health(server):
+    server.free_answers.append(answer_about_us)
+
+def answer_about_us(handler):
+    request = handler.request
+    if (request.method, request.path) in PROBES:
+        handler.send_response(204)
+    elif not request.is_read_only:
+        return False
+    elif request.path == "/":
+        handler.send_json(describe_api(handler.settings))
+    elif request.path in ("/health", "/healthz"):
+        send_health(handler)
+    else:
+        return False
+    return True
+
+def send_health(handler):
+    """Are we able to serve? Models are shown to those who may list them."""
+    health = {"status": "healthy", "timestamp": int(time.time())}
+    if not handler.server.relay_loop.is_working():
+        health["status"] = "unhealthy"
+        return handler.send_json(health, 503)
+    with contextlib.suppress(ErrorResponse, ProtocolError):
+        handler.check_caller()
+        health["models"] = handler.settings.models_shown
+    return handler.send_json(health)
+
+def describe_api(settings):
+    """What / answers to a program."""
+    return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
+            "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
+
 # ---- Forgiving paths -----------------------------------------------------------------------------
 # Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
 # a 404, and says to a plain OPTIONS what a path takes.
@@ -3670,11 +3634,24 @@ WEB_ORIGIN = re.compile(
 OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
 
 def install_cors(server):
+    server.free_answers.append(answer_preflight)
     server.check_origin = check_origin
     server.cors_headers = cors_headers
     if server.settings.is_guarded_by_loopback and server.settings.any_origin:
         server.warnings.append(
             "AIPROXY_ORIGINS=*: any web page that you open can spend your key")
+
+def is_preflight(request):
+    """A browser's question before the request itself (Fetch standard, section 4.8)."""
+    headers = request.headers
+    return (request.method == "OPTIONS" and b"origin" in headers
+            and b"access-control-request-method" in headers)
+
+def answer_preflight(handler):
+    if not is_preflight(handler.request):
+        return False
+    handler.send_response(204)              # with the fields of cors_headers
+    return True
 
 def check_origin(request, settings):
     if not is_origin_allowed(request.headers, settings):
@@ -3920,6 +3897,85 @@ class RefusedClient(Job):
         super().finish(outcome)
         self.send_busy(self.client.sock, self.record, self.request)
         self.client.close()                 # unless it lingers
+
+# ---- Keys in long errors -------------------------------------------------------------------------
+# Does: looks for the provider key in an error as it passes, so that a long one, or one that
+# trickles, is not withheld.
+# Touches: errors of the upstream, where a provider key is configured: they are cut where it begins.
+# Entered: `install_secret_filter` in Server.install_features takes the place of `check_for_key`.
+
+# A letter as JSON may have it, cut off.
+PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
+
+def install_secret_filter(server):
+    server.check_for_key = filter_error
+
+def filter_error(exchange, settings):
+    """The filter for an error's body. 502 if its beginning holds the key already."""
+    if not settings.provider_keys or exchange.status < 300:
+        return None
+    if exchange.status == 401:
+        raise rejected_key()
+    if exchange.is_coded and not exchange.body.done:
+        raise upstream_error("upstream_bad_response", "The upstream answered with status %d and a "
+                             "compressed body, although it was asked not to compress: it could "
+                             "not be searched for the proxy's key." % exchange.status)
+    secret_filter = SecretFilter(settings.upstream_secrets)
+    exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+    if secret_filter.find(exchange.prefetched) >= 0:
+        raise rejected_key()
+    return secret_filter
+
+def escaped_pattern(secret):
+    """What finds a secret, however JSON has it."""
+    letters = [br"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
+               for place in range(len(secret))]
+    return re.compile(b"".join(letters))
+
+
+class SecretFilter:
+    """Looks for secrets, as they are and as JSON may have them, in bytes as they pass."""
+
+    def __init__(self, secrets):
+        self.secrets = secrets
+        self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
+        first = b"|".join(re.escape(secret[:1]) for secret in secrets)
+        # A look ahead: what begins in the middle of another is not passed over.
+        self.beginning = re.compile(br"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
+        self.waiting = b""                  # the end of what came, if a secret may begin in it
+        self.found = False
+
+    def find(self, data):
+        """Where the first secret begins; -1 if there is none."""
+        starts = [data.index(secret) for secret in self.secrets if secret in data]
+        if b"\\" in data:
+            text = unescape(data)
+            starts += [escaped_pattern(secret).search(data).start()
+                       for secret in self.secrets if secret in text]
+        return min(starts, default=-1)
+
+    def feed(self, data, is_end=False):
+        """What may pass of `data` and of what was waiting. `found` is set at the first secret."""
+        data = self.waiting + data
+        self.waiting = b""
+        end = self.find(data)
+        if end >= 0:
+            self.found = True
+        elif is_end:
+            end = len(data)
+        else:
+            end = self.find_beginning(data)
+            self.waiting = data[end:]
+        return data[:end]
+
+    def find_beginning(self, data):
+        """Where the end of `data` could be the beginning of a secret; its length if nowhere."""
+        for match in self.beginning.finditer(data, max(0, len(data) - self.longest + 1)):
+            rest = data[match.start():]
+            text = unescape(PART_OF_ESCAPE.sub(b"", rest))
+            if any(secret.startswith((rest, text)) for secret in self.secrets):
+                return match.start()
+        return len(data)
 
 # ---- Redirects -----------------------------------------------------------------------------------
 # Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
@@ -6737,7 +6793,15 @@ PAGE_RULES = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 def install_start_page(server):
-    server.start_page = start_page
+    server.free_answers.insert(0, answer_with_page)
+
+def answer_with_page(handler):
+    request = handler.request
+    wants_page = b"text/html" in request.headers.get(b"accept", b"")
+    if request.path != "/" or not wants_page or not request.is_read_only:
+        return False
+    handler.send_response(200, *start_page())
+    return True
 
 def start_page():
     """The headers and the content of the page, as bytes.
