@@ -17,9 +17,9 @@ Part two holds what can be taken out, each section entered at one place.
                Errors in the form of other APIs . Refusals in the right form .
                Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
                Model rules . Model list . Token and prompt limits . Several provider keys .
-               Proxies on the way up . Heartbeats . Model names for the log . Token counts .
-               Ends without close_notify . Early hints . WebSocket . Banner .
-               Tuning of the process . Workers AI . Start page . Demo
+               Proxies on the way up . Event streams . Heartbeats . Model names for the log .
+               Token counts . Early hints . WebSocket . Banner . Tuning of the process .
+               Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -263,7 +263,6 @@ CHUNK_LINE_START = re.compile(
     br"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;" + TEXT + br")?)?)?\r?")
 BARE_LF = re.compile(br"(?<!\r)\n")
 LAST_CHUNK = b"0\r\n\r\n"
-EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 # RFC 9112 section 3.2.2, RFC 9110 section 7.2.
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)
@@ -413,8 +412,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.error_form = lambda path: OPENAI_ERRORS    # the form of errors in the API there
         self.observe_response = do_nothing  # (record): what to call with each piece of its body
         self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
-        self.on_silence = do_nothing        # (job): called while an event stream is silent
-        self.watch_last_event = do_nothing  # (job): its LastEvent, where only that tells an end
+        self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
+        self.on_silence = do_nothing        # (job): called while the upstream is silent
         # For the banner.
         self.warnings = []
         self.proxy = ""                     # in front of the upstream
@@ -433,10 +432,10 @@ class Server(http.server.ThreadingHTTPServer):
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
         install_upstream_proxy(self)        # part two: Proxies on the way up
+        install_event_streams(self)         # part two: Event streams
         install_heartbeats(self)            # part two: Heartbeats
         install_model_names(self)           # part two: Model names for the log
         install_token_counts(self)          # part two: Token counts
-        install_last_events(self)           # part two: Ends without close_notify
         install_early_hints(self)           # part two: Early hints
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
@@ -1004,11 +1003,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.record.method = first_line[1].decode()
             self.record.path = first_line[2].decode()
 
-    def render_error_event(self, error):
-        """The event that tells of an error in a stream that has begun."""
-        form = self.server.error_form(self.record.path)
-        return render_error_event(error, form, self.record.id)
-
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
         if self.ends_by_close and self.record.outcome != "ok":      # a cut has no other sign here
@@ -1264,9 +1258,6 @@ class OpenAIErrors:
 
 
 OPENAI_ERRORS = OpenAIErrors()
-
-def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
-    return render_event(*form.event(error, request_id))
 
 def error_object(error):
     kind = "invalid_request_error"
@@ -2028,15 +2019,6 @@ class ResponseJob(Job):
     BLOCKED = "blocked"
     FLUSHING = "flushing"
 
-    CUT_REASONS = {     # other outcomes: the upstream has closed the connection
-        "upstream_timeout": "The upstream timed out",
-        "shutdown": "The proxy was stopped",
-        "request_timeout": "The request's body came too slowly",
-        "request_too_large": "The request's body is larger than allowed",
-        "bad_request": "The request's body is malformed",
-        "incomplete_body": "The request's body ended early",
-    }
-
     def __init__(self, handler, exchange, is_chunked, secret_filter):
         super().__init__(handler.client, exchange.connection)
         self.client = handler.client
@@ -2047,19 +2029,13 @@ class ResponseJob(Job):
         self.is_chunked = is_chunked
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.server.observe_response(handler.record)
-        self.render_error_event = handler.render_error_event
         self.on_silence = handler.server.on_silence
         self.unsent = b""
         self.taken = 0.0                    # when the client last took something
         self.pace = None                    # of the client, while it is behind
         self.heard = 0.0                    # when the upstream last sent or took something
         self.up_waits_for = None            # while a request's body goes up: see `move_up`
-        # An event of our own can tell of a cut if nothing says where the body would have ended,
-        # and only between two events: `tail` is the end of what went down.
-        self.can_tell_cut = (exchange.is_event_stream and not exchange.is_coded
-                             and exchange.length is None and secret_filter is None)
-        self.tail = EVENT_ENDS[0]
-        self.last_event = handler.server.watch_last_event(self)
+        self.events = handler.server.follow_events(self, handler)
 
     # -- in the client thread, before the job is submitted
 
@@ -2139,8 +2115,8 @@ class ResponseJob(Job):
         try:
             data = self.body.read()
         except (OSError, ProtocolError) as error:
-            is_end = isinstance(error, ClosedEarly) and self.last_event
-            if not (is_end and self.last_event.is_final()):
+            is_end = isinstance(error, ClosedEarly) and self.events and self.events.is_final()
+            if not is_end:
                 return self.cut("upstream_died")
             self.body.done = True
             data = b""
@@ -2160,24 +2136,14 @@ class ResponseJob(Job):
         if data and self.observe:
             self.observe(data)
         self.bytes += len(data)
-        if self.can_tell_cut:
-            self.tail = (self.tail + data[-4:])[-4:]
-        if self.last_event:
-            self.last_event.feed(data)
+        if self.events:
+            self.events.feed(data)
         return encode_chunk(data, self.is_chunked)
-
-    def is_between_events(self):
-        """Is this where an event of our own can go down?"""
-        return self.can_tell_cut and self.tail.endswith(EVENT_ENDS)
 
     def cut(self, outcome):
         """The body ends before its end. An event says so, if it can; never a last chunk."""
         self.outcome = outcome
-        if not self.is_between_events():
-            return b""
-        reason = self.CUT_REASONS.get(outcome, "The upstream closed the connection")
-        error = upstream_error(outcome, reason + " in the middle of this response.")
-        return self.frame(self.render_error_event(error))
+        return self.frame(self.events.tell_cut(outcome)) if self.events else b""
 
     def send(self, data):
         """Send at once what the client takes, and keep the rest: nothing is collected."""
@@ -2222,7 +2188,7 @@ class ResponseJob(Job):
                 self.end_early(error.code)
         elif self.state == self.RELAYING and self.loop.now - self.heard > self.timeout:
             self.end_early("upstream_timeout")
-        elif self.state == self.RELAYING and self.is_between_events():
+        elif self.state == self.RELAYING:
             self.on_silence(self)
 
 
@@ -2733,14 +2699,6 @@ def encode_chunk(data, is_chunked=True):
     if not is_chunked or not data:
         return data
     return b"%x\r\n%b\r\n" % (len(data), data)
-
-def render_event(data, name=""):
-    """One event of a stream, in ASCII, because a delta may hold half a surrogate pair.
-
-    Never with `id:` or `retry:`, which openai-python stumbles over.
-    """
-    event = "data: %s\n\n" % json.dumps(data)
-    return ("event: %s\n%s" % (name, event) if name else event).encode()
 
 # ---- The log -------------------------------------------------------------------------------------
 
@@ -5200,10 +5158,108 @@ class UpstreamProxy(urllib.request.BaseHandler):
         if connection.buffer:       # it would be taken for something that came through TLS
             raise ProtocolError("the proxy sent bytes behind its response")
 
+# ---- Event streams -------------------------------------------------------------------------------
+# Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
+# for the end where TLS ends without close_notify.
+# Touches: event streams, between two events; what counts as a cut.
+# Entered: `install_event_streams` in Server.install_features sets `follow_events`.
+
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+def install_event_streams(server):
+    server.follow_events = follow_events
+
+def follow_events(job, handler):
+    """What follows the events of a response; None where no event of ours can go down."""
+    exchange = job.exchange
+    # A length, or a filter, says by itself where the body would have ended.
+    is_open_ended = exchange.length is None and job.secret_filter is None
+    if not exchange.is_event_stream or exchange.is_coded or not is_open_ended:
+        return None
+    # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
+    is_in_doubt = job.upstream.is_tls and isinstance(job.body, UntilCloseBody)
+    last_event = LastEvent() if is_in_doubt else None
+    return EventStream(last_event, functools.partial(error_event, handler))
+
+def error_event(handler, error):
+    """The event that tells of an error in a stream that has begun."""
+    form = handler.server.error_form(handler.record.path)
+    return render_error_event(error, form, handler.record.id)
+
+def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
+    return render_event(*form.event(error, request_id))
+
+def render_event(data, name=""):
+    """One event of a stream, in ASCII, because a delta may hold half a surrogate pair.
+
+    Never with `id:` or `retry:`, which openai-python stumbles over.
+    """
+    event = "data: %s\n\n" % json.dumps(data)
+    return ("event: %s\n%s" % (name, event) if name else event).encode()
+
+
+class EventStream:
+    """Where a stream of events stands: an event of our own can only go between two events."""
+
+    CUT_REASONS = {     # other outcomes: the upstream has closed the connection
+        "upstream_timeout": "The upstream timed out",
+        "shutdown": "The proxy was stopped",
+        "request_timeout": "The request's body came too slowly",
+        "request_too_large": "The request's body is larger than allowed",
+        "bad_request": "The request's body is malformed",
+        "incomplete_body": "The request's body ended early",
+    }
+
+    def __init__(self, last_event, render_error):
+        self.last_event = last_event
+        self.render_error = render_error
+        self.tail = EVENT_ENDS[0]           # the end of what went down
+
+    def feed(self, data):
+        self.tail = (self.tail + data[-4:])[-4:]
+        if self.last_event:
+            self.last_event.feed(data)
+
+    def is_between_events(self):
+        return self.tail.endswith(EVENT_ENDS)
+
+    def is_final(self):
+        """Is this the API's own end, where nothing else tells?"""
+        return self.last_event is not None and self.last_event.is_final()
+
+    def tell_cut(self, outcome):
+        """The event for it, if one can go down."""
+        if not self.is_between_events():
+            return b""
+        reason = self.CUT_REASONS.get(outcome, "The upstream closed the connection")
+        return self.render_error(upstream_error(
+            outcome, reason + " in the middle of this response."))
+
+
+class LastEvent:
+    """The beginning of the last event of a stream, kept as it passes."""
+
+    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
+                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
+
+    def __init__(self):
+        self.event = b""
+
+    def feed(self, data):
+        data = (self.event + data).replace(b"\r\n", b"\n")
+        content = data.rstrip(b"\n")
+        line_ends = data[len(content):]
+        self.event = content.rpartition(b"\n\n")[2][:256] + line_ends[:2]
+
+    def is_final(self):
+        """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
+        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
+
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
 # Entered: `install_heartbeats` in Server.install_features sets `on_silence`, `add_heartbeats`.
+# Needs: Event streams.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
 
@@ -5215,6 +5271,8 @@ def install_heartbeats(server):
 
 def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
+    if not job.events or not job.events.is_between_events():
+        return
     if job.loop.now - max(job.heard, job.taken) >= seconds:
         job.bytes += len(HEARTBEAT)
         job.send(encode_chunk(HEARTBEAT, job.is_chunked))
@@ -5353,39 +5411,6 @@ class TokenCounter:
             return json.JSONDecoder().raw_decode(part.decode("utf-8", "replace"))[0]
         except ValueError:
             return {}
-
-# ---- Ends without close_notify -------------------------------------------------------------------
-# Does: takes the API's own last event for the end of a stream whose TLS ends without close_notify.
-# Touches: what counts as a cut, in event streams without a length.
-# Entered: `install_last_events` in Server.install_features sets `watch_last_event`.
-
-def install_last_events(server):
-    server.watch_last_event = watch_last_event
-
-def watch_last_event(job):
-    """Some upstreams end TLS so. Then only the API can tell an end from a cut."""
-    is_in_doubt = job.upstream.is_tls and isinstance(job.body, UntilCloseBody)
-    return LastEvent() if is_in_doubt and job.can_tell_cut else None
-
-
-class LastEvent:
-    """The beginning of the last event of a stream, kept as it passes."""
-
-    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
-                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
-
-    def __init__(self):
-        self.event = b""
-
-    def feed(self, data):
-        data = (self.event + data).replace(b"\r\n", b"\n")
-        content = data.rstrip(b"\n")
-        line_ends = data[len(content):]
-        self.event = content.rpartition(b"\n\n")[2][:256] + line_ends[:2]
-
-    def is_final(self):
-        """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
-        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
 
 # ---- Early hints ---------------------------------------------------------------------------------
 # Does: passes a 103 (RFC 8297) on where no key is hidden, so that a page may begin to load.
@@ -5723,7 +5748,7 @@ def tune_malloc():
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
-# Needs: Body rules, Model rules, Model list.
+# Needs: Body rules, Model rules, Model list, Event streams.
 #
 # To follow a request: translate_request, then translate_response or StreamTranslator, or
 # translate_error. read_response lists the four shapes that responses and events have.
@@ -6478,7 +6503,7 @@ class WorkersHandler(Handler):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
         call = self.call
         kind = ResponsesTranslator if call.kind == "responses" else StreamTranslator
-        translator = kind(call, self.render_error_event)
+        translator = kind(call, functools.partial(error_event, self))
         try:
             if exchange.status != 200:
                 raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
@@ -6882,7 +6907,8 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
         return self.send_failure(401, "invalid_api_key", "Incorrect API key.")
 
     def send_event(self, data):
-        self.wfile.write(encode_chunk(render_event(data)))
+        event = "data: %s\n\n" % json.dumps(data)
+        self.wfile.write(encode_chunk(event.encode()))
 
     def send_failure(self, status, code, message):
         error = ErrorResponse(status, code, message)

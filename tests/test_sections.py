@@ -82,6 +82,10 @@ DESELECTED = {      # section: tests of the core that cannot pass without it, an
         "test_relay.py::test_a_transparent_relay_passes_every_method":
         "it sets AIPROXY_ORIGINS",
     },
+    "Event streams": {
+        "test_streaming.py::test_a_stream_that_ends_early_between_events_gets_one_error_event":
+        "it is that event",
+    },
     "Several provider keys": {
         "test_relay.py::test_several_provider_keys_take_turns": "it configures two provider keys",
     },
