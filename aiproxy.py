@@ -19,7 +19,7 @@ Part two holds what can be taken out, each section entered at one place.
                Model rules . Model list . Token and prompt limits . Several provider keys .
                Proxies on the way up . Event streams . Heartbeats . Model names for the log .
                Token counts . Early hints . WebSocket . Banner . Tuning of the process .
-               Workers AI . Start page . Demo
+               Open files . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -365,7 +365,8 @@ class Server(http.server.ThreadingHTTPServer):
         # removing and copying are single steps of a dict, and the removal decides (mark_busy).
         self.idle = {}
 
-        self.capacity = raise_file_limit(settings.max_connections)
+        self.capacity = settings.max_connections
+        self.capacity = raise_file_limit(self.capacity)     # part two: Open files
         self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
         self.upstream_handler = UpstreamHandler(settings)
@@ -373,6 +374,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.opener.add_handler(self.upstream_handler)
         self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
 
+        self.set_hooks()
         self.install_features()
         try:
             found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
@@ -385,8 +387,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.log.start()
         self.relay_loop.start()
 
-    def install_features(self):
-        """Where part two enters. Without a section and its line the relay still works."""
+    def set_hooks(self):
+        """What part two may replace or add to."""
         self.refuse = self.send_busy        # (socket, record), where there is no room
         # Of a request, in the order in which they are called. (handler) unless said otherwise.
         self.normalize_path = lambda path, rules: path          # the path that the client meant
@@ -417,6 +419,9 @@ class Server(http.server.ThreadingHTTPServer):
         # For the banner.
         self.warnings = []
         self.proxy = ""                     # in front of the upstream
+
+    def install_features(self):
+        """Where part two enters. Without a section and its line the relay still works."""
         install_health(self)                # part two: Health
         install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
@@ -654,21 +659,6 @@ def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
     return not wait_ready(0, client, READ) or is_closed(client)
 
-def raise_file_limit(wanted):
-    """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
-
-    Each client needs two: its own connection and its upstream's.
-    """
-    try:
-        import resource             # not on Windows
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        return wanted
-    if hard == resource.RLIM_INFINITY:
-        return wanted
-    return max(1, min(wanted, (hard - SPARE_FILES) // 2))
-
 @functools.lru_cache(1024)          # clients come again
 def network_of(address):
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
@@ -695,9 +685,6 @@ def plain_address(text):
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
     return LOOPBACK.fullmatch(address) is not None
-
-def make_request_id():
-    return "req_%016x" % random.getrandbits(64)
 
 # ---- Handler: one request, top to bottom ---------------------------------------------------------
 
@@ -2031,7 +2018,7 @@ class ResponseJob(Job):
         self.observe = handler.server.observe_response(handler.record)
         self.on_silence = handler.server.on_silence
         self.unsent = b""
-        self.taken = 0.0                    # when the client last took something
+        self.last_taken = 0.0               # when the client last took something
         self.pace = None                    # of the client, while it is behind
         self.heard = 0.0                    # when the upstream last sent or took something
         self.up_waits_for = None            # while a request's body goes up: see `move_up`
@@ -2153,7 +2140,7 @@ class ResponseJob(Job):
         except OSError:
             return self.finish("client_gone")
         if sent:
-            self.taken = self.loop.now
+            self.last_taken = self.loop.now
         self.unsent = data[sent:]
         if self.unsent:
             self.pace = self.pace or Pace(self.loop.now)
@@ -2721,7 +2708,7 @@ class Record:
         self.bytes = 0
         self.count_tokens = None            # gives prompt and completion tokens, where they count
         self.outcome = ""                   # "ok", an error's code, or how it was cut
-        self.id = make_request_id()         # or the upstream's, if it sends one
+        self.id = "req_%016x" % random.getrandbits(64)      # or the upstream's, if it sends one
 
     def as_dict(self, redact=shorten):
         """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown.
@@ -2870,14 +2857,14 @@ def printable(value):
     return json.dumps(value).replace(" ", "\\u0020")
 
 # A word that may be a key which we do not know: a caller's own.
-LIKE_A_KEY = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
+KEY_LIKE_WORD = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
 
 def format_traceback(error):
     """What a fault of ours is, and where, without what may be secret in its message."""
     places = ["%s:%d" % (frame.f_code.co_name, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]
     message = traceback.format_exception_only(type(error), error)[0].strip()
-    message = LIKE_A_KEY.sub("***", message[:1000])
+    message = KEY_LIKE_WORD.sub("***", message[:1000])
     return "%s at %s" % (message[:200], " > ".join(places))
 
 # ---- Reading the settings ------------------------------------------------------------------------
@@ -3166,7 +3153,6 @@ class Settings:
             read_more(self)
         review_settings(self)           # part two: Review of the settings
         self.check_safe()
-        self.check_consistent()
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
@@ -3250,15 +3236,6 @@ class Settings:
                 "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
                 "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
                 "AIPROXY_CLIENT_KEYS empty")
-
-    def check_consistent(self):
-        """SettingError for settings that contradict each other."""
-        if any(client_key in self.provider_keys for _, client_key in self.client_keys):
-            raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
-                               "for the client")
-        if self.key_header.encode() in self.secrets:
-            raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
-                               "it")
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3425,6 +3402,7 @@ ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
 def review_settings(settings):
     """SettingError for what is set and cannot be meant."""
     check_names(settings.environ)
+    check_keys(settings)
     check_upstream(settings)
     if settings.upstream.scheme == "https":
         check_certificates(settings.environ)
@@ -3440,6 +3418,15 @@ def check_names(environ):
             nearest = difflib.get_close_matches(plain_name, names, 1, 0)
             raise SettingError("%s is not a setting; did you mean %s?"
                                % (printable(name[:64]), nearest[0]))
+
+def check_keys(settings):
+    """SettingError for a key in a place that is not its own."""
+    if any(client_key in settings.provider_keys for _, client_key in settings.client_keys):
+        raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
+                           "for the client")
+    if settings.key_header.encode() in settings.secrets:
+        raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
+                           "it")
 
 def check_upstream(settings):
     """SettingError for a base URL that goes too far, or comes back to us."""
@@ -5273,7 +5260,7 @@ def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
     if not job.events or not job.events.is_between_events():
         return
-    if job.loop.now - max(job.heard, job.taken) >= seconds:
+    if job.loop.now - max(job.heard, job.last_taken) >= seconds:
         job.bytes += len(HEARTBEAT)
         job.send(encode_chunk(HEARTBEAT, job.is_chunked))
 
@@ -5743,6 +5730,26 @@ def tune_malloc():
         for option, value in MALLOPT:
             libc.mallopt(option, value)
         libc.malloc_trim(0)
+
+# ---- Open files ----------------------------------------------------------------------------------
+# Does: raises the limit of open files, and serves as many clients as it leaves room for.
+# Touches: the process's limit.
+# Entered: `raise_file_limit` in Server.
+
+def raise_file_limit(wanted):
+    """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
+
+    Each client needs two: its own connection and its upstream's.
+    """
+    try:
+        import resource             # not on Windows
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, ValueError, OSError):
+        return wanted
+    if hard == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, (hard - SPARE_FILES) // 2))
 
 # ---- Workers AI ----------------------------------------------------------------------------------
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
