@@ -17,9 +17,9 @@ Part two holds what can be taken out, each section entered at one place.
                Errors in the form of other APIs . Refusals in the right form .
                Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
                Model rules . Model list . Token and prompt limits . Several provider keys .
-               Proxies on the way up . Event streams . Heartbeats . Model names for the log .
-               Token counts . Early hints . WebSocket . Banner . Tuning of the process .
-               Open files . Workers AI . Start page . Demo
+               Kept connections . Proxies on the way up . Event streams . Heartbeats .
+               Model names for the log . Token counts . Early hints . WebSocket . Banner .
+               Tuning of the process . Open files . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -54,7 +54,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     and stop paying for the answer. (`wait_for_upstream`, `has_disconnected`)
  8. Send a request again only if (a) a kept connection was closed under it, and it took no byte of
     it or the request is one that may be repeated; or (b) it refused our key, and there is another.
-    Anything else might be done, and paid, twice. (`Unanswered`, `KeyRotation`)
+    Anything else might be done, and paid, twice. (`try_kept`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
     client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
     meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
@@ -178,8 +178,6 @@ MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a respon
 
 TICK_SECONDS = 0.5      # between two looks at the time limits of all responses
 SPARE_FILES = 64        # open files that are not for clients: modules, certificates, the log
-POOL_SIZE = 100         # idle upstream connections
-POOL_SECONDS = 30       # for each: providers close theirs after 60
 LOG_SECONDS = 0.05      # between two writes of the log: many lines are one write
 MAX_LOG_LINES = 10000   # that wait to be written
 
@@ -372,7 +370,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.upstream_handler = UpstreamHandler(settings)
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
-        self.relay_loop = RelayLoop(self.upstream_handler.pool.close_old, self.log.warn)
+        self.relay_loop = RelayLoop(self.log.warn)
 
         self.set_hooks()
         self.install_features()
@@ -436,6 +434,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_model_list(self)            # part two: Model list
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
+        install_kept_connections(self)      # part two: Kept connections
         install_upstream_proxy(self)        # part two: Proxies on the way up
         install_event_streams(self)         # part two: Event streams
         install_heartbeats(self)            # part two: Heartbeats
@@ -1385,8 +1384,7 @@ def http_date(now):
     return email.utils.formatdate(now, usegmt=True).encode()
 
 # ---- The upstream --------------------------------------------------------------------------------
-# urllib.request is the way up: a Request, and an opener with one handler, ours, whose connections
-# are kept for the next request.
+# urllib.request is the way up: a Request, and an opener with one handler, ours.
 
 class UpstreamRequest(urllib.request.Request):
     """urllib's request, with what it has no place for: repeated fields, a body still coming.
@@ -1404,10 +1402,7 @@ class UpstreamRequest(urllib.request.Request):
         self.upload = upload
         self.wait = None
         self.on_interim = None
-        names = [name.lower() for name, _ in fields]
-        self.may_switch = b"upgrade" in names       # may the response be a 101?
-        is_idempotent = b"idempotency-key" in names
-        self.is_repeatable = upload.done and (is_idempotent or method in ("GET", "HEAD"))
+        self.may_switch = any(name == b"Upgrade" for name, _ in fields)     # to a 101?
         length = len(prefix) if upload.done else upload.length
         self.is_chunked = length is None
         if self.is_chunked:
@@ -1423,51 +1418,38 @@ class UpstreamHandler(urllib.request.BaseHandler):
     """
 
     def __init__(self, settings):
-        self.pool = Pool(settings)
+        self.connector = Connector(settings)
+        # See "Kept connections".
+        self.try_kept = do_nothing          # (request): an exchange over such a one, or None
+        self.keep = lambda connection, headers: connection.close()      # it can be used again
 
     def http_open(self, request):
-        """Called by the opener: send the request and wait for the head of its response.
-
-        It is sent again, once, if a kept connection was closed under it: see `Unanswered`.
-        """
-        connection = self.pool.acquire()
-        if connection:
-            with contextlib.suppress(Unanswered):
-                return self.run_exchange(request, connection)
+        """Called by the opener: send the request and wait for the head of its response."""
+        exchange = self.try_kept(request)
+        if exchange:
+            return exchange
         try:
-            connection = self.pool.connect(request.wait)
+            connection = self.connector.connect(request.wait)
         except (OSError, ProtocolError, UnicodeError) as error:
             raise connect_error(error)
         try:
-            return self.run_exchange(request, connection)
-        except Unanswered:
-            raise response_error(ClosedEarly())
+            return self.run_exchange(Exchange(connection, request, self.keep))
+        except (OSError, ProtocolError) as error:
+            raise response_error(error)
 
     https_open = http_open
 
-    def run_exchange(self, request, connection):
-        exchange = Exchange(self.pool, connection, request)
+    def run_exchange(self, exchange):
         try:
             exchange.send_request()
             exchange.read_response_head()
             if exchange.request_sent:
-                request.prefix = b""        # not to be kept while the response streams
+                exchange.request.prefix = b""       # not to be kept while the response streams
             return exchange
-        except (OSError, ProtocolError) as error:
-            is_unanswered = exchange.is_unanswered(error)
-            exchange.close()
-            raise Unanswered() if is_unanswered else response_error(error)
-        except BaseException:               # whatever `wait` raises: the client has left, say
+        except BaseException:               # also whatever `wait` raises: the client has left, say
             exchange.close()
             raise
 
-
-class Unanswered(Exception):
-    """A connection was closed before any byte of a response, and the request may be sent again.
-
-    Either no byte of it had been taken, or it is one that may be carried out twice (RFC 9110
-    section 9.2.2): GET, HEAD, or any with an Idempotency-Key.
-    """
 
 def upstream_error(code, message, headers=()):
     """504 for a time-out, else 502."""
@@ -1498,8 +1480,8 @@ def connect_error(error):
     return upstream_error("upstream_unreachable", "The upstream cannot be reached: %s." % reason)
 
 
-class Pool:
-    """Connections to the upstream: the idle ones, and how a new one is made."""
+class Connector:
+    """How a new connection to the upstream is made."""
 
     def __init__(self, settings):
         upstream = settings.upstream
@@ -1509,32 +1491,6 @@ class Pool:
         self.server_name = upstream.server_name             # whose certificate it must be
         self.last_address = None            # the one that took the last connection
         self.connect_timeout = settings.connect_timeout
-        self.idle = collections.deque()     # of (connection, until); the newest at the right
-
-    def acquire(self):
-        """An idle connection that is still good; None if there is none."""
-        while True:
-            try:
-                connection, until = self.idle.pop()
-            except IndexError:              # other threads take some, too
-                return None
-            if time.monotonic() < until and connection.is_silent():
-                return connection
-            connection.close()
-
-    def release(self, connection, seconds):
-        """Keep a connection for the next request, for `seconds`."""
-        self.idle.append((connection, time.monotonic() + seconds))
-        while len(self.idle) > POOL_SIZE:
-            self.idle.popleft()[0].close()
-
-    def close_old(self, now):
-        """Close what has been idle too long; called by the relay loop twice a second."""
-        for entry in self.idle.copy():
-            if now >= entry[1]:
-                with contextlib.suppress(ValueError):       # it has just been taken
-                    self.idle.remove(entry)
-                    entry[0].close()
 
     def connect(self, wait):
         """A new connection. One deadline holds for all of it. Raises OSError, ProtocolError."""
@@ -1609,10 +1565,10 @@ class Exchange:
     `body` reads it; `prefetched` is what has been read of it before anybody asked.
     """
 
-    def __init__(self, pool, connection, request):
-        self.pool = pool
+    def __init__(self, connection, request, keep):
         self.connection = connection
         self.request = request
+        self.keep = keep                    # what to do with a connection that can be used again
         self.unsent = None                  # what comes next of the request, a memoryview,
         self.rest = b""                     # and what of its prefix comes behind that
         self.bytes_sent = 0
@@ -1697,12 +1653,6 @@ class Exchange:
             self.read_one_head()
         return bool(self.first_line) or not is_open or len(connection.buffer) > MAX_HEAD
 
-    def is_unanswered(self, error):
-        """See `Unanswered`: is this the hang-up of a connection that gave not one byte?"""
-        if isinstance(error, (socket.timeout, ProtocolError)) or self.connection.buffer:
-            return False
-        return not self.interim and (self.request.is_repeatable or not self.bytes_sent)
-
     # -- down
 
     def read_more(self):
@@ -1785,16 +1735,9 @@ class Exchange:
             return
         is_clean = self.request_sent and self.keep_alive and self.body.done
         if is_clean and not connection.ended and not connection.buffer:
-            self.pool.release(connection, self.idle_seconds())
+            self.keep(connection, self.headers)
         else:
             connection.close()
-
-    def idle_seconds(self):
-        """How long to keep the connection: a second less than the upstream says that it does."""
-        says = self.headers.get(b"keep-alive")
-        timeout = says and re.search(br"timeout *= *([0-9]{1,9})", says, re.I)
-        return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
-
 
 # How JSON may have a letter (RFC 8259 section 7). A key is visible ASCII.
 JSON_ESCAPE = re.compile(br'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
@@ -1820,9 +1763,9 @@ class RelayLoop(threading.Thread):
     block, and a fault in one job ends that job alone.
     """
 
-    def __init__(self, every_tick, warn):
+    def __init__(self, warn):
         super().__init__(daemon=True, name="relay-loop")
-        self.every_tick = every_tick        # called twice a second with the time
+        self.every_tick = do_nothing        # called twice a second with the time
         self.warn = warn
         self.stopping = False               # the grace time is over: cut what is left
         self.closed = False                 # nobody needs the loop any more
@@ -2321,14 +2264,6 @@ class BufferedSocket:
             return self.sock.send(data)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
-
-    def is_silent(self):
-        """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
-        try:
-            return self.receive() is None
-        except OSError:
-            return False
-
 
 def wait_ready(seconds, connection, mask, other=None):
     """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read.
@@ -5055,19 +4990,107 @@ def retry_after(value):
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
     return min(max(seconds, 0), MAX_COOLDOWN)
 
+# ---- Kept connections ----------------------------------------------------------------------------
+# Does: keeps connections to the upstream for the next request: a new one costs two round trips.
+# Touches: connections after the end of an exchange. A request is sent again at most once.
+# Entered: `install_kept_connections` in Server.install_features sets `try_kept` and `keep`.
+
+POOL_SIZE = 100         # idle upstream connections
+POOL_SECONDS = 30       # for each: providers close theirs after 60
+
+def install_kept_connections(server):
+    pool = Pool()
+    handler = server.upstream_handler
+    handler.pool = pool
+    handler.keep = pool.release
+    handler.try_kept = functools.partial(try_kept, handler)
+    server.relay_loop.every_tick = pool.close_old
+
+def try_kept(handler, request):
+    """An exchange over a kept connection; None if there is none, or it was closed meanwhile.
+
+    A request may be sent again if such a connection was closed before any byte of a response.
+    Either no byte of it had been taken, or it is one that may be carried out twice (RFC 9110
+    section 9.2.2): GET, HEAD, or any with an Idempotency-Key.
+    """
+    connection = handler.pool.acquire()
+    if connection is None:
+        return None
+    may_repeat = is_repeatable(request)
+    exchange = Exchange(connection, request, handler.keep)
+    try:
+        return handler.run_exchange(exchange)
+    except (OSError, ProtocolError) as error:
+        is_answered = isinstance(error, ProtocolError) or connection.buffer or exchange.interim
+        is_taken = exchange.bytes_sent and not may_repeat
+        if is_answered or is_taken or isinstance(error, socket.timeout):
+            raise response_error(error)
+    return None
+
+def is_repeatable(request):
+    """May it be carried out twice, and is all of it here?"""
+    is_idempotent = any(name.lower() == b"idempotency-key" for name, _ in request.fields)
+    return request.upload.done and (is_idempotent or request.method in ("GET", "HEAD"))
+
+
+class Pool:
+    """The idle connections to the upstream."""
+
+    def __init__(self):
+        self.idle = collections.deque()     # of (connection, until); the newest at the right
+
+    def acquire(self):
+        """An idle connection that is still good; None if there is none."""
+        while True:
+            try:
+                connection, until = self.idle.pop()
+            except IndexError:              # other threads take some, too
+                return None
+            if time.monotonic() < until and is_silent(connection):
+                return connection
+            connection.close()
+
+    def release(self, connection, headers):
+        """Keep a connection whose last response had these headers."""
+        self.idle.append((connection, time.monotonic() + idle_seconds(headers)))
+        while len(self.idle) > POOL_SIZE:
+            self.idle.popleft()[0].close()
+
+    def close_old(self, now):
+        """Close what has been idle too long; called by the relay loop twice a second."""
+        for entry in self.idle.copy():
+            if now >= entry[1]:
+                with contextlib.suppress(ValueError):       # it has just been taken
+                    self.idle.remove(entry)
+                    entry[0].close()
+
+
+def idle_seconds(headers):
+    """How long to keep the connection: a second less than the upstream says that it does."""
+    says = headers.get(b"keep-alive")
+    timeout = says and re.search(br"timeout *= *([0-9]{1,9})", says, re.I)
+    return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
+
+def is_silent(connection):
+    """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
+    try:
+        return connection.receive() is None
+    except OSError:
+        return False
+
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
-# Touches: the address that the pool connects to; a connection before its TLS; plain requests.
-# Entered: `install_upstream_proxy` in Server.install_features changes the pool or the opener.
+# Touches: the address that is connected to; a connection before its TLS; plain requests.
+# Entered: `install_upstream_proxy` in Server.install_features changes the connector or the opener.
 
 def install_upstream_proxy(server):
     proxy = server.settings.proxy
     if not proxy:
         return
     server.proxy = proxy.netloc
-    server.upstream_handler.pool.address = proxy.address
+    server.upstream_handler.connector.address = proxy.address
     if server.settings.upstream.scheme == "https":
-        server.upstream_handler.pool.open_tunnel = proxy.open_tunnel
+        server.upstream_handler.connector.open_tunnel = proxy.open_tunnel
     else:
         server.opener.add_handler(proxy)
 
