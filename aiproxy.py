@@ -18,8 +18,8 @@ Part two holds what can be taken out, each section entered at one place.
                Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
                Model rules . Model list . Token and prompt limits . Several provider keys .
                Kept connections . Proxies on the way up . Event streams . Heartbeats .
-               Model names for the log . Token counts . Early hints . WebSocket . Banner .
-               Tuning of the process . Open files . Workers AI . Start page . Demo
+               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
+               Banner . Tuning of the process . Open files . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -32,7 +32,8 @@ Threads, and who owns which buffer when:
                    head of the response; owns both sockets and their buffers meanwhile
     relay loop     moves the bodies of all responses and watches their clients; owns both sockets
                    from `submit` until the job's `ended` is set, and a lingering close for good
-    log            one each for stdout and stderr: writes what the others put into its queue
+    log            one each for stdout and stderr, if the log is queued: writes what the others
+                   put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
 
@@ -168,8 +169,6 @@ MAX_CHUNK_LINE = 4096   # bytes of a chunk's size line with its extensions
 MAX_TRAILER = 8192      # bytes of all trailer lines
 MAX_INTERIM = 100       # 1xx interim responses before the real one
 
-LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
-
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
 PREFETCH_BYTES = 65536  # of a request's body, read before connecting; of an error's, searched
@@ -178,8 +177,6 @@ MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a respon
 
 TICK_SECONDS = 0.5      # between two looks at the time limits of all responses
 SPARE_FILES = 64        # open files that are not for clients: modules, certificates, the log
-LOG_SECONDS = 0.05      # between two writes of the log: many lines are one write
-MAX_LOG_LINES = 10000   # that wait to be written
 
 # ---- Tables: what the protocols and the providers fix --------------------------------------------
 
@@ -367,6 +364,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.capacity = raise_file_limit(self.capacity)     # part two: Open files
         self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
+        self.log = QueuedLog(settings.log, settings.secrets)    # part two: Queued log
         self.upstream_handler = UpstreamHandler(settings)
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
@@ -690,7 +688,7 @@ def is_loopback(address):
 class Request:
     """The values of one request: the checks are functions of this and the settings. No sockets."""
 
-    def __init__(self, first_line, headers, address):
+    def __init__(self, first_line, headers):
         method, path, query, self.major, minor = first_line
         self.method = method.decode()
         self.path = path.decode()           # it becomes the one that is sent up
@@ -698,7 +696,6 @@ class Request:
         self.headers = headers
         self.is_http10 = minor == b"0"
         self.is_read_only = self.method in ("GET", "HEAD")
-        self.caller = address               # whom rates count: a client key's name, or an address
         self.client_name = ""               # of the client key, once it has been checked
         self.model = ""                     # as the client named it, in the path or in the body
         self.own_fields = {}                # ours for the upstream in place of the client's
@@ -768,7 +765,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head_deadline = HEAD_SECONDS + (connected if is_first else self.record.began)
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
-        self.request = Request(first_line, headers, self.address)
+        self.request = Request(first_line, headers)
         self.record.method = self.request.method
         self.record.path = self.request.path
 
@@ -808,7 +805,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = make_body(self.client, request.headers, request.is_http10)       # 400
         self.upload = Upload(self.client, body)
         self.record.client = self.server.find_client(self.record.client, request.headers)
-        request.caller = network_of(self.record.client)
         check_host_field(request)                           # 400
         check_method(request, self.settings)                # 405 501
         check_target(request, self.settings, self.server.normalize_path)    # 400
@@ -822,7 +818,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
-            self.request.caller = self.request.client_name
 
     def answer_ourselves(self):
         """Is this answered without the upstream? See "Model list" and "Forgiving paths"."""
@@ -1843,12 +1838,6 @@ class RelayLoop(threading.Thread):
         self.now = time.monotonic()
         return []
 
-    def is_working(self):
-        """False too if it has done nothing but fail for a while. A busy one only takes longer."""
-        since = self.failing_since
-        is_failing = since is not None and time.monotonic() - since >= LOOP_SECONDS
-        return self.is_alive() and not is_failing
-
     def guard(self, step, *arguments):
         """Call a step of a job. A fault of ours ends the job, not the loop that all share."""
         try:
@@ -2676,12 +2665,12 @@ class Log:
         self.secrets = [secret.decode() for secret in secrets]
         # Characters that the longest may take, percent-encoded.
         self.longest = 3 * max(map(len, secrets), default=1)
-        streams = (sys.stdout, sys.stderr)
-        self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
 
     def start(self):
-        for writer in self.writers.values():
-            writer.start()
+        """See "Queued log"."""
+
+    def close(self, seconds):
+        """All lines are to be written within `seconds`."""
 
     def write(self, record):
         if self.format == "off":
@@ -2696,7 +2685,7 @@ class Log:
         self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
 
     def put(self, stream, line, end="\n"):
-        self.writers[stream].put(line + end)
+        write_all(stream, line + end)
 
     def redact(self, text, most):
         """At most so many characters of a text, without our keys, encoded or not.
@@ -2717,44 +2706,6 @@ class Log:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
-
-    def close(self, seconds):
-        """Wait until all lines are written, or for `seconds`."""
-        for writer in self.writers.values():    # stderr is the last: it tells what stdout lost
-            writer.queue.put(None)
-            writer.join(seconds / 2)
-
-
-class LogWriter(threading.Thread):
-    """Writes lines to one stream, so that a reader that stalls holds up nobody else."""
-
-    def __init__(self, stream, warn):
-        super().__init__(daemon=True, name="log")
-        self.stream = stream
-        self.warn = warn
-        self.queue = queue.SimpleQueue()    # of lines; None is the end
-        self.lost = 0                       # lines that nobody read in time
-
-    def put(self, line):
-        if self.queue.qsize() < MAX_LOG_LINES:
-            self.queue.put(line)
-        else:
-            self.lost += 1
-
-    def run(self):
-        ended = False
-        while not ended:
-            batch = [self.queue.get()]
-            while not self.queue.empty():
-                batch.append(self.queue.get())
-            ended = None in batch
-            write_all(self.stream, "".join(filter(None, batch)))
-            if self.lost:
-                self.warn("%d lines of the log were lost: nobody read them in time" % self.lost)
-                self.lost = 0
-            if not ended:
-                time.sleep(LOG_SECONDS)     # what comes meanwhile is one write
-
 
 def write_all(stream, text):
     """Write text to stdout or stderr, in whatever state it is: full, non-blocking or closed.
@@ -3421,6 +3372,7 @@ def show_derived(settings):
 # Touches: nothing. No key is needed, and no upstream call.
 # Entered: `install_health` in Server.install_features adds an answer.
 
+LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
 PROBES = (("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
 
 def install_health(server):
@@ -3443,13 +3395,19 @@ def answer_about_us(handler):
 def send_health(handler):
     """Are we able to serve? Models are shown to those who may list them."""
     health = {"status": "healthy", "timestamp": int(time.time())}
-    if not handler.server.relay_loop.is_working():
+    if not is_working(handler.server.relay_loop):
         health["status"] = "unhealthy"
         return handler.send_json(health, 503)
     with contextlib.suppress(ErrorResponse, ProtocolError):
         handler.check_caller()
         health["models"] = handler.settings.models_shown
     return handler.send_json(health)
+
+def is_working(loop):
+    """False too if it has done nothing but fail for a while. A busy one only takes longer."""
+    since = loop.failing_since
+    is_failing = since is not None and time.monotonic() - since >= LOOP_SECONDS
+    return loop.is_alive() and not is_failing
 
 def describe_api(settings):
     """What / answers to a program."""
@@ -3760,7 +3718,7 @@ class RefusedClient(Job):
             return
         except (OSError, ProtocolError):
             return self.finish("server_busy")
-        self.request = Request(first_line, headers, self.record.client)
+        self.request = Request(first_line, headers)
         self.record.method = self.request.method
         self.record.path = self.request.path
         self.finish("server_busy")
@@ -3930,7 +3888,8 @@ class RateLimiter:
 
     def check(self, handler):
         """429 once the client has used up its rate; the fields are OpenAI's."""
-        refused = self.take(handler.request.caller, time.monotonic())
+        # The name of a client key, or an address.
+        refused = self.take(network_of(handler.record.client), time.monotonic())
         if not refused:
             return
         until_next, until_full, count = refused
@@ -5306,6 +5265,67 @@ OPTIONS += (
            "seconds between the comments that a silent event stream gets, so that no load balancer "
            "cuts it; 0: none"),
 )
+
+# ---- Queued log ----------------------------------------------------------------------------------
+# Does: has a thread for each of stdout and stderr write the log, so that a reader that stalls holds
+# up no client.
+# Touches: nothing but the log; lines that nobody reads in time are dropped and counted.
+# Entered: `QueuedLog` in Server takes the place of `Log`.
+
+LOG_SECONDS = 0.05      # between two writes of the log: many lines are one write
+MAX_LOG_LINES = 10000   # that wait to be written
+
+
+class QueuedLog(Log):
+
+    def __init__(self, format, secrets):
+        super().__init__(format, secrets)
+        streams = (sys.stdout, sys.stderr)
+        self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
+
+    def start(self):
+        for writer in self.writers.values():
+            writer.start()
+
+    def put(self, stream, line, end="\n"):
+        self.writers[stream].put(line + end)
+
+    def close(self, seconds):
+        """Wait until all lines are written, or for `seconds`."""
+        for writer in self.writers.values():    # stderr is the last: it tells what stdout lost
+            writer.queue.put(None)
+            writer.join(seconds / 2)
+
+
+class LogWriter(threading.Thread):
+    """Writes lines to one stream, so that a reader that stalls holds up nobody else."""
+
+    def __init__(self, stream, warn):
+        super().__init__(daemon=True, name="log")
+        self.stream = stream
+        self.warn = warn
+        self.queue = queue.SimpleQueue()    # of lines; None is the end
+        self.lost = 0                       # lines that nobody read in time
+
+    def put(self, line):
+        if self.queue.qsize() < MAX_LOG_LINES:
+            self.queue.put(line)
+        else:
+            self.lost += 1
+
+    def run(self):
+        ended = False
+        while not ended:
+            batch = [self.queue.get()]
+            while not self.queue.empty():
+                batch.append(self.queue.get())
+            ended = None in batch
+            write_all(self.stream, "".join(filter(None, batch)))
+            if self.lost:
+                self.warn("%d lines of the log were lost: nobody read them in time" % self.lost)
+                self.lost = 0
+            if not ended:
+                time.sleep(LOG_SECONDS)     # what comes meanwhile is one write
 
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.

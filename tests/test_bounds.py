@@ -254,7 +254,7 @@ def test_a_thread_serves_one_client_after_the_other(relay):
 
 def test_log_lines_that_cannot_be_written_are_dropped_and_counted():
     # its thread does not run, as if stdout were blocked
-    log = aiproxy.Log("text", [])
+    log = aiproxy.QueuedLog("text", [])
     for _ in range(aiproxy.MAX_LOG_LINES + 5):
         log.write(aiproxy.Record("192.0.2.1"))
 
