@@ -17,9 +17,10 @@ Part two holds what can be taken out, each section entered at one place.
                Errors in the form of other APIs . Refusals in the right form .
                Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
                Model rules . Model list . Token and prompt limits . Several provider keys .
-               Kept connections . Proxies on the way up . Event streams . Heartbeats .
-               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
-               Banner . Tuning of the process . Open files . Workers AI . Start page . Demo
+               Kept connections . Proxies on the way up . Early responses . Event streams .
+               Heartbeats . Queued log . Model names for the log . Token counts . Early hints .
+               WebSocket . Banner . Tuning of the process . Open files . Workers AI .
+               Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -406,6 +407,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.switch_protocols = None        # (handler, exchange): what to do after a 101
         self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
         self.response_checks = []           # (handler, exchange), before its head goes down
+        self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
         self.cors_headers = lambda request, settings, names: []     # header fields to add
         self.error_form = lambda path: OPENAI_ERRORS    # the form of errors in the API there
         self.observe_response = do_nothing  # (record): what to call with each piece of its body
@@ -434,6 +436,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_key_rotation(self)          # part two: Several provider keys
         install_kept_connections(self)      # part two: Kept connections
         install_upstream_proxy(self)        # part two: Proxies on the way up
+        install_early_responses(self)       # part two: Early responses
         install_event_streams(self)         # part two: Event streams
         install_heartbeats(self)            # part two: Heartbeats
         install_model_names(self)           # part two: Model names for the log
@@ -898,7 +901,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for check in self.server.response_checks:
                 check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
-            job = ResponseJob(self, exchange, is_chunked, secret_filter)
+            job = self.server.make_job(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
             if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
@@ -1580,7 +1583,7 @@ class Exchange:
     # -- up
 
     def send_request(self):
-        """Send head and body. A response that comes earlier ends this: see `ResponseJob.move_up`.
+        """Send head and body. A response that comes earlier ends this: see "Early responses".
 
         So does a hang-up: there may be a response in front of it.
         """
@@ -1926,7 +1929,7 @@ class Pace:
 
 
 class ResponseJob(Job):
-    """The body of one response on its way down, and what is left of the request's on its way up.
+    """The body of one response on its way down.
 
     RELAYING   the client has taken all there was: the upstream is read
     BLOCKED    the client is behind: the upstream is not read until `unsent` is gone. So the
@@ -1953,7 +1956,6 @@ class ResponseJob(Job):
         self.last_taken = 0.0               # when the client last took something
         self.pace = None                    # of the client, while it is behind
         self.heard = 0.0                    # when the upstream last sent or took something
-        self.up_waits_for = None            # while a request's body goes up: see `move_up`
         self.events = handler.server.follow_events(self, handler)
 
     # -- in the client thread, before the job is submitted
@@ -1969,11 +1971,7 @@ class ResponseJob(Job):
 
     def start(self):
         self.heard = self.loop.now
-        self.state = self.RELAYING
-        self.move_up()
-        if self.state == self.ENDED:
-            return
-        self.set_state(self.state)
+        self.set_state(self.RELAYING)
         if self.upstream.has_pending():
             self.on_upstream(READ)
 
@@ -1983,16 +1981,14 @@ class ResponseJob(Job):
         client_mask = READ if is_worth_watching(self.client) else 0
         if self.unsent:
             client_mask |= WRITE
-        upstream_mask = READ if state == self.RELAYING else 0
-        if self.up_waits_for is self.upstream and not self.outcome:
-            upstream_mask |= WRITE
         self.loop.watch(self.client, client_mask, self.on_client)
-        self.loop.watch(self.upstream, upstream_mask, self.on_upstream)
+        self.loop.watch(self.upstream, self.upstream_mask(), self.on_upstream)
+
+    def upstream_mask(self):
+        return READ if self.state == self.RELAYING else 0
 
     def on_upstream(self, mask):
         """Some of the body is here, or its end: relay it before more is read."""
-        if mask & WRITE:
-            self.move_up()
         while mask & READ and self.state == self.RELAYING:
             self.heard = self.loop.now
             self.send(self.next_bytes())
@@ -2000,34 +1996,17 @@ class ResponseJob(Job):
                 return
 
     def on_client(self, mask):
-        """The client can take more, has sent more of its body or its next request, or has left."""
+        """The client can take more, has sent more, or has left."""
         if self.state == self.ENDED:        # by an event of the same batch: nothing here is ours
             return None
         if mask & READ and has_disconnected(self.client):
             return self.finish("client_gone")
-        if self.up_waits_for is self.client:
-            self.move_up()
         if self.unsent:
             self.send(b"")
         if self.state == self.RELAYING and self.upstream.has_pending():
             self.on_upstream(READ)
         if self.state != self.ENDED:
             self.set_state(self.state)
-
-    def move_up(self):
-        """The upstream has responded before the end of the request's body, which goes on."""
-        if self.outcome:                    # the response has ended, and with it the exchange
-            return None
-        sent = self.exchange.bytes_sent
-        try:
-            self.up_waits_for = self.exchange.send_more()
-        except ClientGone as gone:
-            return self.finish(gone.outcome)
-        except ErrorResponse as error:      # the body breaks a rule, or off
-            return self.end_early(error.code)
-        if self.exchange.bytes_sent > sent:
-            self.heard = self.loop.now
-        return self.set_state(self.state)
 
     def next_bytes(self):
         """The next bytes for the client, framed. Sets `outcome` when the body is over."""
@@ -2097,14 +2076,13 @@ class ResponseJob(Job):
         self.end_early("shutdown")
         self.finish("shutdown")
 
+    def is_stalled(self):
+        """Does the client take too little?"""
+        return self.pace is not None and self.pace.patience(self.loop.now) < 0
+
     def on_tick(self):
-        if self.pace and self.pace.patience(self.loop.now) < 0:
+        if self.is_stalled():
             self.finish("client_stalled")
-        elif self.up_waits_for is self.client:
-            try:
-                self.exchange.request.upload.add_wait(TICK_SECONDS)
-            except ErrorResponse as error:
-                self.end_early(error.code)
         elif self.state == self.RELAYING and self.loop.now - self.heard > self.timeout:
             self.end_early("upstream_timeout")
         elif self.state == self.RELAYING:
@@ -5126,6 +5104,69 @@ class UpstreamProxy(urllib.request.BaseHandler):
             raise OSError("the proxy refused the tunnel with status %s" % status.decode())
         if connection.buffer:       # it would be taken for something that came through TLS
             raise ProtocolError("the proxy sent bytes behind its response")
+
+# ---- Early responses -----------------------------------------------------------------------------
+# Does: lets a request's body go on up while the response that came before its end goes down. (Part
+# one ends such an upload, and with it both connections.)
+# Touches: both connections, in the relay loop.
+# Entered: `install_early_responses` in Server.install_features sets `make_job`.
+
+def install_early_responses(server):
+    server.make_job = make_job
+
+def make_job(handler, exchange, is_chunked, secret_filter):
+    kind = ResponseJob if exchange.request_sent else TwoWayJob
+    return kind(handler, exchange, is_chunked, secret_filter)
+
+
+class TwoWayJob(ResponseJob):
+    """The body of a response on its way down, and the rest of the request's on its way up."""
+
+    up_waits_for = None                     # the side that what goes up waits for
+
+    def start(self):
+        super().start()
+        if self.state != self.ENDED:
+            self.move_up()
+
+    def move_up(self):
+        """The upstream has responded before the end of the request's body, which goes on."""
+        if self.outcome:                    # the response has ended, and with it the exchange
+            return None
+        sent = self.exchange.bytes_sent
+        try:
+            self.up_waits_for = self.exchange.send_more()
+        except ClientGone as gone:
+            return self.finish(gone.outcome)
+        except ErrorResponse as error:      # the body breaks a rule, or off
+            return self.end_early(error.code)
+        if self.exchange.bytes_sent > sent:
+            self.heard = self.loop.now
+        return self.set_state(self.state)
+
+    def upstream_mask(self):
+        goes_up = self.up_waits_for is self.upstream and not self.outcome
+        return super().upstream_mask() | (WRITE if goes_up else 0)
+
+    def on_upstream(self, mask):
+        if mask & WRITE:
+            self.move_up()
+        super().on_upstream(mask)
+
+    def on_client(self, mask):
+        super().on_client(mask)
+        if self.state != self.ENDED and self.up_waits_for is self.client:
+            self.move_up()
+
+    def on_tick(self):
+        """As long as the body's next bytes are the client's to send, its pace counts."""
+        if self.up_waits_for is not self.client or self.is_stalled():
+            super().on_tick()
+            return
+        try:
+            self.exchange.request.upload.add_wait(TICK_SECONDS)
+        except ErrorResponse as error:
+            self.end_early(error.code)
 
 # ---- Event streams -------------------------------------------------------------------------------
 # Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
