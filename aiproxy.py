@@ -14,13 +14,13 @@ Part two holds what can be taken out, each section entered at one place.
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
     Part two   Env files . Review of the settings . Health . Forgiving paths . CORS .
-               Errors in the form of other APIs . Refusals in the right form .
-               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
-               Model rules . Model list . Token and prompt limits . Several provider keys .
-               Kept connections . Proxies on the way up . Early responses . Event streams .
-               Heartbeats . Queued log . Model names for the log . Token counts . Early hints .
-               WebSocket . Banner . Tuning of the process . Open files . Workers AI .
-               Start page . Demo
+               Refusals in the right form . Keys in long errors . Redirects . Rates .
+               Trusted proxies . Body rules . Model rules . Model list .
+               Token and prompt limits . Several provider keys . Kept connections .
+               Proxies on the way up . Early responses . Event streams .
+               Errors in the form of other APIs . Heartbeats . Queued log .
+               Model names for the log . Token counts . Early hints . WebSocket . Banner .
+               Tuning of the process . Open files . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -409,7 +409,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.response_checks = []           # (handler, exchange), before its head goes down
         self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
         self.cors_headers = lambda request, settings, names: []     # header fields to add
-        self.error_form = lambda path: OPENAI_ERRORS    # the form of errors in the API there
+        # (path, error, request_id): what the body of an error in the API there is the JSON of
+        self.error_body = lambda path, error, request_id: {"error": error_object(error)}
         self.observe_response = do_nothing  # (record): what to call with each piece of its body
         self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
         self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
@@ -423,7 +424,6 @@ class Server(http.server.ThreadingHTTPServer):
         install_health(self)                # part two: Health
         install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
-        install_error_forms(self)           # part two: Errors in the form of other APIs
         install_busy_refusals(self)         # part two: Refusals in the right form
         install_secret_filter(self)         # part two: Keys in long errors
         install_redirects(self)             # part two: Redirects
@@ -438,6 +438,7 @@ class Server(http.server.ThreadingHTTPServer):
         install_upstream_proxy(self)        # part two: Proxies on the way up
         install_early_responses(self)       # part two: Early responses
         install_event_streams(self)         # part two: Event streams
+        install_error_forms(self)           # part two: Errors in the form of other APIs
         install_heartbeats(self)            # part two: Heartbeats
         install_model_names(self)           # part two: Model names for the log
         install_token_counts(self)          # part two: Token counts
@@ -529,8 +530,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def render_error(self, error, record):
         """The body of an error response, in the form of the API that was called."""
-        form = self.error_form(record.path)
-        return json.dumps(form.body(error, record.id)).encode()
+        return json.dumps(self.error_body(record.path, error, record.id)).encode()
 
     def complete_headers(self, headers, request, request_id, is_open_ended=False):
         """`headers` with what every response gets. `request` is None if it could not be read."""
@@ -1229,21 +1229,8 @@ def is_plain(text, pattern):
 
 # -- the form of our own errors
 
-class OpenAIErrors:
-    """How our errors look in OpenAI's API. See "Errors in the form of other APIs" for more."""
-
-    def body(self, error, request_id):
-        """What the body of an error response is the JSON of."""
-        return {"error": error_object(error)}
-
-    def event(self, error, request_id):
-        """The data of the event that tells of a cut stream, and its name."""
-        return self.body(error, request_id), ""
-
-
-OPENAI_ERRORS = OpenAIErrors()
-
 def error_object(error):
+    """An error in OpenAI's API. See "Errors in the form of other APIs" for more."""
     kind = "invalid_request_error"
     if error.status == 429:
         kind = "rate_limit_error"
@@ -3592,71 +3579,6 @@ OPTIONS += (
            "else none"),
 )
 
-# ---- Errors in the form of other APIs ------------------------------------------------------------
-# Does: gives our errors the form of the API that was called, so that its SDK can show them.
-# Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Server.install_features finds the form by the path.
-
-ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
-    504: "timeout_error"}
-GOOGLE_STATUSES = {     # google/rpc/code.proto; any other is UNAVAILABLE or INVALID_ARGUMENT
-    401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
-    408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 501: "UNIMPLEMENTED",
-    504: "DEADLINE_EXCEEDED"}
-
-
-class ResponsesErrors(OpenAIErrors):
-    """OpenAI's Responses API: its own kind of event, whose name says what it is.
-
-    `error` is what OpenAI's SDKs raise, the rest is what the API documents. Some clients pass over
-    an event without its number, which nobody here has counted.
-    """
-
-    def event(self, error, request_id):
-        details = error_object(error)
-        return dict(details, type="error", sequence_number=0, error=details), "error"
-
-
-class AnthropicErrors(OpenAIErrors):
-    """The Messages API. Its SDKs pass over events without a name."""
-
-    def body(self, error, request_id):
-        kind = "api_error" if error.status >= 500 else "invalid_request_error"
-        details = {"type": ANTHROPIC_TYPES.get(error.status, kind), "message": error.message}
-        return {"type": "error", "error": details, "request_id": request_id}
-
-    def event(self, error, request_id):
-        return self.body(error, request_id), "error"
-
-
-class GoogleErrors(OpenAIErrors):
-    """Gemini's own API. Its SDKs compare `code` with numbers, in an event as well."""
-
-    def body(self, error, request_id):
-        status = "UNAVAILABLE" if error.status >= 500 else "INVALID_ARGUMENT"
-        return {"error": {"code": error.status, "message": error.message,
-                          "status": GOOGLE_STATUSES.get(error.status, status)}}
-
-
-ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
-    (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
-    (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
-    (re.compile("/+v1(?:alpha|beta)/"), GoogleErrors()),
-    # google-genai 3 calls /v1/models/MODEL:generateContent. OpenAI-style names have tags (m:8b).
-    (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
-)
-
-def install_error_forms(server):
-    server.error_form = find_error_form
-
-def find_error_form(path):
-    for pattern, form in ERROR_FORMS:
-        if pattern.match(path):
-            return form
-    return OPENAI_ERRORS
-
 # ---- Refusals in the right form ------------------------------------------------------------------
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
 # read the 503 (CORS), and the SDK understands it.
@@ -5178,6 +5100,7 @@ EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 def install_event_streams(server):
     server.follow_events = follow_events
+    server.error_form = lambda path: OPENAI_ERRORS      # of the events of the API there
 
 def follow_events(job, handler):
     """What follows the events of a response; None where no event of ours can go down."""
@@ -5190,6 +5113,21 @@ def follow_events(job, handler):
     is_in_doubt = job.upstream.is_tls and isinstance(job.body, UntilCloseBody)
     last_event = LastEvent() if is_in_doubt else None
     return EventStream(last_event, functools.partial(error_event, handler))
+
+
+class OpenAIErrors:
+    """How our errors look in OpenAI's API."""
+
+    def body(self, error, request_id):
+        """What the body of an error response is the JSON of."""
+        return {"error": error_object(error)}
+
+    def event(self, error, request_id):
+        """The data of the event that tells of a cut stream, and its name."""
+        return self.body(error, request_id), ""
+
+
+OPENAI_ERRORS = OpenAIErrors()
 
 def error_event(handler, error):
     """The event that tells of an error in a stream that has begun."""
@@ -5264,6 +5202,76 @@ class LastEvent:
     def is_final(self):
         """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
         return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
+
+# ---- Errors in the form of other APIs ------------------------------------------------------------
+# Does: gives our errors the form of the API that was called, so that its SDK can show them.
+# Touches: nothing; it makes other objects of the same errors.
+# Entered: `install_error_forms` in Server.install_features finds the form by the path.
+# Needs: Event streams.
+
+ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error"}
+GOOGLE_STATUSES = {     # google/rpc/code.proto; any other is UNAVAILABLE or INVALID_ARGUMENT
+    401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
+    408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 501: "UNIMPLEMENTED",
+    504: "DEADLINE_EXCEEDED"}
+
+
+class ResponsesErrors(OpenAIErrors):
+    """OpenAI's Responses API: its own kind of event, whose name says what it is.
+
+    `error` is what OpenAI's SDKs raise, the rest is what the API documents. Some clients pass over
+    an event without its number, which nobody here has counted.
+    """
+
+    def event(self, error, request_id):
+        details = error_object(error)
+        return dict(details, type="error", sequence_number=0, error=details), "error"
+
+
+class AnthropicErrors(OpenAIErrors):
+    """The Messages API. Its SDKs pass over events without a name."""
+
+    def body(self, error, request_id):
+        kind = "api_error" if error.status >= 500 else "invalid_request_error"
+        details = {"type": ANTHROPIC_TYPES.get(error.status, kind), "message": error.message}
+        return {"type": "error", "error": details, "request_id": request_id}
+
+    def event(self, error, request_id):
+        return self.body(error, request_id), "error"
+
+
+class GoogleErrors(OpenAIErrors):
+    """Gemini's own API. Its SDKs compare `code` with numbers, in an event as well."""
+
+    def body(self, error, request_id):
+        status = "UNAVAILABLE" if error.status >= 500 else "INVALID_ARGUMENT"
+        return {"error": {"code": error.status, "message": error.message,
+                          "status": GOOGLE_STATUSES.get(error.status, status)}}
+
+
+ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
+    (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
+    (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
+    (re.compile("/+v1(?:alpha|beta)/"), GoogleErrors()),
+    # google-genai 3 calls /v1/models/MODEL:generateContent. OpenAI-style names have tags (m:8b).
+    (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
+)
+
+def install_error_forms(server):
+    server.error_form = find_error_form
+    server.error_body = error_body
+
+def error_body(path, error, request_id):
+    return find_error_form(path).body(error, request_id)
+
+def find_error_form(path):
+    for pattern, form in ERROR_FORMS:
+        if pattern.match(path):
+            return form
+    return OPENAI_ERRORS
 
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
@@ -7003,7 +7011,7 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
 
     def send_failure(self, status, code, message):
         error = ErrorResponse(status, code, message)
-        self.send_json(status, OPENAI_ERRORS.body(error, ""))
+        self.send_json(status, {"error": error_object(error)})
 
     def send_json(self, status, data):
         body = json.dumps(data).encode()
