@@ -534,9 +534,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def complete_headers(self, headers, request, request_id, is_open_ended=False):
         """`headers` with what every response gets. `request` is None if it could not be read."""
-        headers = headers + own_headers(headers, request_id, is_open_ended)
-        names = [name.lower() for name, _ in headers]
-        return headers + self.cors_headers(request, self.settings, names)
+        present = {name.lower(): value for name, value in headers}
+        headers = headers + own_headers(present, request_id, is_open_ended)
+        return headers + self.cors_headers(request, self.settings, present)
 
     def linger(self, sock, address):
         """Leave a connection that has been answered to a lingering close."""
@@ -1339,9 +1339,11 @@ def downstream_headers(headers, settings):
             fields.append((name, value))
     return fields
 
-def own_headers(headers, request_id, is_open_ended):
-    """What every response gets where `headers` has none; more if its length is not declared."""
-    present = {name.lower(): value for name, value in headers}
+def own_headers(present, request_id, is_open_ended):
+    """What every response gets where it has none; more if its length is not declared.
+
+    `present` has its fields, by names in lower case.
+    """
     fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
     is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
@@ -3031,7 +3033,9 @@ class Settings:
         self.provider_keys = self.read(provider.key_variable)
         if provider.prepare:
             provider.prepare(self)
-        # Client keys without a provider key guard an upstream that wants none in the same way.
+        # Is a key of ours at stake, one that is hidden or ones that were given out? Then only what
+        # is named goes up, paths and header fields. (Client keys without a provider key guard an
+        # upstream that wants none.)
         self.has_own_keys = bool(self.provider_keys or self.client_keys)
         if self.has_own_keys and self.paths is None:
             rules = [("POST", path) for path in provider.paths]
