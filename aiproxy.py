@@ -6711,11 +6711,12 @@ PROVIDERS["workers-ai"] = Provider(
     prepare=prepare_workers, handler=WorkersHandler)
 
 # ---- Start page ----------------------------------------------------------------------------------
-# Does: gives a browser a page at /: what this address is, a prompt to try, snippets to copy.
+# Does: gives a browser a page at /, English or Chinese: a prompt to try, snippets to copy.
 # Touches: nothing. It is a constant, and asks /, /health and /v1 like any client.
 # Entered: `install_start_page` in Server.install_features, for GET / with Accept: text/html.
 
-PAGE = r"""<!doctype html><html lang="en"><title>aiproxy</title>
+# The words in {{ }} are replaced by those of CHINESE, and the nonce by a new one.
+PAGE = r"""<!doctype html><html lang="{{en}}"><title>{{aiproxy: an AI endpoint}}</title>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <style nonce="{{NONCE}}">
   :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --accent: #0b5fc4 }
@@ -6729,9 +6730,9 @@ PAGE = r"""<!doctype html><html lang="en"><title>aiproxy</title>
   main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 404px), 1fr)) }
   header { grid-column: 1 / -1 }
   body, input, textarea, pre { background: var(--page); color: var(--ink) }
-  section, button { background: var(--card); color: var(--ink) }
-  section, button, input, textarea, pre { border: 1px solid var(--line); border-radius: 6px }
-  section { border-radius: 10px; padding: 20px }
+  form, section, button { background: var(--card); color: var(--ink) }
+  form, section, button, input, textarea, pre { border: 1px solid var(--line); border-radius: 6px }
+  form, section { border-radius: 10px; padding: 20px }
   h1 { font-size: 26px }  h2 { font-size: 18px }
   small, dt, #thought { color: var(--dim); font-size: 14px; font-weight: 400 }
   dl { display: grid; grid: auto / auto minmax(0, 1fr); gap: 6px 16px; align-items: baseline }
@@ -6740,7 +6741,7 @@ PAGE = r"""<!doctype html><html lang="en"><title>aiproxy</title>
   h3, label { font-size: 14px; justify-content: space-between }
   dl, h3, label, .bar, .bar ~ p { margin-top: 14px }
   input, textarea, pre { font: inherit; width: 100%; padding: 9px 11px; margin-top: 5px }
-  textarea { resize: vertical }
+  input, textarea { border-color: gray; resize: vertical }
   pre, code { font: 12.5px/1.6 ui-monospace, Menlo, Consolas, monospace }
   dd, pre, .bar ~ p { overflow: auto; overflow-wrap: anywhere }
   button { font: 14px/1.5 system-ui, sans-serif; padding: 3px 11px }
@@ -6749,37 +6750,30 @@ PAGE = r"""<!doctype html><html lang="en"><title>aiproxy</title>
   button:disabled { opacity: .4 }
   .bar ~ p { white-space: pre-wrap; max-height: 60vh }
   #error { color: var(--bad); border-left: 3px solid; padding-left: 12px }
-  p:empty { display: none }
+  p:empty { margin: 0 }
 </style>
 <main><header>
-    <h1>aiproxy <small id="version"></small></h1><p id="what">Asking this address what it is ...</p>
-    <dl><dt>Base URL</dt><dd><code id="base"></code><button data-of="base">Copy</button></dd>
-      <dt>Key</dt><dd id="rule"></dd><dt>Models</dt><dd id="models"></dd></dl>
-  </header><section><h2>Try it</h2>
+    <h1>aiproxy <small id="version"></small></h1><p id="what"></p>
+    <dl><dt>Base URL</dt><dd><code id="base"></code><button data-of="base">{{Copy}}</button></dd>
+      <dt>{{Key}}</dt><dd id="rule"></dd><dt>{{Models}}</dt><dd id="models"></dd></dl>
+  </header><form id="form"><h2>{{Try it}}</h2>
     <div id="keys" hidden>
-      <label for="key">Your key</label><input id="key" type="password" autocomplete="off">
-      <small>Stays in this page: sent to this address only, kept nowhere.</small></div>
-    <label for="model">Model</label>
+      <label for="key">{{Your key}}</label><input id="key" type="password" autocomplete="off">
+      <small>{{Sent to this address only, kept nowhere.}}</small></div>
+    <label for="model">{{Model}}</label>
     <input id="model" autocomplete="off" autocapitalize="off" spellcheck="false">
-    <label for="prompt">Prompt</label>
-    <textarea id="prompt" rows="3">Say hello in one short sentence.</textarea>
-    <div class="bar"><button id="send">Send</button><button id="stop" disabled>Stop</button>
-      <small id="figures" role="status"></small></div>
-    <p id="error" role="alert"></p><p id="thought"></p><p id="answer"></p>
-  </section><section><h2>Use it</h2>
-    <h3>curl <button data-of="curl">Copy</button></h3><pre id="curl" tabindex="0"></pre>
-    <h3>Python <button data-of="python">Copy</button></h3><pre id="python" tabindex="0"></pre>
-    <h3>JavaScript, in a browser <button data-of="script">Copy</button></h3>
+    <label for="prompt">{{Prompt}} <small>{{Enter sends, Shift+Enter: new line}}</small></label>
+    <textarea id="prompt" rows="3" enterkeyhint="send">{{Say hello in a sentence.}}</textarea>
+    <div class="bar"><button id="send">{{Send}}</button>
+      <button id="stop" type="button" disabled>{{Stop}}</button><small id="figures"></small></div>
+    <p id="error" role="alert"></p><p id="thought"></p><p id="answer" aria-live="polite"></p>
+  </form><section><h2>{{Use it}}</h2>
+    <h3>curl <button data-of="curl">{{Copy}}</button></h3><pre id="curl" tabindex="0"></pre>
+    <h3>Python <button data-of="python">{{Copy}}</button></h3><pre id="python" tabindex="0"></pre>
+    <h3>{{JavaScript (browser)}} <button data-of="script">{{Copy}}</button></h3>
     <pre id="script" tabindex="0"></pre>
 </section></main>
 <script type="module" nonce="{{NONCE}}">
-const WORDS = {
-  openai: "An OpenAI-style API", anthropic: "Anthropic's Messages API",
-  relayed: ", relayed to an AI provider. Answers stream in as the provider sends them.",
-  keyNeeded: "needed with every request", noKeyNeeded: "none needed", copied: "Copied",
-  modelsLater: "shown once your key is typed in", waiting: "waiting ...", stopped: " (stopped)",
-  firstEvent: "first event after ", ms: " ms", speed: " tokens/s", counting: ", counting events",
-}
 const OPENAI_SDK = ["OpenAI", "chat.completions.create(", 'event.choices[0].delta.content or ""']
 const ANTHROPIC_SDK = ["Anthropic", "messages.create(max_tokens=1024,",
   'event.delta.text if event.type == "content_block_delta" else ""']
@@ -6809,7 +6803,7 @@ async function send(path, options) {    // an error: status, code and message, o
 }
 const getJson = async path => (await send(path)).json()
 async function showModels() {       // from /health, or else from the provider's own list
-  page.models.textContent = WORDS.modelsLater
+  page.models.textContent = "{{shown once your key is typed in}}"
   try {
     let names = (await getJson("/health")).models ?? []
     const mayAsk = !about.client_key_needed || page.key.value.trim()
@@ -6840,7 +6834,7 @@ async function ask() {
   controller = new AbortController()
   for (const button of [page.send, page.stop]) button.toggleAttribute("disabled")
   for (const element of [page.error, page.thought, page.answer]) element.textContent = ""
-  page.figures.textContent = WORDS.waiting
+  page.figures.textContent = "{{waiting ...}}"
   try {
     await modelsShown
     const body = requestBody(page.model.value.trim() || undefined, page.prompt.value)
@@ -6848,7 +6842,7 @@ async function ask() {
     for await (const event of readEvents(response)) showEvent(event, timing)
   } catch (error) {
     if (!timing.first) page.figures.textContent = ""
-    if (error.name === "AbortError") page.figures.append(WORDS.stopped)
+    if (error.name === "AbortError") page.figures.append("{{ (stopped)}}")
     else page.error.textContent = error.message
   }
   for (const button of [page.send, page.stop]) button.toggleAttribute("disabled")
@@ -6867,11 +6861,11 @@ function showEvent({ error, usage, delta, content, choices }, timing) {     // o
   page.figures.textContent = figures(timing)
 }
 function figures({ sent, first, texts, tokens }) {
-  const delay = WORDS.firstEvent + Math.round(first - sent) + WORDS.ms
+  const delay = "{{first event after}} " + Math.round(first - sent) + " ms"
   const seconds = (texts.at(-1) - texts[0]) / 1000
   if (!(seconds > 0.1)) return delay        // as long as there is no text, it is not a number
   const speed = (Math.max(tokens, texts.length) - 1) / seconds
-  return delay + ", " + speed.toFixed(1) + WORDS.speed + (tokens ? "" : WORDS.counting)
+  return delay + "{{, }}" + (tokens ? "" : "~") + speed.toFixed(1) + " tokens/s"
 }
 function showSnippets() {       // the same call three times, for this very address
   const url = location.origin + path, model = page.model.value.trim() || "MODEL"
@@ -6888,7 +6882,8 @@ stream = client.${create}
     messages=[{"role": "user", "content": "Hello!"}])
 for event in stream:
     print(${text}, end="", flush=True)`
-  page.script.textContent = `const answer = await fetch("${url}", {
+  page.script.textContent = `const url = "${url}"
+const answer = await fetch(url, {
   method: "POST",
   headers: ${JSON.stringify(headers, null, 4).replace("\n}", " }")},
   body: JSON.stringify(${body})
@@ -6898,24 +6893,39 @@ for (let piece; !(piece = await reader.read()).done;)
   console.log(text.decode(piece.value, { stream: true }))`
 }
 page.version.textContent = about.version
-page.what.textContent = (anthropic ? WORDS.anthropic : WORDS.openai) + WORDS.relayed
+page.what.textContent = (anthropic ? "Anthropic" : "OpenAI") +
+  "{{-style API, relayed to an AI provider. Answers stream in.}}"
 page.base.textContent = location.origin + (anthropic ? "" : about.api)
 page.keys.hidden = !about.client_key_needed
-page.rule.textContent = about.client_key_needed ? WORDS.keyNeeded : WORDS.noKeyNeeded
-page.send.onclick = ask
+page.rule.textContent = about.client_key_needed ? "{{needed with each request}}" : "{{not needed}}"
+page.form.onsubmit = event => { event.preventDefault(); if (!page.send.disabled) ask() }
 page.stop.onclick = () => controller.abort()
 page.model.oninput = showSnippets
 page.key.onchange = () => { modelsShown = showModels() }
 page.key.onchange()
-const isSend = event => event.key === "Enter" && (event.ctrlKey || event.metaKey)
-page.prompt.onkeydown = event => { if (isSend(event)) page.send.click() }
+const isSend = event => event.keyCode === 13 && !event.shiftKey     // 229 as part of composing
+page.prompt.onkeydown = event => { if (isSend(event)) page.form.onsubmit(event) }
 for (const button of document.querySelectorAll("[data-of]")) button.onclick = () => {
   getSelection().selectAllChildren(page[button.dataset.of])
   document.execCommand("copy")      // over plain http there is no navigator.clipboard
-  button.textContent = WORDS.copied
+  button.textContent = "{{Copied}}"
+  setTimeout(() => { button.textContent = "{{Copy}}" }, 2000)
 }
 </script>
 """
+CHINESE = {
+    "en": "zh-CN", "aiproxy: an AI endpoint": "aiproxy：AI 接口", "Use it": "调用示例",
+    "-style API, relayed to an AI provider. Answers stream in.":
+        " 兼容 API，转发至 AI 服务商，回答流式输出。",
+    "Key": "API Key", "needed with each request": "每次请求都需要", "not needed": "不需要",
+    "Models": "模型", "shown once your key is typed in": "填写 API Key 后显示", "Try it": "试一试",
+    "Your key": "你的 API Key", "Model": "模型", "Copy": "复制", "Copied": "已复制",
+    "Sent to this address only, kept nowhere.": "只发送到此地址，不会保存。",
+    "Prompt": "提示词", "Say hello in a sentence.": "用一句话打个招呼。", "Send": "发送",
+    "Enter sends, Shift+Enter: new line": "Enter 发送，Shift+Enter 换行", "Stop": "停止",
+    "waiting ...": "等待响应……", "first event after": "首个事件耗时", ", ": "，",
+    " (stopped)": "（已停止）", "JavaScript (browser)": "JavaScript（浏览器）",
+}
 PAGE_RULES = (
     "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -6928,10 +6938,10 @@ def answer_with_page(handler):
     wants_page = b"text/html" in request.headers.get(b"accept", b"")
     if request.path != "/" or not wants_page or not request.is_read_only:
         return False
-    handler.send_response(200, *start_page())
+    handler.send_response(200, *start_page(request))
     return True
 
-def start_page():
+def start_page(request):
     """The headers and the content of the page, as bytes.
 
     Nothing runs or is fetched but what stands in it: each response has a nonce of its own.
@@ -6940,13 +6950,16 @@ def start_page():
     headers = [
         ("Content-Type", "text/html; charset=utf-8"),
         ("Content-Security-Policy", PAGE_RULES % (nonce, nonce)),
-        ("Vary", "Accept"),
+        ("Vary", "Accept, Accept-Language"),
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("Referrer-Policy", "no-referrer"),
     ]
-    content = PAGE.replace("{{NONCE}}", nonce).encode()
-    return [(name.encode(), value.encode()) for name, value in headers], content
+    # Browsers name the language that they prefer first.
+    prefers_chinese = request.headers.get(b"accept-language", b"").lower().startswith(b"zh")
+    words = dict(CHINESE if prefers_chinese else {}, NONCE=nonce)
+    content = re.sub("{{(.+?)}}", lambda match: words.get(match[1], match[1]), PAGE)
+    return [(name.encode(), value.encode()) for name, value in headers], content.encode()
 
 # ---- Demo ----------------------------------------------------------------------------------------
 # Does: starts a small OpenAI-style provider inside, and sends it one chat request by the relay.

@@ -45,7 +45,10 @@ CHUNKED = [("Transfer-Encoding", "chunked")]
 TIMEOUT = 8                 # AIPROXY_TIMEOUT: long enough for a machine that stumbles
 MAX_BODY = 4 << 20          # AIPROXY_MAX_BODY
 MAX_CONNECTIONS = 128       # AIPROXY_MAX_CONNECTIONS: a crowd reaches it
-MEMORY_SLACK = 4 << 20      # bytes that a relay may use more than after the warm-up,
+# What a relay may use more than after the warm-up. A leak shows in the blocks: the bytes also grow
+# where a few objects keep one of Python's arenas, a megabyte each, that a large body once needed.
+BLOCK_SLACK = 1.1           # times the blocks of memory that Python's objects take
+MEMORY_SLACK = 24 << 20     # bytes,
 STACK_SLACK = 64 << 10      # and for each thread: its stack keeps the pages that it once touched
 SETTLE_SECONDS = 40         # until the relays' own limits have ended connections
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # for SO_LINGER: close() sends a reset
@@ -60,15 +63,21 @@ LIMITS = {
 }
 
 # The program with these limits. At SIGUSR1 it returns to the system what glibc keeps although it
-# is free: places between what is in use, and caches. That is no leak; the report gives both.
-RUN = """import ctypes, signal, sys, aiproxy
+# is free: places between what is in use, and caches. That is no leak; the report gives both. And
+# it says how many blocks of memory its objects take.
+RUN = """import ctypes, gc, os, signal, sys, aiproxy
 limits = %r
 unknown = set(limits) - set(vars(aiproxy))
 if unknown:
     sys.exit("LIMITS in soak.py: not in aiproxy.py: " + ", ".join(sorted(unknown)))
 vars(aiproxy).update(limits)
+def report(*_):
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+    blocks = getattr(sys, "getallocatedblocks", int)()
+    os.write(2, b"blocks %%d\\n" %% blocks)
 if hasattr(signal, "SIGUSR1"):
-    signal.signal(signal.SIGUSR1, lambda *_: getattr(ctypes.CDLL(None), "malloc_trim", int)(0))
+    signal.signal(signal.SIGUSR1, report)
 sys.exit(aiproxy.main())
 """
 
@@ -334,7 +343,7 @@ class Upstream:
 
 # ---- The relays -----------------------------------------------------------------------------
 
-Usage = collections.namedtuple("Usage", "memory threads descriptors")     # memory in bytes
+Usage = collections.namedtuple("Usage", "memory threads descriptors blocks")  # memory in bytes
 
 
 class Relay:
@@ -347,6 +356,7 @@ class Relay:
         self.outcomes = collections.Counter()       # of the requests in its log
         self.peak = 0                               # bytes of memory
         self.untrimmed = 0                          # bytes of memory before SIGUSR1
+        self.blocks = 0                             # what it said at the last SIGUSR1
 
         self.process = self.start(real_limits, settings)
         self.address = self.read_address()
@@ -374,7 +384,10 @@ class Relay:
 
     def read_errors(self):
         for line in self.process.stderr:
-            self.errors.append(line)
+            if line.startswith("blocks "):
+                self.blocks = int(line.split()[1])
+            else:
+                self.errors.append(line)
 
     def read_log(self):
         for line in self.process.stdout:
@@ -391,7 +404,8 @@ class Relay:
         return Usage(
             memory=int(status["VmRSS"].split()[0]) << 10,
             threads=int(status["Threads"]),
-            descriptors=len(os.listdir(folder + "fd")))
+            descriptors=len(os.listdir(folder + "fd")),
+            blocks=self.blocks)
 
     def settled_usage(self, fresh):
         """What it uses when the clients have left.
@@ -819,6 +833,7 @@ def print_usage(relay, stages):
     print(row % ("memory, MB", *("%.1f" % (usage.memory / 1e6) for usage in stages)))
     print(row % ("threads", *(usage.threads for usage in stages)))
     print(row % ("descriptors", *(usage.descriptors for usage in stages)))
+    print(row % ("blocks of memory", "", *(usage.blocks for usage in stages[1:])))
 
     freed = relay.untrimmed - stages[-1].memory
     print("  %-24s %32.1f" % ("free, but kept by malloc", freed / 1e6))
@@ -830,6 +845,9 @@ def check_usage(relay, stages, report):
     most = warm.memory + MEMORY_SLACK + STACK_SLACK * end.threads
     report.check(end.memory <= most, "%s: memory grew from %d to %d bytes"
                  % (relay.name, warm.memory, end.memory))
+    most = warm.blocks * BLOCK_SLACK
+    report.check(end.blocks <= most, "%s: blocks of memory grew from %d to %d"
+                 % (relay.name, warm.blocks, end.blocks))
     # The executor keeps the threads of the largest crowd; those that were refused had none.
     most = fresh.threads + 2 * MAX_CONNECTIONS
     report.check(end.threads <= most, "%s: %d threads are left, %d at most are for clients"

@@ -475,11 +475,14 @@ def clean_environ(env=None):
 
 
 class Program:
-    """aiproxy.py as a process of its own, on a free port that its banner names."""
+    """aiproxy.py as a process of its own, on a free port that its banner names.
 
-    def __init__(self, *arguments, env=None):
+    `command` is what starts it, if not this Python.
+    """
+
+    def __init__(self, *arguments, env=None, command=(sys.executable, PROGRAM)):
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments],
+            [*command, *arguments],
             env=clean_environ({"AIPROXY_PORT": "0", **(env or {})}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -493,7 +496,7 @@ class Program:
         self.start_collecting(self.process.stderr, self.errors)
         self.start_collecting(self.process.stdout, self.lines)
 
-        match = self.wait_for_line(self.errors, r"on (http://\S+:(\d+))")
+        match = self.wait_for_line(self.errors, r"on (https?://\S+:(\d+))")
         self.url = match.group(1)
         self.address = ("127.0.0.1", int(match.group(2)))
 

@@ -2,6 +2,9 @@
 // `openai` package; then the start page is used.
 import assert from "node:assert/strict"
 import { execFileSync } from "node:child_process"
+import { once } from "node:events"
+import { connect } from "node:net"
+import { createServer as createTlsServer } from "node:tls"
 import { fileURLToPath } from "node:url"
 import { build } from "esbuild"
 import { chromium } from "playwright-core"
@@ -188,8 +191,12 @@ const demo = await startRelay({}, "--demo")
 const guarded = await startRelay({ CLIENT_KEYS: "app=ck-app" }, "--demo")
 const complaints = []
 
-async function onStartPage(url, what) {
-  const context = await browser.newContext({ permissions: ["clipboard-read"] })
+async function onStartPage(url, what, locale = "en-US") {
+  const context = await browser.newContext({
+    locale,
+    permissions: ["clipboard-read"],
+    ignoreHTTPSErrors: true,
+  })
   const page = await context.newPage()
   page.on("console", message => {
     if (/Content.Security.Policy|Uncaught/i.test(message.text())) complaints.push(message.text())
@@ -205,6 +212,8 @@ async function onStartPage(url, what) {
   }
 }
 const idle = page => page.waitForFunction(() => !document.querySelector("#send").disabled)
+const arrived = page =>
+  page.waitForFunction(() => /arrives\.$/.test(document.querySelector("#answer").textContent))
 
 await check("start page: strict about what it may load, and a nonce for each time", () =>
   onStartPage(demo.url, async (page, reply) => {
@@ -232,12 +241,10 @@ await check("start page: a prompt streams in, with its figures", () =>
       )
     })
     await page.click("#send")
-    await page.waitForFunction(() =>
-      /arrives\.$/.test(document.querySelector("#answer").textContent)
-    )
+    await arrived(page)
     await idle(page)
     assert((await page.evaluate(() => steps.size)) > 10)
-    assert.match(await page.textContent("#figures"), /^first event after \d+ ms, \d+\.\d tokens\/s/)
+    assert.match(await page.textContent("#figures"), /^first event after \d+ ms, ~\d+\.\d tokens/)
   })
 )
 await check("start page: an answer that breaks off keeps what came, and says so", async () => {
@@ -285,9 +292,7 @@ await check(
       await page.press("#key", "Tab")
       await page.locator("#models button", { hasText: "demo" }).waitFor()
       await page.click("#send")
-      await page.waitForFunction(() =>
-        /arrives\.$/.test(document.querySelector("#answer").textContent)
-      )
+      await arrived(page)
       assert.deepEqual(
         await page.evaluate(() => [
           localStorage.length,
@@ -331,17 +336,152 @@ await check("start page: the snippets are copied, and curl's and the browser's r
     assert.match(said.join(""), /data: \[DONE\]\s*$/)
   })
 )
-for (const [width, height] of [
-  [390, 844],
-  [1280, 800],
-]) {
-  await check(`start page: nothing sticks out at ${width} pixels`, () =>
-    onStartPage(demo.url, async page => {
-      await page.setViewportSize({ width, height })
-      await page.locator("#models button").waitFor()
-      assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), width)
+
+// In two languages. `visible` are all words of the page but those of the snippets, which have none.
+const visible = page =>
+  page.evaluate(() => {
+    for (const code of document.querySelectorAll("pre, code")) code.remove()
+    return document.body.innerText
+  })
+const ENGLISH = {
+  locale: "en-US",
+  lang: "en",
+  title: "aiproxy: an AI endpoint",
+  words: /Models[^]+Try it[^]+Your key[^]+Prompt[^]+Send[^]+Stop[^]+Use it/,
+  foreign: /[\u3000-\u9fff\uff00-\uffef]/,
+  prompt: /^Say hello/,
+  copy: ["Copy", "Copied"],
+  figures: /^first event after \d+ ms, ~\d+\.\d tokens\/s$/,
+}
+const CHINESE = {
+  locale: "zh-CN",
+  lang: "zh-CN",
+  title: "aiproxy：AI 接口",
+  words: /模型[^]+试一试[^]+你的 API Key[^]+提示词[^]+发送[^]+停止[^]+调用示例/,
+  foreign: /\b(?!aiproxy|OpenAI|AI|API|Key|Base|URL|Shift|Enter|curl|Python|JavaScript)[a-z]{2}/i,
+  prompt: /^用一句话/,
+  copy: ["复制", "已复制"],
+  figures: /^首个事件耗时 \d+ ms，~\d+\.\d tokens\/s$/,
+}
+const front = createTlsServer(selfSigned(), client => {
+  const upstream = connect(new URL(guarded.url).port, "127.0.0.1")
+  client.pipe(upstream).pipe(client)
+  for (const socket of [client, upstream]) socket.on("error", () => upstream.destroy())
+})
+front.listen(0, "127.0.0.1")
+await once(front, "listening")
+const secure = `https://localhost:${front.address().port}`
+
+function selfSigned() {
+  const command =
+    "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout - -out - 2>&1"
+  const pem = execFileSync("sh", ["-c", command], { encoding: "utf8" })
+  return { key: pem, cert: pem }
+}
+for (const { locale, lang, title, words, foreign, prompt, copy, figures } of [ENGLISH, CHINESE]) {
+  await check(`start page, ${locale}: its words, from the first byte, and no others`, () =>
+    onStartPage(
+      guarded.url,
+      async (page, reply) => {
+        assert.match(await reply.text(), new RegExp(`lang="${lang}"><title>${title}<`))
+        await page.locator("#curl:not(:empty)").waitFor()
+        assert.equal(await page.evaluate(() => document.documentElement.lang), lang)
+        assert.equal(await page.title(), title)
+        assert.match(await page.inputValue("#prompt"), prompt)
+        const text = await visible(page)
+        assert.match(text, words)
+        assert.doesNotMatch(text, foreign)
+      },
+      locale
+    )
+  )
+  for (const url of [guarded.url, secure]) {
+    const scheme = new URL(url).protocol
+    await check(`start page, ${locale}, ${scheme} by the keyboard: key, prompt, copy`, () =>
+      onStartPage(
+        url,
+        async page => {
+          await page.locator("#curl:not(:empty)").waitFor()
+          await page.getByLabel("Key").fill("ck-app")
+          await page.press("#key", "Tab")
+          await page.locator("#models button").waitFor()
+          await page.fill("#prompt", "")
+          await page.focus("#prompt")
+          await page.keyboard.type("a")
+          await page.keyboard.press("Shift+Enter")
+          await page.keyboard.type("b")
+          const composing = { key: "Enter", keyCode: 229, isComposing: true }
+          await page.dispatchEvent("#prompt", "keydown", composing)
+          assert.equal(await page.inputValue("#prompt"), "a\nb")
+          assert.equal(await page.textContent("#figures"), "")
+          await page.keyboard.press("Enter")
+          await arrived(page)
+          await idle(page)
+          assert.match(await page.textContent("#figures"), figures)
+          assert.equal(await page.inputValue("#prompt"), "a\nb")
+
+          const button = page.locator("[data-of=curl]")
+          assert.equal(await button.textContent(), copy[0])
+          await button.press("Enter")
+          assert.equal(await button.textContent(), copy[1])
+          const copied = await page.evaluate(() => navigator.clipboard.readText())
+          assert(copied.startsWith(`curl -N ${url}/v1/chat/completions`), copied)
+          await page.getByText(copy[1]).waitFor({ state: "detached" })
+          assert.equal(await page.textContent("#base"), url + "/v1")
+        },
+        locale
+      )
+    )
+  }
+  for (const [width, height] of [
+    [390, 844],
+    [1280, 800],
+  ]) {
+    await check(`start page, ${locale}: nothing sticks out at ${width} pixels`, () =>
+      onStartPage(
+        demo.url,
+        async page => {
+          await page.setViewportSize({ width, height })
+          await page.locator("#models button").waitFor()
+          assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), width)
+        },
+        locale
+      )
+    )
+  }
+}
+for (const colorScheme of ["light", "dark"]) {
+  await check(`start page, ${colorScheme}: each text has a contrast of 4.5 at least`, () =>
+    onStartPage(guarded.url, async page => {
+      await page.emulateMedia({ colorScheme })
+      await page.fill("#model", "demo")
+      await page.click("#send")
+      await page.locator("#error:not(:empty)").waitFor()
+      const poor = await page.evaluate(lowContrasts)
+      assert.deepEqual(poor, [])
     })
   )
+}
+function lowContrasts() {
+  const numbers = color => color.match(/[\d.]+/g).map(Number)
+  function luminance(color) {
+    const linear = numbers(color)
+      .slice(0, 3)
+      .map(value => value / 255)
+      .map(value => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+  }
+  function background(element) {
+    const color = getComputedStyle(element).backgroundColor
+    return numbers(color)[3] === 0 ? background(element.parentElement) : color
+  }
+  const poor = []
+  for (const element of document.querySelectorAll("main *:not(:disabled)")) {
+    const [a, b] = [getComputedStyle(element).color, background(element)].map(luminance)
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)
+    if (contrast < 4.5) poor.push([element.outerHTML, contrast])
+  }
+  return poor
 }
 await check("start page: no complaint in the console", async () => assert.deepEqual(complaints, []))
 await check("no fault was printed", async () => {
