@@ -13,14 +13,15 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
-    Part two   Env files . Review of the settings . Health . Forgiving paths . CORS .
-               Refusals in the right form . Keys in long errors . Redirects . Rates .
-               Trusted proxies . Body rules . Model rules . Model list .
-               Token and prompt limits . Several provider keys . Kept connections .
-               Proxies on the way up . Early responses . Event streams .
-               Errors in the form of other APIs . Heartbeats . Queued log .
-               Model names for the log . Token counts . Early hints . WebSocket . Banner .
-               Tuning of the process . Open files . Workers AI . Start page . Demo
+    Part two   Env files . Values from files . Review of the settings . Reload . HTTPS .
+               Health . Forgiving paths . CORS . Refusals in the right form .
+               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
+               Model rules . Model list . Token and prompt limits . Several provider keys .
+               Kept connections . Proxies on the way up . Fields for the upstream .
+               Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
+               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
+               More providers . Banner . A live check . Tuning of the process . Open files .
+               Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -41,7 +42,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
  1. Read what is there, not `read(n)`. `read(4096)` waits for 4096 bytes or the end, and so holds
     back every event of a stream until it is over. (`BodyReader.read`)
  2. Never follow a redirect: it would carry the provider key to whatever host the upstream names.
-    (`Server.opener` has no handler for them)
+    (`Service.opener` has no handler for them)
  3. Compare keys with `compare_digest`, as bytes, and with all of them. A comparison that stops at
     the first difference tells by its time how much of a guess was right (timing attack); as text,
     a key that is not ASCII would raise. (`check_client_key`)
@@ -123,6 +124,7 @@ AIPROXY_CLIENT_KEYS = ""        # the keys that clients must present, comma-sepa
 
 # Who may call, and for what.
 AIPROXY_KEY_HEADER = ""         # the field that carries the provider key; empty: by provider
+AIPROXY_UPSTREAM_HEADERS = ""   # more header fields for the upstream: Name: value; Name: value
 AIPROXY_DEFAULT_MODEL = ""      # the model of a request that names none
 AIPROXY_PATHS = ""              # what may be called; empty: by mode
 AIPROXY_ORIGINS = ""            # the browser origins allowed; empty: by mode
@@ -131,6 +133,8 @@ AIPROXY_OPEN = ""               # 1: serve a hidden key to anybody, knowingly
 # Where to listen.
 AIPROXY_HOST = "127.0.0.1"      # an address or a host name
 AIPROXY_PORT = "8000"           # a port number
+AIPROXY_TLS_CERT = ""           # a PEM file with the certificate chain; empty: plain HTTP
+AIPROXY_TLS_KEY = ""            # a PEM file with its key; empty: it stands in that of the chain
 AIPROXY_TRUSTED_PROXIES = "loopback"    # whose X-Forwarded-For is believed
 
 # How much, and for how long.
@@ -195,7 +199,7 @@ Provider = collections.namedtuple("Provider", (
     "handler",          # a Handler of its own, for an API that must be translated
 ), defaults=("Authorization", OPENAI_PATHS, "AIPROXY_KEY", 0, None, None))
 
-PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
+PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai, and more.
     "openai": Provider("https://api.openai.com"),
     "siliconflow": Provider("https://api.siliconflow.cn/v1"),
     "deepseek": Provider("https://api.deepseek.com"),
@@ -209,6 +213,7 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai.
     "mistral": Provider("https://api.mistral.ai/v1"),
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
+PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern, and a row
 
 # Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
@@ -339,54 +344,28 @@ class CannotListen(Exception):
 
 # ---- Server: accepting clients -------------------------------------------------------------------
 
-class Server(http.server.ThreadingHTTPServer):
-    """The listener, and what all clients share: settings, upstream connections, relay loop, log."""
+class Service:
+    """What follows from the settings: the way to the upstream, and what part two adds.
 
-    request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
-    allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
-    allow_reuse_port = False
-    timeout = 0.1                   # seconds until handle_request returns without a client
+    New settings make a new one. A request keeps the one that was in force when it came.
+    """
 
-    def __init__(self, settings):
+    def __init__(self, settings, server):
         self.settings = settings
-        self.started = int(time.time())
-        self.closing = False        # after a signal: no more clients, and none is kept alive
-        # The client connections, each with the address it counts for, and the number of an
-        # address's connections. The condition guards both.
-        self.clients = {}
-        self.client_counts = collections.Counter()
-        self.client_ended = threading.Condition()
-        self.lingering = {}         # by job: the address of one that we only read out
-        # By connection the handlers whose clients are idle, and since when. No lock: adding,
-        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
-        self.idle = {}
-
-        self.capacity = settings.max_connections
-        self.capacity = raise_file_limit(self.capacity)     # part two: Open files
-        self.threads = self.make_executor()
-        self.log = Log(settings.log, settings.secrets)
-        self.log = QueuedLog(settings.log, settings.secrets)    # part two: Queued log
+        self.server = server
+        self.log = server.log
         self.upstream_handler = UpstreamHandler(settings)
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
-        self.relay_loop = RelayLoop(self.log.warn)
-
         self.set_hooks()
         self.install_features()
-        try:
-            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
-            self.address_family = found[0]
-            super().__init__(found[4], settings.upstream.provider.handler or Handler)
-        except (OSError, UnicodeError) as error:
-            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
-            raise CannotListen("cannot listen on %s port %d: %s" % (
-                host, settings.port, getattr(error, "strerror", None) or error))
-        self.log.start()
-        self.relay_loop.start()
 
     def set_hooks(self):
         """What part two may replace or add to."""
-        self.refuse = self.send_busy        # (socket, record), where there is no room
+        self.wrap_client = lambda sock: sock    # what to serve an accepted one through
+        self.refuse = self.server.send_busy     # (socket, record), where there is no room
+        self.begin_client = do_nothing      # (handler), before the first head is read
+        self.end_client = do_nothing        # (handler), when nothing is missing at its end
         # Of a request, in the order in which they are called. (handler) unless said otherwise.
         self.normalize_path = lambda path, rules: path          # the path that the client meant
         self.find_client = lambda address, headers: address     # whose request is it?
@@ -401,6 +380,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
         self.observe_request = do_nothing   # (record): what to call with each piece of the others
         self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
+        self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
         self.use_key = lambda send: send(0)     # calls it with the index of a provider key
         # Of its response.
         self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
@@ -415,6 +395,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
         self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
         self.on_silence = do_nothing        # (job): called while the upstream is silent
+        # Of the service itself.
+        self.on_tick = do_nothing           # (now), twice a second
+        self.retire = do_nothing            # another one has taken its place
         # For the banner.
         self.warnings = []
         self.proxy = ""                     # in front of the upstream
@@ -425,8 +408,10 @@ class Server(http.server.ThreadingHTTPServer):
         install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
         install_busy_refusals(self)         # part two: Refusals in the right form
+        install_https(self)                 # part two: HTTPS
         install_secret_filter(self)         # part two: Keys in long errors
         install_redirects(self)             # part two: Redirects
+        install_upstream_fields(self)       # part two: Fields for the upstream
         install_rates(self)                 # part two: Rates
         install_trusted_proxies(self)       # part two: Trusted proxies
         install_body_rules(self)            # part two: Body rules
@@ -446,13 +431,72 @@ class Server(http.server.ThreadingHTTPServer):
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
 
+    def render_error(self, error, record):
+        """The body of an error response, in the form of the API that was called."""
+        return json.dumps(self.error_body(record.path, error, record.id)).encode()
+
+    def complete_headers(self, headers, request, request_id, is_open_ended=False):
+        """`headers` with what every response gets. `request` is None if it could not be read."""
+        present = {name.lower(): value for name, value in headers}
+        headers = headers + own_headers(present, request_id, is_open_ended)
+        return headers + self.cors_headers(request, self.settings, present)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The listener, and what all clients share: the service, the relay loop, the log."""
+
+    request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
+    allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
+    allow_reuse_port = False
+    timeout = 0.1                   # seconds until handle_request returns without a client
+
+    def __init__(self, settings):
+        self.started = int(time.time())
+        self.closing = False        # after a signal: no more clients, and none is kept alive
+        # The client connections, each with the address it counts for, and the number of an
+        # address's connections. The condition guards both.
+        self.clients = {}
+        self.client_counts = collections.Counter()
+        self.client_ended = threading.Condition()
+        self.lingering = {}         # by job: the address of one that we only read out
+        # By connection the handlers whose clients are idle, and since when. No lock: adding,
+        # removing and copying are single steps of a dict, and the removal decides (mark_busy).
+        self.idle = {}
+
+        self.capacity = settings.max_connections
+        self.capacity = raise_file_limit(self.capacity)     # part two: Open files
+        self.threads = self.make_executor()
+        self.log = Log(settings.log, settings.secrets)
+        self.log = QueuedLog(settings.log, settings.secrets)    # part two: Queued log
+        self.relay_loop = RelayLoop(self.on_tick, self.log.warn)
+        self.shared = {}            # what sections of part two keep whatever the service
+        self.service = Service(settings, self)      # the one in force
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+            self.address_family = found[0]
+            super().__init__(found[4], settings.upstream.provider.handler or Handler)
+        except (OSError, UnicodeError) as error:
+            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
+            raise CannotListen("cannot listen on %s port %d: %s" % (
+                host, settings.port, getattr(error, "strerror", None) or error))
+        self.log.start()
+        self.relay_loop.start()
+
+    @property
+    def settings(self):
+        return self.service.settings
+
+    def on_tick(self, now):
+        self.service.on_tick(now)
+
     def server_bind(self):
         """Bind without HTTPServer's look-up of our own name in the DNS."""
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self):
         try:
-            return super().get_request()
+            sock, address = super().get_request()
+            return self.service.wrap_client(sock), address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.1)     # wait for descriptors instead of spinning
@@ -488,7 +532,7 @@ class Server(http.server.ThreadingHTTPServer):
     def make_room(self, address, client_address):
         """Is there room for the newest client? If it takes that, an idle one is hung up on."""
         if self.client_counts[address] > self.settings.max_per_client:
-            is_exempt = is_loopback(address) or self.is_trusted_proxy(client_address[0])
+            is_exempt = is_loopback(address) or self.service.is_trusted_proxy(client_address[0])
             if not is_exempt:
                 return self.evict_idle(1, address=address) > 0
         return len(self.clients) <= self.capacity or self.evict_idle(1) > 0
@@ -503,7 +547,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.is_crowded():
             self.send_busy(request, record)
         else:
-            self.refuse(request, record)
+            self.service.refuse(request, record)
         self.shutdown_request(request)
 
     def is_crowded(self):
@@ -517,9 +561,9 @@ class Server(http.server.ThreadingHTTPServer):
         record.status = error.status
         record.outcome = error.code
         self.log.write(record)
-        content = self.render_error(error, record)
+        content = self.service.render_error(error, record)
         headers = error.headers + [JSON_TYPE]
-        headers = self.complete_headers(headers, request, record.id)
+        headers = self.service.complete_headers(headers, request, record.id)
         headers += framing_headers(503, len(content), is_chunked=False, must_close=True)
         head = render_head(b"HTTP/1.1 503 Service Unavailable", headers)
         with contextlib.suppress(OSError):
@@ -527,16 +571,6 @@ class Server(http.server.ThreadingHTTPServer):
             sock.send(head if record.method == "HEAD" else head + content)
             if not self.is_crowded():
                 self.linger(sock, network_of(record.client))
-
-    def render_error(self, error, record):
-        """The body of an error response, in the form of the API that was called."""
-        return json.dumps(self.error_body(record.path, error, record.id)).encode()
-
-    def complete_headers(self, headers, request, request_id, is_open_ended=False):
-        """`headers` with what every response gets. `request` is None if it could not be read."""
-        present = {name.lower(): value for name, value in headers}
-        headers = headers + own_headers(present, request_id, is_open_ended)
-        return headers + self.cors_headers(request, self.settings, present)
 
     def linger(self, sock, address):
         """Leave a connection that has been answered to a lingering close."""
@@ -568,7 +602,7 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(IndexError, OSError):
             job = list(self.lingering)[0]
             self.forget_lingering(job)
-            job.client.sock.shutdown(socket.SHUT_RDWR)      # the loop sees its end, and closes it
+            hang_up(job.client.sock)        # the loop sees its end, and closes it
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
@@ -613,7 +647,7 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError, ValueError):
                 if has_nothing_to_say(handler.client) and self.mark_busy(handler):
                     evicted += 1
-                    handler.client.sock.shutdown(socket.SHUT_RDWR)      # this wakes its thread
+                    hang_up(handler.client.sock)        # this wakes its thread
         return evicted
 
     def stop(self):
@@ -622,7 +656,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
             while True:             # whoever is in the listener's queue counts as accepted
-                self.process_request(*self.socket.accept())
+                self.process_request(*self.get_request())
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
             self.evict_idle(len(self.clients), min_age=0.5)
@@ -640,7 +674,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         for sock in list(self.clients):
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                hang_up(sock)
         self.relay_loop.close()
         self.threads.shutdown(wait=False)
         self.log.close(0)
@@ -649,7 +683,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Where this machine reaches us."""
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        host = "[%s]" % host if ":" in host else host
+        return "%s://%s:%d" % (self.settings.scheme, host, port)
 
 
 def do_nothing(*arguments):
@@ -657,7 +692,15 @@ def do_nothing(*arguments):
 
 def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
-    return not wait_ready(0, client, READ) or is_closed(client)
+    try:
+        return not peek(client)
+    except OSError:                 # BlockingIOError is one, too
+        return True
+
+def hang_up(sock):
+    """End the connection of a socket that another thread is using."""
+    # Not the method of the class for TLS: that thread would go on in plain text.
+    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 @functools.lru_cache(1024)          # clients come again
 def network_of(address):
@@ -716,13 +759,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = BufferedSocket(self.request)
         self.client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.address = network_of(self.client_address[0])
-        self.settings = self.server.settings
         self.is_first_request = True
 
+    def use_current_settings(self):
+        self.service = self.server.service
+        self.settings = self.service.settings
+
     def start_request(self):
+        self.use_current_settings()
         self.request = None                 # a Request, once its head has been read
         self.upload = None                  # its body, an Upload
         self.head_sent = False
+        self.is_whole = True                # is nothing missing of the response?
         self.ends_by_close = False          # does only the connection's end end the response?
         self.record = Record(self.client_address[0])
         self.close_connection = True        # until a response has gone out whole
@@ -747,7 +795,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 500, "internal_error", "The proxy failed on this request. Its log says where."))
         finally:
             if self.upload:
-                self.server.on_body_gone(self.upload)
+                self.service.on_body_gone(self.upload)
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
 
@@ -755,22 +803,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for the next request and read its head. A silent kept-alive client is let go."""
         is_first = self.is_first_request
         self.is_first_request = False
-        connected = self.record.began
-        if not self.client.buffer.strip(b"\r\n"):    # some send an empty line behind a body
-            self.server.mark_idle(self)
-            arrived = wait_ready(HEAD_SECONDS if is_first else IDLE_SECONDS, self.client, READ)
-            if arrived and is_closed(self.client):      # idle to the end: its place can be had
-                raise ClientGone("idle")
-            is_evicted = not self.server.mark_busy(self)
-            if is_evicted or not (arrived or is_first):     # a silent new client gets a 408
-                raise ClientGone("idle")
+        if is_first:                        # from connecting on
+            self.head_deadline = self.record.began + HEAD_SECONDS
+            self.service.begin_client(self)                 # 400
+        begun = self.client.buffer.strip(b"\r\n")       # some send an empty line behind a body
+        if not begun and not self.client.has_decrypted():
+            limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
+            self.wait_idle(limit, is_first)         # a silent new client gets a 408
         self.record.began = time.monotonic()
-        self.head_deadline = HEAD_SECONDS + (connected if is_first else self.record.began)
+        if not is_first:
+            self.head_deadline = self.record.began + HEAD_SECONDS
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
+        self.use_current_settings()         # they may be others than before it was idle
         self.request = Request(first_line, headers)
         self.record.method = self.request.method
         self.record.path = self.request.path
+
+    def wait_idle(self, seconds, may_be_silent=False):
+        """Wait for the next bytes of a client. Meanwhile its place can be had."""
+        self.server.mark_idle(self)
+        arrived = wait_ready(seconds, self.client, READ)
+        if arrived and is_closed(self.client):      # idle to the end
+            raise ClientGone("idle")
+        is_evicted = not self.server.mark_busy(self)
+        if is_evicted or not (arrived or may_be_silent):
+            raise ClientGone("idle")
 
     def read_more_head(self):
         """Wait for more bytes of a head. A deadline for all of it stops a slowloris."""
@@ -787,9 +845,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_head()                                   # 505 400 405 501 417
         if request.path == "*":                             # RFC 9110 section 9.3.7
             return self.send_response(204)
-        if any(answer(self) for answer in self.server.free_answers):
+        if any(answer(self) for answer in self.service.free_answers):
             return None
-        self.server.prepare_request(self)
+        self.service.prepare_request(self)
         self.check_caller()                                 # 403 400 401
         if self.answer_ourselves():                         # 404 429 502
             return None
@@ -807,38 +865,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_duplicates(request.headers)                   # 400
         body = make_body(self.client, request.headers, request.is_http10)       # 400
         self.upload = Upload(self.client, body)
-        self.record.client = self.server.find_client(self.record.client, request.headers)
+        self.record.client = self.service.find_client(self.record.client, request.headers)
         check_host_field(request)                           # 400
         check_method(request, self.settings)                # 405 501
-        check_target(request, self.settings, self.server.normalize_path)    # 400
+        check_target(request, self.settings, self.service.normalize_path)    # 400
         self.record.path = request.path
         check_expectation(request)                          # 417
 
     def check_caller(self):
         """Its way to us, its page and its client key, whose name is for the log and the rates."""
-        check_host_allowed(self.request, self.settings, self.server.asks_for_others)    # 403
-        self.server.check_origin(self.request, self.settings)       # 403
+        check_host_allowed(self.request, self.settings, self.service.asks_for_others)    # 403
+        self.service.check_origin(self.request, self.settings)       # 403
         check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
 
     def answer_ourselves(self):
         """Is this answered without the upstream? See "Model list" and "Forgiving paths"."""
-        return any(answer(self) for answer in self.server.own_answers)
+        return any(answer(self) for answer in self.service.own_answers)
 
     def check_path(self):
         """A method, so that the handler of a translated API can serve other paths."""
-        check_path_allowed(self.request, self.settings, self.server.suggest_path)
+        check_path_allowed(self.request, self.settings, self.service.suggest_path)
 
     def run_checks(self):
-        for check in self.server.checks:
+        for check in self.service.checks:
             check(self)
 
     # -- the request's body
 
     def read_body(self):
         """What may go up of the body now: all of it if it is small or rules apply, else a part."""
-        body = self.server.read_whole_body(self)            # 415 413 408 503 400 403
+        body = self.service.read_whole_body(self)            # 415 413 408 503 400 403
         if body is not None:
             return body
         self.observe_body()
@@ -846,7 +904,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)                     # 408
 
     def observe_body(self):
-        self.upload.observe = self.server.observe_request(self.record)
+        self.upload.observe = self.service.observe_request(self.record)
 
     def start_body(self, limit):
         """The body may come, up to `limit` bytes: tell so a client that waits to hear it."""
@@ -869,15 +927,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         settings = self.settings
         wait = wait or functools.partial(wait_for_upstream, self.client)
         headers = upstream_headers(self.request, settings)
+        headers = self.service.edit_upstream_headers(headers, settings)
 
         def send(key_index):
             key_fields = settings.key_fields[key_index:key_index + 1]
             request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
                                       body, self.upload)
             request.wait = wait
-            request.on_interim = functools.partial(self.server.on_interim, self)
-            exchange = self.server.opener.open(request, timeout=settings.timeout)
-            exchange.drop_fields_with(settings.upstream_secrets)
+            request.on_interim = functools.partial(self.service.on_interim, self)
+            exchange = self.service.opener.open(request, timeout=settings.timeout)
+            exchange.drop_fields_with(settings.field_secrets)
             self.record.upstream_status = exchange.status
             upstream_id = (exchange.headers.get(b"x-request-id")
                            or exchange.headers.get(b"request-id"))
@@ -885,9 +944,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.record.id = upstream_id.decode("latin-1")[:200]
             return exchange
 
-        exchange = self.server.use_key(send)
+        exchange = self.service.use_key(send)
         if exchange.request_sent:
-            self.server.on_body_gone(self.upload)
+            self.service.on_body_gone(self.upload)
         return exchange
 
     # -- and back
@@ -895,13 +954,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         if exchange.status == 101:
-            return self.server.switch_protocols(self, exchange)
+            return self.service.switch_protocols(self, exchange)
         try:
-            secret_filter = self.server.check_for_key(exchange, self.settings)      # 502
-            for check in self.server.response_checks:
+            secret_filter = self.service.check_for_key(exchange, self.settings)      # 502
+            for check in self.service.response_checks:
                 check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
-            job = self.server.make_job(self, exchange, is_chunked, secret_filter)
+            job = self.service.make_job(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
             if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
@@ -915,6 +974,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.close()
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
+        self.is_whole = job.outcome == "ok"
         self.close_connection = announced_close or self.must_close()
         return None
 
@@ -933,8 +993,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.status = status
         self.record.first_byte = time.monotonic() - self.record.began
         self.head_sent = True
+        self.is_whole = False               # until whoever sends the body knows better
         self.ends_by_close = length is None and self.request.is_http10
-        headers = self.server.complete_headers(headers, self.request, self.record.id,
+        headers = self.service.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
@@ -958,6 +1019,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reason = http.client.responses.get(status, "").encode()
         self.record.bytes = len(body)
         self.start_response(status, reason, list(headers), body, len(content))
+        self.is_whole = True
         self.record.outcome = self.record.outcome or "ok"
         self.close_connection = self.must_close()
 
@@ -976,7 +1038,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.name_broken_request()
         try:
             self.send_response(error.status, error.headers + [JSON_TYPE],
-                               self.server.render_error(error, self.record))
+                               self.service.render_error(error, self.record))
         except (OSError, ClientGone):
             self.record.outcome = "client_gone"
 
@@ -989,15 +1051,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
-        if self.ends_by_close and self.record.outcome != "ok":      # a cut has no other sign here
+        if self.ends_by_close and not self.is_whole:        # a cut has no other sign here
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        elif self.head_sent and not self.client.ended:
-            # Closed with bytes unread it would send a reset, too, and that eats our response.
+            return
+        # Closed with bytes unread it would send a reset, too, and that eats our response.
+        must_linger = False
+        if self.head_sent and not self.client.ended:
             has_unread = self.client.buffer or self.client.receive()
             may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
-            if has_unread or may_send_on:
-                self.server.linger(self.client.sock, self.address)
+            must_linger = has_unread or may_send_on
+        if self.is_whole:
+            self.service.end_client(self)
+        if must_linger:
+            self.server.linger(self.client.sock, self.address)
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -1388,7 +1455,7 @@ class UpstreamRequest(urllib.request.Request):
         self.prefix = prefix
         self.upload = upload
         self.wait = None
-        self.on_interim = None
+        self.on_interim = do_nothing
         self.may_switch = any(name == b"Upgrade" for name, _ in fields)     # to a 101?
         length = len(prefix) if upload.done else upload.length
         self.is_chunked = length is None
@@ -1750,9 +1817,9 @@ class RelayLoop(threading.Thread):
     block, and a fault in one job ends that job alone.
     """
 
-    def __init__(self, warn):
+    def __init__(self, every_tick, warn):
         super().__init__(daemon=True, name="relay-loop")
-        self.every_tick = do_nothing        # called twice a second with the time
+        self.every_tick = every_tick        # called twice a second with the time
         self.warn = warn
         self.stopping = False               # the grace time is over: cut what is left
         self.closed = False                 # nobody needs the loop any more
@@ -1939,13 +2006,13 @@ class ResponseJob(Job):
         self.timeout = handler.settings.timeout
         self.is_chunked = is_chunked
         self.secret_filter = secret_filter  # None where there is nothing to look for
-        self.observe = handler.server.observe_response(handler.record)
-        self.on_silence = handler.server.on_silence
+        self.observe = handler.service.observe_response(handler.record)
+        self.on_silence = handler.service.on_silence
         self.unsent = b""
         self.last_taken = 0.0               # when the client last took something
         self.pace = None                    # of the client, while it is behind
         self.heard = 0.0                    # when the upstream last sent or took something
-        self.events = handler.server.follow_events(self, handler)
+        self.events = handler.service.follow_events(self, handler)
 
     # -- in the client thread, before the job is submitted
 
@@ -2127,12 +2194,16 @@ def is_worth_watching(client):
 def is_closed(client):
     """Has an idle client that is readable closed its connection? Nothing is read."""
     try:
-        # Not the method of the class for TLS, which takes no flags.
-        return not socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
+        return not peek(client)
     except BlockingIOError:
         return False
     except OSError:
         return True
+
+def peek(client):
+    """The first byte that has come and is not read yet, b"" at the end. Of TLS, as it travels."""
+    # Not the method of the class for TLS, which takes no flags.
+    return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
 
 def has_disconnected(client):
     """Has a client left that is readable while a response is under way?
@@ -2155,8 +2226,9 @@ class BufferedSocket:
     def __init__(self, sock):
         sock.setblocking(False)
         self.sock = sock
-        self.is_tls = False
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.buffer = b""
+        self.was_filled = False             # did the last read give as much as it could?
         self.ended = False                  # the peer has ended its sending side
 
     def fileno(self):
@@ -2166,16 +2238,17 @@ class BufferedSocket:
         self.sock.close()
 
     def start_tls(self, context, server_name, wait):
-        """Change to TLS as a client. An end without close_notify then is an error: a cut.
-
-        `wait(self, mask)` sleeps until the socket is ready.
-        """
+        """Change to TLS as a client. An end without close_notify then is an error: a cut."""
         self.sock = context.wrap_socket(self.sock, server_hostname=server_name,
                                         do_handshake_on_connect=False, suppress_ragged_eofs=False)
         self.is_tls = True
+        self.complete(self.sock.do_handshake, wait)
+
+    def complete(self, step, wait):
+        """Take a step of TLS, such as the handshake. `wait(self, mask)` waits for the socket."""
         while True:
             try:
-                return self.sock.do_handshake()
+                return step()
             except ssl.SSLWantReadError:
                 wait(self, READ)
             except ssl.SSLWantWriteError:
@@ -2185,7 +2258,7 @@ class BufferedSocket:
 
     def has_decrypted(self):
         """Does TLS hold bytes that are decrypted already? No selector sees those."""
-        return self.is_tls and self.sock.pending() > 0
+        return self.was_filled and self.is_tls and self.sock.pending() > 0
 
     def has_pending(self):
         """Is there something to read without asking the system?"""
@@ -2205,6 +2278,7 @@ class BufferedSocket:
                 self.ended = True
                 raise ClosedEarly()
             raise
+        self.was_filled = len(data) == READ_SIZE
         self.ended = not data
         return data
 
@@ -2216,10 +2290,14 @@ class BufferedSocket:
 
     def send_some(self, data):
         """How many bytes were taken: 0 if none can be now. Raises OSError."""
+        sent = 0
         try:
-            return self.sock.send(data)
+            sent = self.sock.send(data)
+            while self.is_tls and sent < len(data):         # it takes one record at a time
+                sent += self.sock.send(memoryview(data)[sent:])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return 0
+            pass
+        return sent
 
 def wait_ready(seconds, connection, mask, other=None):
     """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read.
@@ -2629,9 +2707,13 @@ class Log:
 
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
-        self.secrets = [secret.decode() for secret in secrets]
-        # Characters that the longest may take, percent-encoded.
-        self.longest = 3 * max(map(len, secrets), default=1)
+        self.secrets = []
+        self.longest = 3                # characters that one may take, percent-encoded
+        self.add_secrets(secrets)
+
+    def add_secrets(self, secrets):
+        self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
+        self.secrets = self.secrets + [secret.decode() for secret in secrets]
 
     def start(self):
         """See "Queued log"."""
@@ -2786,10 +2868,10 @@ def numeric_host(host):
 
 def find_provider(netloc):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
-    for provider in PROVIDERS.values():
-        if urllib.parse.urlsplit(provider.base_url).netloc == netloc:
-            return Provider(netloc, provider.key_header, provider.paths)
-    return None
+    rows = [row for row in PROVIDERS.values()
+            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
+    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
+    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
@@ -2903,7 +2985,7 @@ Option = collections.namedtuple("Option", (
     "parse",        # text to value
     "help",         # for --help and the README
 ))
-SECRET_PARSERS = (parse_keys, parse_client_keys, parse_key_header)  # what they get is never shown
+SECRET_PARSERS = [parse_keys, parse_client_keys, parse_key_header]  # what they get is never shown
 COUNT = number(int, 1, 1000000, "a number from 1")
 SECONDS = number(float, 0.001, 86400, "seconds, more than 0")
 
@@ -2944,8 +3026,11 @@ OPTIONS = (
 )
 # Where platforms name the port.
 PORT_VARIABLES = ("PORT", "FC_SERVER_PORT", "FC_CUSTOM_LISTEN_PORT")
+OTHER_VARIABLES = {"AIPROXY_PORT": PORT_VARIABLES}      # by option: where else it may be set
+SEPARATORS = {}     # by option: what stands between the items of its list, if not a comma
 # Steps by which sections of part two read more: (settings), may raise SettingError.
 MORE_SETTINGS = []
+MORE_HELP = []      # lines that they add to --help
 
 # What is read of the environment, by us, by urllib and by OpenSSL.
 OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
@@ -2969,7 +3054,7 @@ def constant_text(option):
     """The value of a constant at the top, where somebody may have written a number or a list."""
     value = option.default
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
+        return SEPARATORS.get(option.name, ",").join(map(str, value))
     return "" if value is None else str(value).strip()
 
 def find_option(variable):
@@ -2988,6 +3073,8 @@ class Settings:
         self.environ = dict(environ)
         clean_environment(self.environ)
         self.shown = {}                 # by variable: what --check prints
+        self.file_values = {}           # by variable: what the file holds that it names
+        read_value_files(self)          # part two: Values from files
         for option in OPTIONS:
             self.shown[option.name] = self.text(option)[1]
             if option.parse in SECRET_PARSERS:
@@ -2995,6 +3082,8 @@ class Settings:
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
+        self.scheme = "http"            # of our own URLs
+        self.watched_files = []         # what may change while we run. See "Reload"
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = {}               # the names of models that clients may use, to models
         self.models_shown = []          # those that clients get to see
@@ -3009,10 +3098,9 @@ class Settings:
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
-        others = PORT_VARIABLES if option.name == "AIPROXY_PORT" else ()
-        for name in (option.name,) + others:
+        for name in (option.name,) + OTHER_VARIABLES.get(option.name, ()):
             if name in self.environ:
-                return name, self.environ[name]
+                return name, self.file_values.get(name, self.environ[name])
         return option.name, constant_text(option)
 
     def read(self, variable):
@@ -3048,6 +3136,7 @@ class Settings:
         scheme = b"Bearer " if header.lower() == "authorization" else b""
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
+        self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
         self.client_key_values = {key for _, key in self.client_keys}
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
         if self.provider_keys:
@@ -3110,6 +3199,7 @@ def make_parser():
         if default and not may_be_secret(option, default):
             line += " (default %s)" % default
         lines.append(line)
+    lines += MORE_HELP
     parser = ArgumentParser(
         "aiproxy.py", description="Relays an AI provider's API and hides its key.",
         epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -3117,6 +3207,8 @@ def make_parser():
     add = parser.add_argument
     add("--demo", action="store_true", help="run against a small provider inside")
     add("--check", action="store_true", help="print the settings in force and exit")
+    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
+        "exit status 2 if it refuses one, 1 if one cannot be tried")
     add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
     add("--version", action="store_true")
     add("--help", "-h", action="store_true")
@@ -3127,6 +3219,8 @@ def make_parser():
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
+    if options.live and not options.check:
+        raise SettingError("--live belongs to --check")
     clean_environment(environ)
     read_env_files(options.env_file, environ)   # part two: Env files
     for name in ("host", "port", "upstream"):
@@ -3150,8 +3244,9 @@ def main():
             text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
             write_all(sys.stdout, text)
             return 0
-        read_environment(options, os.environ)
         on_start = []                   # called with the server once it serves
+        on_start += prepare_reload(options, os.environ)     # part two: Reload
+        read_environment(options, os.environ)
         on_start += start_demo(options, os.environ)     # part two: Demo
         settings = Settings(os.environ)
     except SettingError as error:
@@ -3159,7 +3254,9 @@ def main():
         return 2
     if options.check:
         write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
-        return 0
+        status = 0
+        status = check_live(options, settings)          # part two: A live check
+        return status
     return serve(settings, on_start)
 
 def serve(settings, on_start):
@@ -3244,6 +3341,55 @@ def read_env_files(paths, environ):
     for name, value in values.items():
         environ.setdefault(name, value)         # the real environment wins
 
+# ---- Values from files ---------------------------------------------------------------------------
+# Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
+# Touches: where settings are set. Whoever reads the settings again, reads the files again.
+# Entered: `read_value_files` in Settings.
+
+FILE_OPTIONS = ("AIPROXY_KEY", "AIPROXY_CLIENT_KEYS", "AIPROXY_UPSTREAM_HEADERS",
+                "CLOUDFLARE_API_TOKEN")
+MAX_VALUE_FILE = 1 << 20    # bytes: far above any, and /dev/zero has an end
+
+OTHER_VARIABLES.update({option: (option + "_FILE",) for option in FILE_OPTIONS})
+MORE_HELP += ["", "NAME_FILE names a file that holds the value, an entry a line, for:",
+              "  " + ", ".join(FILE_OPTIONS)]
+
+def read_value_files(settings):
+    """Read the entries of the files. SettingError if one cannot be read, or has none."""
+    for name in FILE_OPTIONS:
+        variable = name + "_FILE"
+        path = settings.environ.get(variable)
+        if path is None:
+            continue
+        if name in settings.environ:
+            raise SettingError("%s and %s are both set; set one of them" % (name, variable))
+        try:
+            lines = read_value_lines(path)
+        except OSError as error:                # the path is not shown: it may be a key
+            raise SettingError("%s: the file cannot be read: %s" % (variable, error.strerror))
+        except ValueError as error:
+            raise SettingError("%s: the file %s" % (variable, error))
+        settings.file_values[variable] = SEPARATORS.get(name, ",").join(lines)
+        settings.shown[variable] = path         # it is one, then
+
+def read_value_lines(path):
+    """The lines of a file that are neither empty nor comments. ValueError says what is wrong."""
+    with open(path, "br") as file:
+        data = file.read(MAX_VALUE_FILE + 1)
+    if len(data) > MAX_VALUE_FILE:
+        raise ValueError("is larger than %d bytes" % MAX_VALUE_FILE)
+    try:
+        text = data.decode("utf-8-sig")         # Windows' editors begin with a byte order mark
+    except UnicodeDecodeError:                  # its message would hold a part of the value
+        text = "\0"
+    if "\0" in text:                            # UTF-16 without a mark looks like that
+        raise ValueError("is no text in UTF-8")
+    lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError("holds no value")
+    return lines
+
 # ---- Review of the settings ----------------------------------------------------------------------
 # Does: stops the start for settings that would be lost in silence; works out what --check shows.
 # Touches: nothing but `shown`.
@@ -3266,11 +3412,14 @@ def review_settings(settings):
 def check_names(environ):
     """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
     names = [option.name for option in OPTIONS]
+    names += itertools.chain.from_iterable(OTHER_VARIABLES.values())
     for name in environ:
         # Docker takes the byte order mark of an env file for a part of the first name.
         plain_name = name.strip("\ufeff").upper()
         if plain_name.startswith("AIPROXY_") and name not in names:
-            nearest = difflib.get_close_matches(plain_name, names, 1, 0)
+            without_file = re.sub("_FILE$", "", plain_name)
+            wanted = without_file if without_file in names else plain_name
+            nearest = difflib.get_close_matches(wanted, names, 1, 0)
             raise SettingError("%s is not a setting; did you mean %s?"
                                % (printable(name[:64]), nearest[0]))
 
@@ -3336,16 +3485,267 @@ def show_derived(settings):
     }
     settings.shown.update(in_force)
 
+# ---- Reload --------------------------------------------------------------------------------------
+# Does: reads the settings again at SIGHUP, and every minute looks whether a certificate is new.
+# Touches: the server's service, which it replaces as a whole; the environment. In a thread.
+# Entered: `prepare_reload` in main().
+
+RELOAD_SECONDS = 60     # between two looks at the files that may change
+# In force until the end: the listener, and what was made for its number of clients.
+FIXED_OPTIONS = ("AIPROXY_HOST", "AIPROXY_PORT", "AIPROXY_MAX_CONNECTIONS")
+
+def prepare_reload(options, environ):
+    """Returns what to call once we serve."""
+    if options.demo:            # its settings stand in no file
+        return []
+    reloader = Reloader(options, environ)
+    # Also under nohup, which ignores it: a terminal that goes away then only costs a reload.
+    if hasattr(signal, "SIGHUP"):       # not on Windows
+        signal.signal(signal.SIGHUP, lambda number, frame: reloader.signals.put(number))
+    return [reloader.run]
+
+
+class Reloader:
+    """Puts new settings in force for the requests that come from then on.
+
+    Rates, key cooldowns and the pool of idle connections begin anew with them.
+    """
+
+    def __init__(self, options, environ):
+        self.options = options
+        self.given = dict(environ)              # as we were started, without the env files
+        self.signals = queue.SimpleQueue()      # a signal handler may put something into it
+        self.has_terminal = os.isatty(0)        # on stdin, which nohup and services do not have
+        self.stamps = None                      # of the watched files, when they were last read
+
+    def run(self, server):
+        self.stamps = file_stamps(server.settings.watched_files)
+        while True:
+            try:
+                self.wait(server)
+            except Exception as error:          # a fault of ours must not end the thread
+                server.report_fault(error)
+
+    def wait(self, server):
+        """Wait for a signal, or until it is time to look at the files."""
+        environ = None
+        try:
+            self.signals.get(timeout=RELOAD_SECONDS)
+        except queue.Empty:
+            if file_stamps(server.settings.watched_files) == self.stamps:
+                return
+            environ = dict(os.environ)          # nobody has said that the env files are ready
+        if self.has_terminal and not os.isatty(0):
+            os.kill(os.getpid(), signal.SIGTERM)        # the window has been closed: end with it
+        elif not server.closing:
+            self.reload(server, environ)
+
+    def reload(self, server, environ=None):
+        """Read everything again, or only what the settings in `environ` name."""
+        # Before they are read: what changes meanwhile is seen the next time.
+        stamps = file_stamps(server.settings.watched_files)
+        before = dict(os.environ)
+        reads_all = environ is None
+        try:
+            if reads_all:
+                environ = dict(self.given)
+                read_environment(self.options, environ)
+            replace_environment(environ)        # urllib and OpenSSL read it, too
+            settings, fixed = read_new_settings(environ, server.settings)
+        except SettingError as error:
+            replace_environment(before)
+            server.log.warn("nothing has changed, because the new settings cannot be used: %s"
+                            % error)
+            if not reads_all:                   # else it may be good without the env files
+                self.stamps = stamps
+            return
+        replace_service(server, settings)
+        self.stamps = stamps
+        server.log.warn("the settings have been read again and are in force")
+        if fixed:
+            server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
+
+
+def file_stamps(paths):
+    """What differs once one of these files has been written or replaced."""
+    stamps = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+            stamps.append((path, found.st_mtime_ns, found.st_ino, found.st_size))
+        except OSError:
+            stamps.append((path,))
+    return stamps
+
+def replace_environment(environ):
+    """Change what differs, and only that: other threads may be reading it."""
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    for name, value in environ.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+def read_new_settings(environ, old):
+    """The settings to put in force, and the names of those that need a restart. SettingError.
+
+    The guards must hold for the address on which we do listen: with a new AIPROXY_HOST=127.0.0.1
+    nobody would be asked for a key, and 0.0.0.0 would still be open.
+    """
+    settings = Settings(environ)
+    if settings.upstream.provider.handler != old.upstream.provider.handler:
+        raise SettingError("AIPROXY_UPSTREAM: this change of the provider needs a restart")
+    fixed = [name for name in FIXED_OPTIONS
+             if settings.text(find_option(name))[1] != old.text(find_option(name))[1]]
+    if settings.scheme != old.scheme:
+        fixed += ["AIPROXY_TLS_CERT", "AIPROXY_TLS_KEY"]
+    for name in fixed:
+        environ[name] = old.text(find_option(name))[1]
+    return (Settings(environ) if fixed else settings), fixed
+
+def replace_service(server, settings):
+    """From now on requests get these settings. Old secrets are not to be shown either."""
+    server.log.add_secrets(settings.secrets)
+    server.log.format = settings.log
+    old = server.service
+    server.service = Service(settings, server)
+    old.retire()
+
+# ---- HTTPS ---------------------------------------------------------------------------------------
+# Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
+# Touches: every client connection, from the moment when it is accepted; the scheme of our URLs.
+# Entered: `install_https` in Service.install_features takes the places of functions that do
+# nothing.
+
+TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
+TLS_REFUSALS = 10           # clients a second that get a 503, and for it a handshake by the loop
+
+def install_https(service):
+    context = service.settings.tls
+    if not context:
+        return
+
+    def wrap_client(sock):
+        """The handshake comes later: this is on the accepting thread."""
+        return context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
+                                   suppress_ragged_eofs=False)
+
+    service.wrap_client = wrap_client
+    service.begin_client = begin_tls
+    service.end_client = send_close_notify
+    service.refuse = limit_refusals(service.refuse, service.log)
+
+def limit_refusals(refuse, log):
+    """A `refuse` that just hangs up where too many are refused: the loop has streams to move."""
+    recent = collections.deque(maxlen=TLS_REFUSALS)     # when the last ones were
+
+    def refuse_some(sock, record):
+        now = time.monotonic()
+        if len(recent) < TLS_REFUSALS or now - recent[0] > 1:
+            recent.append(now)
+            refuse(sock, record)
+        else:
+            record.outcome = "server_busy"
+            log.write(record)
+    return refuse_some
+
+def begin_tls(handler):
+    """The handshake, in the client's own thread and the time of its first head."""
+    client = handler.client
+    handler.wait_idle(HEAD_SECONDS)
+    if peek(client) != TLS_HANDSHAKE:
+        # What it sends is read, and what it gets is sent, on the connection below the TLS.
+        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
+        raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
+                            "HTTP: the URL must begin with https://.")
+
+    def wait(connection, mask):
+        if not wait_ready(handler.head_deadline - time.monotonic(), connection, mask):
+            raise ClientGone()
+
+    client.complete(client.sock.do_handshake, wait)
+
+def send_close_notify(handler):
+    """Tell the client that nothing is missing (RFC 8446 section 6.1). It need not answer."""
+    def wait(connection, mask):
+        if mask == READ or not wait_ready(STALL_SECONDS, connection, mask):
+            raise ClientGone()
+
+    if handler.client.is_tls:
+        with contextlib.suppress(OSError, ValueError, ClientGone):
+            handler.client.complete(handler.client.sock.unwrap, wait)
+
+def read_certificate(settings):
+    """The TLS context for clients, None for plain HTTP. SettingError for what cannot be used."""
+    settings.tls = None
+    if not settings.tls_cert and not settings.tls_key:
+        return
+    if not settings.tls_cert:
+        raise SettingError("AIPROXY_TLS_KEY is set but AIPROXY_TLS_CERT is not; set it to the PEM "
+                           "file with the certificate chain, or leave both empty")
+    key_name = "AIPROXY_TLS_KEY" if settings.tls_key else "AIPROXY_TLS_CERT"
+    key_path = settings.tls_key or settings.tls_cert
+    check_pem("AIPROXY_TLS_CERT", settings.tls_cert, b"CERTIFICATE-----")
+    check_pem(key_name, key_path, b"PRIVATE KEY-----")
+    settings.watched_files += [settings.tls_cert, key_path]
+    settings.tls = make_server_context()
+    try:
+        settings.tls.load_cert_chain(settings.tls_cert, key_path, refuse_password)
+    except (OSError, ValueError) as error:      # an SSLError is an OSError
+        raise SettingError("%s: %s" % (key_name, explain_certificate_error(error)))
+    settings.scheme = "https"
+
+MORE_SETTINGS.append(read_certificate)
+
+def check_pem(name, path, mark):
+    """SettingError unless the file can be read and holds something of this kind."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except (OSError, ValueError) as error:      # the path is not shown: it may be the key itself
+        raise SettingError("%s: the file cannot be read: %s"
+                           % (name, getattr(error, "strerror", None) or "no such name"))
+    if mark not in data:
+        what = "private key" if b"KEY" in mark else "certificate"
+        raise SettingError("%s: the file holds no %s in PEM form; a key may stand in the "
+                           "certificate's file or in that of AIPROXY_TLS_KEY" % (name, what))
+
+def refuse_password():
+    """OpenSSL would ask for it on the terminal."""
+    raise ValueError("the private key is encrypted; it takes one without a password")
+
+def explain_certificate_error(error):
+    if not isinstance(error, ssl.SSLError):
+        return getattr(error, "strerror", None) or error
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the private key does not belong to the certificate"
+    return "certificate or key cannot be used (%s)" % (error.reason or "unknown form")
+
+def make_server_context():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.options |= ssl.OP_NO_RENEGOTIATION      # a write would have to wait for a read
+    if ssl.OPENSSL_VERSION_INFO >= (3,):            # see make_tls_context
+        context.options &= ~OP_IGNORE_UNEXPECTED_EOF
+    return context
+
+OPTIONS += (
+    Option("AIPROXY_TLS_CERT", AIPROXY_TLS_CERT, str,
+           "PEM file with a certificate chain: serve HTTPS with it; empty: plain HTTP"),
+    Option("AIPROXY_TLS_KEY", AIPROXY_TLS_KEY, str,
+           "PEM file with the private key; empty: it stands in the certificate's file"),
+)
+
 # ---- Health --------------------------------------------------------------------------------------
 # Does: answers /health, / and what balancers and browsers ask every server for.
 # Touches: nothing. No key is needed, and no upstream call.
-# Entered: `install_health` in Server.install_features adds an answer.
+# Entered: `install_health` in Service.install_features adds an answer.
 
 LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
 PROBES = (("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
 
-def install_health(server):
-    server.free_answers.append(answer_about_us)
+def install_health(service):
+    service.free_answers.append(answer_about_us)
 
 def answer_about_us(handler):
     request = handler.request
@@ -3387,12 +3787,12 @@ def describe_api(settings):
 # Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
 # a 404, and says to a plain OPTIONS what a path takes.
 # Touches: the path of a request, before it is checked.
-# Entered: `install_forgiving_paths` in Server.install_features.
+# Entered: `install_forgiving_paths` in Service.install_features.
 
-def install_forgiving_paths(server):
-    server.normalize_path = normalize_path
-    server.suggest_path = suggest_path
-    server.own_answers.append(answer_options)
+def install_forgiving_paths(service):
+    service.normalize_path = normalize_path
+    service.suggest_path = suggest_path
+    service.own_answers.append(answer_options)
 
 def normalize_path(path, rules):
     """The path that a client with a slightly wrong base URL meant: /v1/v1/x, /x, //v1/x/ are /v1/x.
@@ -3430,7 +3830,7 @@ def answer_options(handler):
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
 # Touches: which pages are refused; it adds header fields to responses.
-# Entered: `install_cors` in Server.install_features takes the place of `refuse_pages`, and adds
+# Entered: `install_cors` in Service.install_features takes the place of `refuse_pages`, and adds
 # header fields.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
@@ -3440,12 +3840,12 @@ WEB_ORIGIN = re.compile(
     r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
 OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
 
-def install_cors(server):
-    server.free_answers.append(answer_preflight)
-    server.check_origin = check_origin
-    server.cors_headers = cors_headers
-    if server.settings.is_guarded_by_loopback and server.settings.any_origin:
-        server.warnings.append(
+def install_cors(service):
+    service.free_answers.append(answer_preflight)
+    service.check_origin = check_origin
+    service.cors_headers = cors_headers
+    if service.settings.is_guarded_by_loopback and service.settings.any_origin:
+        service.warnings.append(
             "AIPROXY_ORIGINS=*: any web page that you open can spend your key")
 
 def is_preflight(request):
@@ -3479,7 +3879,7 @@ def is_origin_allowed(headers, settings):
     if is_listed_origin(origin, settings):
         return True
     host = headers.get(b"host", b"")        # our own start page, on this machine
-    return origin == b"http://" + host and is_loopback_host(host)
+    return origin == b"%b://%b" % (settings.scheme.encode(), host) and is_loopback_host(host)
 
 def is_listed_origin(origin, settings):
     """Does it fit one that AIPROXY_ORIGINS names?"""
@@ -3587,22 +3987,23 @@ OPTIONS += (
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
 # read the 503 (CORS), and the SDK understands it.
 # Touches: the sockets of refused clients, until their 503 is sent.
-# Entered: `install_busy_refusals` in Server.install_features takes the place of `send_busy`.
+# Entered: `install_busy_refusals` in Service.install_features takes the place of `send_busy`.
 
 BUSY_SECONDS = 1        # for the head
 
-def install_busy_refusals(server):
+def install_busy_refusals(service):
     def refuse(sock, record):
-        job = RefusedClient(sock, record, server.send_busy)
-        server.take_over(job, network_of(record.client))
-    server.refuse = refuse
+        own_socket = service.wrap_client(socket.socket(fileno=sock.detach()))
+        job = RefusedClient(own_socket, record, service.server.send_busy)
+        service.server.take_over(job, network_of(record.client))
+    service.refuse = refuse
 
 
 class RefusedClient(Job):
-    """The accepting thread cannot wait for a head. The socket is taken over."""
+    """The accepting thread cannot wait for a head. The socket is this job's own."""
 
     def __init__(self, sock, record, send_busy):
-        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
+        self.client = BufferedSocket(sock)
         super().__init__(self.client)
         self.record = record
         self.send_busy = send_busy          # (socket, record, request)
@@ -3644,13 +4045,13 @@ class RefusedClient(Job):
 # Does: looks for the provider key in an error as it passes, so that a long one, or one that
 # trickles, is not withheld.
 # Touches: errors of the upstream, where a provider key is configured: they are cut where it begins.
-# Entered: `install_secret_filter` in Server.install_features takes the place of `check_for_key`.
+# Entered: `install_secret_filter` in Service.install_features takes the place of `check_for_key`.
 
 # A letter as JSON may have it, cut off.
 PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
 
-def install_secret_filter(server):
-    server.check_for_key = filter_error
+def install_secret_filter(service):
+    service.check_for_key = filter_error
 
 def filter_error(exchange, settings):
     """The filter for an error's body. 502 if its beginning holds the key already."""
@@ -3723,11 +4124,11 @@ class SecretFilter:
 # Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
 # redirect to another host is refused if clients would repeat a body there.
 # Touches: the Location of a response, where a provider key is configured.
-# Entered: `install_redirects` in Server.install_features adds a check.
+# Entered: `install_redirects` in Service.install_features adds a check.
 
-def install_redirects(server):
-    if server.settings.provider_keys:
-        server.response_checks.append(check_location)
+def install_redirects(service):
+    if service.settings.provider_keys:
+        service.response_checks.append(check_location)
 
 def check_location(handler, exchange):
     """Rewrite the response's Location. ErrorResponse 502 for a body that would go elsewhere."""
@@ -3766,15 +4167,15 @@ def map_location(location, asked, upstream):
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
-# Entered: `install_rates` in Server.install_features adds a check.
+# Entered: `install_rates` in Service.install_features adds a check.
 
 MAX_BUCKETS = 10000     # clients whose rate is remembered: about 3 MB
 
-def install_rates(server):
-    if server.settings.rate:
-        shown = server.settings.shown["AIPROXY_RATE"]
-        server.rate_limiter = RateLimiter(*server.settings.rate, shown=shown)
-        server.checks.append(server.rate_limiter.check)
+def install_rates(service):
+    if service.settings.rate:
+        shown = service.settings.shown["AIPROXY_RATE"]
+        service.rate_limiter = RateLimiter(*service.settings.rate, shown=shown)
+        service.checks.append(service.rate_limiter.check)
 
 
 class RateLimiter:
@@ -3858,7 +4259,7 @@ OPTIONS += (
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Server.install_features takes the places of `is_loopback`
+# Entered: `install_trusted_proxies` in Service.install_features takes the places of `is_loopback`
 # and `is_forwarded`.
 
 # Where a client's address stands in Forwarded (RFC 7239 section 6).
@@ -3871,17 +4272,17 @@ NETWORK_WORDS = {
     "*": "0.0.0.0/0 ::/0",
 }
 
-def install_trusted_proxies(server):
-    networks = server.settings.trusted_proxies
+def install_trusted_proxies(service):
+    networks = service.settings.trusted_proxies
 
     @functools.lru_cache(1024)      # there are few proxies
     def is_trusted_proxy(address):
         plain = plain_address(address)
         return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
 
-    server.is_trusted_proxy = is_trusted_proxy
-    server.find_client = functools.partial(find_client, is_trusted_proxy)
-    server.asks_for_others = asks_for_others
+    service.is_trusted_proxy = is_trusted_proxy
+    service.find_client = functools.partial(find_client, is_trusted_proxy)
+    service.asks_for_others = asks_for_others
 
 def find_client(is_trusted_proxy, address, headers):
     """Who asks: of X-Forwarded-For the rightmost address that is not a trusted proxy's.
@@ -3931,7 +4332,7 @@ OPTIONS += (
 # ---- Body rules ----------------------------------------------------------------------------------
 # Does: reads bodies as a whole where a setting wants them looked into, strictly, and edits them.
 # Touches: members that a rule changes; no other byte. Bodies are held until they have gone up.
-# Entered: `install_body_rules` in Server.install_features sets `read_whole_body`.
+# Entered: `install_body_rules` in Service.install_features sets `read_whole_body`.
 
 MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
@@ -3941,14 +4342,14 @@ BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in me
 SMALL_BODY = 1 / 8192   # of that: a body that is never refused for the others' sake
 LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
 
-def install_body_rules(server):
-    server.body_budget = BodyBudget()
-    server.on_body_gone = server.body_budget.let_go
-    server.read_whole_body = read_whole_body
-    server.needs_whole_bodies = False   # must each be here before it goes up?
-    server.inspects_bodies = False      # does a setting want them looked into?
-    server.body_rules = []              # (members, request, settings): changes to the members
-    server.check_form = refuse_form     # (body, request, settings): the form to send up
+def install_body_rules(service):
+    service.body_budget = service.server.shared.setdefault("body budget", BodyBudget())
+    service.on_body_gone = service.body_budget.let_go
+    service.read_whole_body = read_whole_body
+    service.needs_whole_bodies = False   # must each be here before it goes up?
+    service.inspects_bodies = False      # does a setting want them looked into?
+    service.body_rules = []              # (members, request, settings): changes to the members
+    service.check_form = refuse_form     # (body, request, settings): the form to send up
 
 
 class BodyBudget:
@@ -3989,7 +4390,7 @@ def read_whole_body(handler):
     """A body that must be here before it goes up, as it is to go up; None for any other."""
     if needs_body_inspection(handler):
         return read_inspected_body(handler, apply_body_rules)
-    if not handler.server.needs_whole_bodies:
+    if not handler.service.needs_whole_bodies:
         return None
     handler.observe_body()
     return hold_body(handler)
@@ -3998,18 +4399,18 @@ def read_inspected_body(handler, edit):
     """What `edit(handler, body)` makes of the body."""
     check_content_coding(handler.request)                   # 415
     body = hold_body(handler)
-    with handler.server.body_budget.one_at_a_time(len(body)):
+    with handler.service.body_budget.one_at_a_time(len(body)):
         return edit(handler, body)                          # 400 403
 
 def hold_body(handler):
     most = handler.settings.max_body
     handler.start_body(most)                                # 413
-    pieces = handler.server.body_budget.count(handler.upload, BODIES_HELD * most)
+    pieces = handler.service.body_budget.count(handler.upload, BODIES_HELD * most)
     return join_pieces(pieces)                              # 408 503
 
 def needs_body_inspection(handler):
     """Does a setting want the body looked into? The path decides, never the content type."""
-    if not handler.server.inspects_bodies:
+    if not handler.service.inspects_bodies:
         return False
     has_body = not handler.upload.done
     return is_inference(handler.request) or (has_body and handler.settings.has_own_keys)
@@ -4039,7 +4440,7 @@ def apply_body_rules(handler, body):
         if not body:                        # a job is cancelled so
             return body
         if is_form(request.headers):
-            body = handler.server.check_form(body, request, handler.settings)
+            body = handler.service.check_form(body, request, handler.settings)
             handler.record.model = request.model
             return body
     return edit_members(body, check_body(handler, body)[1])
@@ -4051,7 +4452,7 @@ def check_body(handler, body):
     request.own_fields[b"content-type"] = (b"Content-Type", b"application/json")
     members = parse_object(body)
     changes = {}
-    for rule in handler.server.body_rules:
+    for rule in handler.service.body_rules:
         changes.update(rule(members, request, handler.settings))
         handler.record.model = request.model
     return members, changes
@@ -4219,7 +4620,7 @@ def as_tree(changes):
 # ---- Model rules ---------------------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
 # Touches: the path, members of an inspected body, a form: aliases become the models behind them.
-# Entered: `install_model_rules` in Server.install_features adds checks and a rule.
+# Entered: `install_model_rules` in Service.install_features adds checks and a rule.
 # Needs: Body rules.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
@@ -4243,12 +4644,12 @@ FORM_PLAIN = re.compile(br"text/plain(?:;[ \t]*charset=\"?(?:utf-8|us-ascii)\"?)
 FORM_CODINGS = (b"binary", b"8bit", b"7bit")
 MAX_PARTS = 1000
 
-def install_model_rules(server):
-    server.checks.append(check_named_model)
-    server.body_rules.append(apply_model_rules)
-    server.check_form = apply_form_rules
-    if server.settings.models or server.settings.default_model:
-        server.inspects_bodies = True
+def install_model_rules(service):
+    service.checks.append(check_named_model)
+    service.body_rules.append(apply_model_rules)
+    service.check_form = apply_form_rules
+    if service.settings.models or service.settings.default_model:
+        service.inspects_bodies = True
 
 def check_named_model(handler):
     """400 or 403 for the model that a path or a query names; an alias in the path is replaced.
@@ -4522,26 +4923,26 @@ OPTIONS += (
 # ---- Model list ----------------------------------------------------------------------------------
 # Does: answers GET /v1/models where AIPROXY_MODELS names some.
 # Touches: nothing.
-# Entered: `install_model_list` in Server.install_features adds an answer.
+# Entered: `install_model_list` in Service.install_features adds an answer.
 # Needs: Model rules.
 
-def install_model_list(server):
-    if server.settings.aliases:
-        server.own_answers.append(answer_model_list)
+def install_model_list(service):
+    if service.settings.aliases:
+        service.own_answers.append(answer_model_list)
 
 def answer_model_list(handler):
     if not is_model_list(handler.request):
         return False
-    send_models(handler, list_models(handler.server))
+    send_models(handler, list_models(handler.service))
     return True
 
 def send_models(handler, items):
     handler.send_json(find_model(handler.request.path, items))
 
-def list_models(server):
+def list_models(service):
     """The items of the model list, in OpenAI's form."""
-    return [{"id": name, "object": "model", "created": server.started,
-             "owned_by": "aiproxy"} for name in server.settings.models_shown]
+    return [{"id": name, "object": "model", "created": service.server.started,
+             "owned_by": "aiproxy"} for name in service.settings.models_shown]
 
 def is_model_list(request):
     return request.is_read_only and (request.path + "/").startswith("/v1/models/")
@@ -4560,7 +4961,7 @@ def find_model(path, items):
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
-# Entered: `install_limits` in Server.install_features adds a rule, and a warning for the banner.
+# Entered: `install_limits` in Service.install_features adds a rule, and a warning for the banner.
 # Needs: Body rules.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
@@ -4605,17 +5006,17 @@ NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definiti
 WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))
 ONE_TOKEN = "...."     # what a token number counts as
 
-def install_limits(server):
-    server.body_rules.append(limit_body)
-    settings = server.settings
+def install_limits(service):
+    service.body_rules.append(limit_body)
+    settings = service.settings
     if settings.max_tokens or settings.max_chars:
-        server.inspects_bodies = True
+        service.inspects_bodies = True
     if not settings.max_tokens or settings.paths is None:
         return
     paths = [path for method, path in settings.paths if method in ("POST", "PUT", "PATCH", "*")]
     paths = [path for path in paths if not path.endswith((*LIMITED_PATHS, *UNLIMITED_PATHS))]
     if paths:
-        server.warnings.append(
+        service.warnings.append(
             "AIPROXY_MAX_TOKENS adds no limit on %s: there it only lowers one that a request names"
             % ", ".join(paths))
 
@@ -4771,7 +5172,7 @@ OPTIONS += (
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Server.install_features sets `use_key`.
+# Entered: `install_key_rotation` in Service.install_features sets `use_key`.
 # Needs: Body rules.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
@@ -4779,11 +5180,11 @@ KEY_COOLDOWN = 60                           # seconds, after a status that names
 REJECTED_COOLDOWN = 600                     # seconds, after a 401
 MAX_COOLDOWN = 86400                        # seconds
 
-def install_key_rotation(server):
-    count = len(server.settings.provider_keys)
+def install_key_rotation(service):
+    count = len(service.settings.provider_keys)
     if count > 1:
-        server.use_key = KeyRotation(count, server.log.warn).use
-        server.needs_whole_bodies = True        # a body that is being streamed is sent only once
+        service.use_key = KeyRotation(count, service.log.warn).use
+        service.needs_whole_bodies = True        # a body that is being streamed is sent only once
 
 
 class KeyRotation:
@@ -4856,18 +5257,19 @@ def retry_after(value):
 # ---- Kept connections ----------------------------------------------------------------------------
 # Does: keeps connections to the upstream for the next request: a new one costs two round trips.
 # Touches: connections after the end of an exchange. A request is sent again at most once.
-# Entered: `install_kept_connections` in Server.install_features sets `try_kept` and `keep`.
+# Entered: `install_kept_connections` in Service.install_features sets `try_kept` and `keep`.
 
 POOL_SIZE = 100         # idle upstream connections
 POOL_SECONDS = 30       # for each: providers close theirs after 60
 
-def install_kept_connections(server):
+def install_kept_connections(service):
     pool = Pool()
-    handler = server.upstream_handler
+    handler = service.upstream_handler
     handler.pool = pool
     handler.keep = pool.release
     handler.try_kept = functools.partial(try_kept, handler)
-    server.relay_loop.every_tick = pool.close_old
+    service.on_tick = pool.close_old
+    service.retire = pool.retire
 
 def try_kept(handler, request):
     """An exchange over a kept connection; None if there is none, or it was closed meanwhile.
@@ -4900,6 +5302,7 @@ class Pool:
     """The idle connections to the upstream."""
 
     def __init__(self):
+        self.size = POOL_SIZE               # connections at most
         self.idle = collections.deque()     # of (connection, until); the newest at the right
 
     def acquire(self):
@@ -4916,8 +5319,13 @@ class Pool:
     def release(self, connection, headers):
         """Keep a connection whose last response had these headers."""
         self.idle.append((connection, time.monotonic() + idle_seconds(headers)))
-        while len(self.idle) > POOL_SIZE:
+        while len(self.idle) > self.size:
             self.idle.popleft()[0].close()
+
+    def retire(self):
+        """Keep no more: running requests may still bring some."""
+        self.size = 0
+        self.close_old(math.inf)
 
     def close_old(self, now):
         """Close what has been idle too long; called by the relay loop twice a second."""
@@ -4944,18 +5352,18 @@ def is_silent(connection):
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that is connected to; a connection before its TLS; plain requests.
-# Entered: `install_upstream_proxy` in Server.install_features changes the connector or the opener.
+# Entered: `install_upstream_proxy` in Service.install_features changes the connector or the opener.
 
-def install_upstream_proxy(server):
-    proxy = server.settings.proxy
+def install_upstream_proxy(service):
+    proxy = service.settings.proxy
     if not proxy:
         return
-    server.proxy = proxy.netloc
-    server.upstream_handler.connector.address = proxy.address
-    if server.settings.upstream.scheme == "https":
-        server.upstream_handler.connector.open_tunnel = proxy.open_tunnel
+    service.proxy = proxy.netloc
+    service.upstream_handler.connector.address = proxy.address
+    if service.settings.upstream.scheme == "https":
+        service.upstream_handler.connector.open_tunnel = proxy.open_tunnel
     else:
-        server.opener.add_handler(proxy)
+        service.opener.add_handler(proxy)
 
 def read_proxy(settings):
     """The environment's proxy for the upstream, as a setting."""
@@ -5031,14 +5439,138 @@ class UpstreamProxy(urllib.request.BaseHandler):
         if connection.buffer:       # it would be taken for something that came through TLS
             raise ProtocolError("the proxy sent bytes behind its response")
 
+# ---- Fields for the upstream ---------------------------------------------------------------------
+# Does: adds the header fields of AIPROXY_UPSTREAM_HEADERS to every request to the upstream.
+# Touches: the fields of the request; the responses, in which their values must not come down.
+# Entered: `install_upstream_fields` in Service.install_features sets `edit_upstream_headers`.
+# Needs: Keys in long errors.
+
+# Host, framing, and what speaks of the body, the connection or one request: ours to write.
+RESERVED_FIELDS = HOP_BY_HOP | frozenset(
+    b"host content-length content-type content-encoding expect accept-encoding "
+    b"idempotency-key".split())
+KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
+# A shorter value is looked for nowhere: it would be found in half of all texts.
+MIN_HIDDEN = 8
+CREDENTIAL = re.compile(br"(?:(?:bearer|basic|token) +)?(.+)", re.I)
+
+def install_upstream_fields(service):
+    service.edit_upstream_headers = set_upstream_fields
+    service.response_checks.append(mask_operator_values)
+
+def parse_upstream_headers(text):
+    """Pairs of a name and a value, as bytes."""
+    fields = {}
+    takes = ("Name: value, several separated by ';', each name once and each value of visible "
+             "ASCII characters and spaces, without ';'")
+    for entry in map(clean, text.split(";")):
+        if not entry:
+            continue
+        match = match_all(r"(%s):[ \t]*([\x21-\x7e](?:[ -~]*[\x21-\x7e])?)" % TOKEN.decode(),
+                          entry, takes)
+        name = match.group(1).encode()
+        low = plain_name(name)
+        if low in fields:
+            raise ValueError(takes)
+        if low in RESERVED_FIELDS or low.startswith(b"sec-websocket-"):
+            raise ValueError("other fields than %s, which is for the proxy to write"
+                             % low.decode())
+        fields[low] = (name, match.group(2).encode())
+    if text and not fields:
+        raise ValueError(takes)
+    return list(fields.values())
+
+def plain_name(name):
+    """A field's name as CGI-like servers compare it: they take `_` for `-`."""
+    return name.lower().replace(b"_", b"-")
+
+def check_upstream_fields(settings):
+    """SettingError for a key among the fields."""
+    reserved = {plain_name(name) for name, _ in settings.key_fields}
+    if not settings.provider_keys:
+        reserved |= KEY_FIELDS              # any caller could spend it
+    for name, _ in settings.upstream_headers:
+        low = plain_name(name)
+        if low in reserved:
+            variable = settings.upstream.provider.key_variable
+            raise SettingError("AIPROXY_UPSTREAM_HEADERS: the field %s is for the provider key, "
+                               "which belongs in %s" % (low.decode(), variable))
+
+def hide_upstream_values(settings):
+    """Keep what the fields hold out of --check, the log and the responses."""
+    fields = settings.upstream_headers
+    if fields:
+        shown = ["%s: ***" % name.decode() for name, _ in fields]
+        settings.shown["AIPROXY_UPSTREAM_HEADERS"] = "; ".join(shown)
+
+    # What a client could send as well is no secret.
+    values = [CREDENTIAL.fullmatch(value).group(1) for name, value in fields
+              if plain_name(name) not in ALLOWED_REQUEST_FIELDS]
+    values = [value for value in values if len(value) >= MIN_HIDDEN]
+    settings.masked_values = values
+    settings.secrets = settings.secrets + values
+    settings.field_secrets = settings.field_secrets + values
+    # Workers AI has words of its own for errors.
+    getattr(settings, "workers_secrets", []).extend(value.decode() for value in values)
+
+def set_upstream_fields(fields, settings):
+    """The operator's fields in the place of those that bear their names."""
+    if not settings.upstream_headers:
+        return fields
+    names = {plain_name(name) for name, _ in settings.upstream_headers}
+    kept = [field for field in fields if plain_name(field[0]) not in names]
+    return kept + settings.upstream_headers
+
+def mask_operator_values(handler, exchange):
+    """Let an error come down with stars for the operator's values: many name the organization."""
+    values = handler.settings.masked_values
+    if values and exchange.status >= 300 and not exchange.is_coded:
+        exchange.body = MaskedBody(exchange.body, values)
+        exchange.prefetched = exchange.body.mask(exchange.prefetched)
+
+
+class MaskedBody:
+    """A body with stars for certain values, as many as they have bytes: its length stays."""
+
+    def __init__(self, body, values):
+        self.body = body
+        self.length = body.length
+        self.patterns = [escaped_pattern(value) for value in values]
+        self.filter = SecretFilter(values)
+        self.waiting = b""                  # the end of what came, if a value may begin in it
+
+    @property
+    def done(self):
+        return self.body.done
+
+    def read(self):
+        return self.mask(self.body.read())
+
+    def mask(self, data):
+        data = self.waiting + data
+        for pattern in self.patterns:
+            data = pattern.sub(lambda match: b"*" * len(match.group()), data)
+        end = len(data) if self.body.done else self.filter.find_beginning(data)
+        self.waiting = data[end:]
+        return data[:end]
+
+MORE_SETTINGS += [check_upstream_fields, hide_upstream_values]
+SECRET_PARSERS.append(parse_upstream_headers)
+SEPARATORS["AIPROXY_UPSTREAM_HEADERS"] = ";"
+OPTIONS += (
+    Option("AIPROXY_UPSTREAM_HEADERS", AIPROXY_UPSTREAM_HEADERS, parse_upstream_headers,
+           "header fields for every request to the upstream, Name: value, several separated by "
+           "';'; they replace the client's, and their values are secret"),
+)
+
 # ---- Early responses -----------------------------------------------------------------------------
 # Does: lets a request's body go on up while the response that came before its end goes down. (Part
 # one ends such an upload, and with it both connections.)
 # Touches: both connections, in the relay loop.
-# Entered: `install_early_responses` in Server.install_features sets `make_job`.
+# Entered: `install_early_responses` in Service.install_features sets `make_job`.
 
-def install_early_responses(server):
-    server.make_job = make_job
+def install_early_responses(service):
+    service.make_job = make_job
 
 def make_job(handler, exchange, is_chunked, secret_filter):
     kind = ResponseJob if exchange.request_sent else TwoWayJob
@@ -5098,13 +5630,13 @@ class TwoWayJob(ResponseJob):
 # Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
 # for the end where TLS ends without close_notify.
 # Touches: event streams, between two events; what counts as a cut.
-# Entered: `install_event_streams` in Server.install_features sets `follow_events`.
+# Entered: `install_event_streams` in Service.install_features sets `follow_events`.
 
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
-def install_event_streams(server):
-    server.follow_events = follow_events
-    server.error_form = lambda path: OPENAI_ERRORS      # of the events of the API there
+def install_event_streams(service):
+    service.follow_events = follow_events
+    service.error_form = lambda path: OPENAI_ERRORS      # of the events of the API there
 
 def follow_events(job, handler):
     """What follows the events of a response; None where no event of ours can go down."""
@@ -5135,7 +5667,7 @@ OPENAI_ERRORS = OpenAIErrors()
 
 def error_event(handler, error):
     """The event that tells of an error in a stream that has begun."""
-    form = handler.server.error_form(handler.record.path)
+    form = handler.service.error_form(handler.record.path)
     return render_error_event(error, form, handler.record.id)
 
 def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
@@ -5210,7 +5742,7 @@ class LastEvent:
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
 # Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Server.install_features finds the form by the path.
+# Entered: `install_error_forms` in Service.install_features finds the form by the path.
 # Needs: Event streams.
 
 ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
@@ -5264,9 +5796,9 @@ ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base U
     (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
 )
 
-def install_error_forms(server):
-    server.error_form = find_error_form
-    server.error_body = error_body
+def install_error_forms(service):
+    service.error_form = find_error_form
+    service.error_body = error_body
 
 def error_body(path, error, request_id):
     return find_error_form(path).body(error, request_id)
@@ -5280,16 +5812,16 @@ def find_error_form(path):
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
-# Entered: `install_heartbeats` in Server.install_features sets `on_silence`, `add_heartbeats`.
+# Entered: `install_heartbeats` in Service.install_features sets `on_silence`, `add_heartbeats`.
 # Needs: Event streams.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
 
-def install_heartbeats(server):
-    seconds = server.settings.heartbeat
+def install_heartbeats(service):
+    seconds = service.settings.heartbeat
     if seconds:
-        server.on_silence = functools.partial(send_heartbeat, seconds)
-        server.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
+        service.on_silence = functools.partial(send_heartbeat, seconds)
+        service.add_heartbeats = functools.partial(wait_with_heartbeats, seconds)
 
 def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
@@ -5383,7 +5915,7 @@ class LogWriter(threading.Thread):
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
-# Entered: `install_model_names` in Server.install_features sets `observe_request`.
+# Entered: `install_model_names` in Service.install_features sets `observe_request`.
 
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
@@ -5393,9 +5925,9 @@ MODEL_IN_FORM = re.compile(
     br'name="model"\r\n(?:(?i:content-)[^\r\n]{1,99}\r\n){0,2}\r\n([^\r\n]{1,200})\r\n')
 MODEL_BYTES = 1024      # more than any of these takes
 
-def install_model_names(server):
-    if server.settings.log != "off":
-        server.observe_request = observe_model
+def install_model_names(service):
+    if service.settings.log != "off":
+        service.observe_request = observe_model
 
 def observe_model(record):
     in_path = MODEL_IN_PATH.search(record.path)
@@ -5432,16 +5964,16 @@ class ModelFinder:
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Server.install_features sets `observe_response`.
+# Entered: `install_token_counts` in Service.install_features sets `observe_response`.
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
 MAX_USAGE_DEPTH = 100   # objects and arrays in it: a parser recurses, and a stack is small
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
-def install_token_counts(server):
-    if server.settings.log != "off":
-        server.observe_response = observe_tokens
+def install_token_counts(service):
+    if service.settings.log != "off":
+        service.observe_response = observe_tokens
 
 def observe_tokens(record):
     counter = TokenCounter()
@@ -5498,11 +6030,11 @@ class TokenCounter:
 # ---- Early hints ---------------------------------------------------------------------------------
 # Does: passes a 103 (RFC 8297) on where no key is hidden, so that a page may begin to load.
 # Touches: nothing; it sends a head of its own.
-# Entered: `install_early_hints` in Server.install_features sets `on_interim`.
+# Entered: `install_early_hints` in Service.install_features sets `on_interim`.
 
-def install_early_hints(server):
-    if not server.settings.provider_keys:
-        server.on_interim = pass_early_hints
+def install_early_hints(service):
+    if not service.settings.provider_keys:
+        service.on_interim = pass_early_hints
 
 def pass_early_hints(handler, status, headers):
     if status == 103 and not handler.request.is_http10:
@@ -5512,17 +6044,17 @@ def pass_early_hints(handler, status, headers):
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Server.install_features adds a check, and what follows a 101.
+# Entered: `install_websocket` in Service.install_features adds a check, and what follows a 101.
 # Needs: Model rules, Token and prompt limits.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
 UNTOLD_SECONDS = 2      # where the other side cannot be told that it has
 KEY_PROTOCOL = b"openai-insecure-api-key."      # how a browser's WebSocket carries a key
 
-def install_websocket(server):
-    server.prepare_request = prepare_websocket
-    server.checks.insert(0, check_websocket)
-    server.switch_protocols = relay_websocket
+def install_websocket(service):
+    service.prepare_request = prepare_websocket
+    service.checks.insert(0, check_websocket)
+    service.switch_protocols = relay_websocket
 
 def prepare_websocket(handler):
     """Let the fields of an upgrade go up, and none that carries a client key."""
@@ -5612,6 +6144,7 @@ def relay_websocket(handler, exchange):
     finally:
         exchange.close()
     handler.record.outcome = tunnel.outcome
+    handler.is_whole = tunnel.outcome == "ok"
     handler.record.bytes = tunnel.bytes
 
 
@@ -5708,6 +6241,60 @@ class Direction:
         except ClosedEarly:                 # many end TLS without saying so
             return b""
 
+# ---- More providers ------------------------------------------------------------------------------
+# Does: knows more providers by name, and Azure's resources by their hosts.
+# Touches: nothing.
+# Entered: the rows that it adds to PROVIDERS and PROVIDER_HOSTS.
+#
+# Each with the page of the provider's own documentation that names its base URL and its key's
+# field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
+
+PROVIDERS.update({
+    # https://www.volcengine.com/docs/82379/1298459
+    "volcengine": Provider("https://ark.cn-beijing.volces.com/api/v3"),
+    # https://cloud.tencent.com/document/product/1729/111007
+    "hunyuan": Provider("https://api.hunyuan.cloud.tencent.com/v1"),
+    # https://cloud.baidu.com/doc/qianfan/s/Hmh4suq26
+    "qianfan": Provider("https://qianfan.baidubce.com/v2"),
+    # https://platform.minimaxi.com/docs/api-reference/text-openai-api
+    "minimax": Provider("https://api.minimaxi.com/v1"),
+    # https://platform.stepfun.com/docs/zh/guides/developer/openai
+    "stepfun": Provider("https://api.stepfun.com/v1"),
+    # https://modelscope.cn/docs/model-service/API-Inference/intro
+    "modelscope": Provider("https://api-inference.modelscope.cn/v1"),
+    # https://docs.x.ai/developers/rest-api-reference/inference
+    "xai": Provider("https://api.x.ai/v1"),
+    # https://docs.together.ai/docs/inference/openai-compatibility
+    "together": Provider("https://api.together.ai/v1"),
+    # https://docs.fireworks.ai/tools-sdks/openai-compatibility
+    "fireworks": Provider("https://api.fireworks.ai/inference/v1"),
+    # https://build.nvidia.com/ (the examples of each model)
+    "nvidia": Provider("https://integrate.api.nvidia.com/v1"),
+    # https://docs.github.com/en/rest/models/inference (its model list is at /catalog/models)
+    "github": Provider("https://models.github.ai/inference"),
+    # https://huggingface.co/docs/inference-providers/en/providers/cerebras
+    "huggingface": Provider("https://router.huggingface.co/v1"),
+    # https://inference-docs.cerebras.ai/resources/openai
+    "cerebras": Provider("https://api.cerebras.ai/v1"),
+    # https://docs.sambanova.ai/docs/en/get-started/api-keys-urls
+    "sambanova": Provider("https://api.sambanova.ai/v1"),
+    # https://docs.cohere.com/docs/compatibility-api
+    "cohere": Provider("https://api.cohere.ai/compatibility/v1"),
+    # https://docs.deepinfra.com/chat/overview
+    "deepinfra": Provider("https://api.deepinfra.com/v1/openai"),
+    # https://novita.ai/docs/api-reference/model-apis-llm-create-chat-completion
+    "novita": Provider("https://api.novita.ai/openai/v1"),
+    # https://docs.perplexity.ai/docs/grounded-llm/openai-compatibility
+    "perplexity": Provider("https://api.perplexity.ai/v1", paths=("/v1/responses",)),
+})
+
+# https://name.openai.azure.com/openai/v1 and the like: the name is the customer's.
+# https://learn.microsoft.com/azure/ai-services/openai/reference (the key's field) and
+# https://learn.microsoft.com/azure/foundry/openai/api-version-lifecycle (the base URL)
+AZURE_HOST = re.compile(
+    r"[a-z0-9.-]+\.(?:openai|cognitiveservices|services\.ai)\.azure\.(?:com|us|cn)")
+PROVIDER_HOSTS.append((AZURE_HOST, Provider("", "api-key")))
+
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.
 # Touches: nothing.
@@ -5743,13 +6330,14 @@ def describe_upstream(server):
     else:
         mode = "no key needed"
     text = "%s, %s" % (settings.upstream.shown, mode)
-    if server.proxy:
-        text += ", through the proxy %s" % server.proxy
+    proxy = server.service.proxy
+    if proxy:
+        text += ", through the proxy %s" % proxy
     return text
 
 def warnings(server):
     settings = server.settings
-    yield from server.warnings
+    yield from server.service.warnings
     if server.capacity < settings.max_connections:
         yield ("the limit of open files leaves room for %d clients, not %d (ulimit -n)"
                % (server.capacity, settings.max_connections))
@@ -5787,6 +6375,108 @@ def curl_command(server):
     options = " ".join("-H '%s'" % field for field in fields)
     return "curl -N %s%s %s \\\n  -d '%s'" % (
         server.url(), settings.default_path, options, json.dumps(body))
+
+# ---- A live check --------------------------------------------------------------------------------
+# Does: `--check --live` asks the upstream for its model list with each provider key, and says
+# of each by its place whether it was accepted.
+# Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
+# Entered: `check_live` in main().
+
+class SilentServer(Server):
+    """A Server that does not listen."""
+
+    def server_bind(self):
+        pass
+
+    def server_activate(self):
+        pass
+
+
+ACCEPTED = "accepted"
+NO_LIST = "there is no model list, so it could not be tried"
+VERDICTS = {    # by the upstream's status: in words, and our exit status
+    401: ("refused", 2),
+    403: ("refused", 2),
+    404: (NO_LIST, 0),
+    405: (NO_LIST, 0),
+}
+
+def check_live(options, settings):
+    """Print what becomes of each key. Returns the exit status.
+
+    2 if one is refused, else 1 if one could not be tried.
+    """
+    if not options.live:
+        return 0
+    try:
+        server = SilentServer(settings)
+    except (CannotListen, OSError, RuntimeError) as error:
+        write_all(sys.stderr, "aiproxy: %s\n" % error)
+        return 1
+    if settings.provider_keys:
+        status = try_keys(server)
+    else:
+        words, status = try_key(server, 0)
+        write_all(sys.stdout, "no key is configured; without one: %s\n" % words)
+        if status == 2:             # callers bring their own
+            status = 0
+    server.close()
+    return status
+
+def try_keys(server):
+    """Print what becomes of each key. Returns the worst exit status."""
+    count = len(server.settings.provider_keys)
+    results = []
+    for index in range(count):
+        words, status = try_key(server, index)
+        write_all(sys.stdout, "key %d of %d: %s\n" % (index + 1, count, words))
+        results.append((words, status))
+    if any(words.startswith(ACCEPTED) for words, _ in results):
+        words, _ = try_key(server, count)
+        if words.startswith(ACCEPTED):
+            write_all(sys.stdout, "The upstream gives its model list to anybody: that proves no "
+                                  "key.\n")
+    return max(status for _, status in results)
+
+def try_key(server, index):
+    """What the upstream makes of a key, in words that are none of its own, and our exit status."""
+    try:
+        status = ask_for_models(server, index)
+    except ErrorResponse as error:
+        return "could not be tried. %s" % error.message, 1
+    words, exit_status = VERDICTS.get(status, ("could not be tried", 1))
+    if 200 <= status < 300:
+        words, exit_status = ACCEPTED, 0
+    return "%s (%d)" % (words, status), exit_status
+
+def ask_for_models(server, index):
+    """The status of the upstream's model list; ErrorResponse if it does not answer.
+
+    `index` is a key's; that of none stands for no key.
+    """
+    settings = server.settings
+    upstream = settings.upstream
+    fields = [(b"Accept", b"application/json"),
+              (b"User-Agent", b"aiproxy/%b" % __version__.encode())]
+    if "/v1/messages" in upstream.provider.paths:
+        fields.append((b"anthropic-version", b"2023-06-01"))
+    request = Request((b"GET", b"/v1/models", None, b"1", b"1"), Headers(fields))
+    fields = server.service.edit_upstream_headers(upstream_headers(request, settings), settings)
+
+    target = getattr(upstream.provider.handler, "models_target", "/v1/models")
+    url = upstream.url + upstream.map_path(target)
+    no_body = Upload(None, ContentLengthBody(None, 0))
+    request = UpstreamRequest(url, "GET", fields + settings.key_fields[index:index + 1], b"",
+                              no_body)
+    request.wait = wait_alone
+    exchange = server.service.opener.open(request, timeout=settings.timeout)
+    exchange.close()
+    return exchange.status
+
+def wait_alone(connection, mask, seconds):
+    """What `wait_for_upstream` does, without a client to watch."""
+    if not wait_ready(max(seconds, 0), connection, mask):
+        raise socket.timeout()
 
 # ---- Tuning of the process -----------------------------------------------------------------------
 # Does: keeps the process on one CPU, and tells glibc's malloc what to keep.
@@ -6534,6 +7224,8 @@ class Catalogue:
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
 
+    models_target = "/v1/ai/models/search?per_page=1"       # below the account, for --live
+
     def check_path(self):
         super().check_path()
         is_call = self.request.method == "POST" and self.request.path in WORKERS_PATHS
@@ -6554,7 +7246,7 @@ class WorkersHandler(Handler):
         if items is not None:
             return items
         if self.settings.models:
-            return list_models(self.server)
+            return list_models(self.service)
         raise catalogue.failure
 
     def read_catalogue(self):
@@ -6649,7 +7341,7 @@ class WorkersHandler(Handler):
                 media_type = b"application/json"
         except WRONG_SHAPE:
             raise unreadable()
-        observe = self.server.observe_response(self.record)
+        observe = self.service.observe_response(self.record)
         if observe:
             observe(body)
         self.send_response(200, self.translated_headers(exchange, media_type), content)
@@ -6666,7 +7358,7 @@ class WorkersHandler(Handler):
             self.send_to_client(encode_chunk(events, is_chunked))
 
         wait = exchange.request.wait
-        exchange.request.wait = self.server.add_heartbeats(wait, send)
+        exchange.request.wait = self.service.add_heartbeats(wait, send)
         while not translator.done:
             events = self.next_events(exchange, translator)
             if exchange.body.done:
@@ -6681,6 +7373,7 @@ class WorkersHandler(Handler):
         if is_chunked:
             self.send_to_client(LAST_CHUNK)
             self.close_connection = self.must_close()
+        self.is_whole = True
         with contextlib.suppress(ClientGone):
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)     # what is left, for its reuse
 
@@ -6713,7 +7406,7 @@ PROVIDERS["workers-ai"] = Provider(
 # ---- Start page ----------------------------------------------------------------------------------
 # Does: gives a browser a page at /, English or Chinese: a prompt to try, snippets to copy.
 # Touches: nothing. It is a constant, and asks /, /health and /v1 like any client.
-# Entered: `install_start_page` in Server.install_features, for GET / with Accept: text/html.
+# Entered: `install_start_page` in Service.install_features, for GET / with Accept: text/html.
 
 # The words in {{ }} are replaced by those of CHINESE, and the nonce by a new one.
 PAGE = r"""<!doctype html><html lang="{{en}}"><title>{{aiproxy: an AI endpoint}}</title>
@@ -6930,8 +7623,8 @@ PAGE_RULES = (
     "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-def install_start_page(server):
-    server.free_answers.insert(0, answer_with_page)
+def install_start_page(service):
+    service.free_answers.insert(0, answer_with_page)
 
 def answer_with_page(handler):
     request = handler.request
@@ -7057,6 +7750,7 @@ def start_demo(options, environ):
     threading.Thread(target=provider.serve_forever, daemon=True).start()
     environ["AIPROXY_UPSTREAM"] = "http://127.0.0.1:%d" % provider.server_port
     environ["AIPROXY_KEY"] = provider.provider_key
+    environ.pop("AIPROXY_KEY_FILE", None)
     return [show_demo]
 
 def show_demo(server):
@@ -7071,7 +7765,7 @@ def show_demo(server):
     show("\nOne chat request through the relay, its answer as it comes:\n\n  ")
     begin = time.monotonic()
     delay = 0
-    connection = http.client.HTTPConnection(server.url().partition("//")[2], timeout=10)
+    connection = connect_to(server)
     connection.request("POST", "/v1/chat/completions", json.dumps(request), headers)
     for line in connection.getresponse():
         if line.startswith(b"data: {"):
@@ -7080,6 +7774,16 @@ def show_demo(server):
                 show(choice["delta"].get("content", ""))
     show("\n\nFirst event after %.0f ms. " % (delay * 1000))
     show("Now it serves: try the command above.\n\n")
+
+def connect_to(server):
+    """A connection to ourselves: whose certificate it is needs no proof."""
+    scheme, _, address = server.url().partition("://")
+    if scheme == "http":
+        return http.client.HTTPConnection(address, timeout=10)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(address, timeout=10, context=context)
 
 # ==== The end =====================================================================================
 

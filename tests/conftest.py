@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import aiproxy  # noqa: E402
-from support import Relay, Upstream  # noqa: E402
+from support import Relay, Upstream, make_certificate  # noqa: E402
 
 PROXY_AND_PLATFORM_VARIABLES = {
     "http_proxy",
@@ -31,6 +31,13 @@ def no_settings_from_outside(monkeypatch):
         is_setting = name.startswith(("AIPROXY_", "CLOUDFLARE_"))
         if is_setting or name.lower() in PROXY_AND_PLATFORM_VARIABLES:
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def client_certificate(tmp_path_factory):
+    """Settings with which a relay serves HTTPS."""
+    certificate, key = make_certificate(str(tmp_path_factory.mktemp("https")), key="front")
+    return {"TLS_CERT": certificate, "TLS_KEY": key}
 
 
 @pytest.fixture

@@ -45,10 +45,9 @@ CHUNKED = [("Transfer-Encoding", "chunked")]
 TIMEOUT = 8                 # AIPROXY_TIMEOUT: long enough for a machine that stumbles
 MAX_BODY = 4 << 20          # AIPROXY_MAX_BODY
 MAX_CONNECTIONS = 128       # AIPROXY_MAX_CONNECTIONS: a crowd reaches it
-# What a relay may use more than after the warm-up. A leak shows in the blocks: the bytes also grow
-# where a few objects keep one of Python's arenas, a megabyte each, that a large body once needed.
+# What a relay may use more than after the warm-up.
 BLOCK_SLACK = 1.1           # times the blocks of memory that Python's objects take
-MEMORY_SLACK = 24 << 20     # bytes,
+MEMORY_SLACK = 8 << 20      # bytes: a few objects may keep an arena that a large body once needed;
 STACK_SLACK = 64 << 10      # and for each thread: its stack keeps the pages that it once touched
 SETTLE_SECONDS = 40         # until the relays' own limits have ended connections
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # for SO_LINGER: close() sends a reset
@@ -368,6 +367,9 @@ class Relay:
         settings["MAX_CONNECTIONS"] = MAX_CONNECTIONS
         environ = {"AIPROXY_" + key: str(value) for key, value in settings.items()}
         environ["PYTHONPATH"] = os.path.dirname(PROGRAM)
+        # glibc keeps up to 200 KB of freed memory for each thread, which fills over minutes and
+        # would hide a leak.
+        environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
         limits = {} if real_limits else LIMITS
         return subprocess.Popen(
             [sys.executable, "-c", RUN % limits], env=clean_environ(environ),

@@ -36,7 +36,7 @@ def test_a_long_client_address_is_not_remembered_in_full(relay):
     running = relay(RATE="5/min")
 
     assert running.ask(fields=[("X-Forwarded-For", "1" * 15000)]).status == 200
-    assert max(map(len, running.server.rate_limiter.buckets)) < 100
+    assert max(map(len, running.server.service.rate_limiter.buckets)) < 100
 
 
 @pytest.mark.parametrize("address,network", [
@@ -404,7 +404,7 @@ def test_nothing_of_a_body_is_kept_while_its_response_streams(
         assert client.read_chunk()
         upstream.all_bytes = b""
         assert allocated() < 4 * MEGABYTE
-        assert running.server.body_budget.held == 0
+        assert running.server.service.body_budget.held == 0
         gate.set()
 
 
@@ -436,7 +436,7 @@ def test_nothing_of_a_refused_body_is_kept(relay, allocated, send):
 
     wait_until_no_client(running)
     assert allocated() < 4 * MEGABYTE
-    assert running.server.body_budget.held == 0
+    assert running.server.service.body_budget.held == 0
 
 
 @pytest.mark.parametrize("settings", [
@@ -454,7 +454,7 @@ def test_all_bodies_that_are_held_share_one_budget(upstream, relay, settings):
             client = running.client()
             clients.append(client)
             client.request("POST", CHAT, body[:half], [("Content-Length", str(len(body)))])
-        budget = running.server.body_budget
+        budget = running.server.service.body_budget
         while budget.held < 16 * half:
             threading.Event().wait(0.01)
 
@@ -498,7 +498,7 @@ def test_large_bodies_are_parsed_one_at_a_time(relay, monkeypatch):
         for client in (first, second):
             client.request("POST", CHAT, large_body(2))
         assert inside.acquire(timeout=PATIENCE)
-        while running.server.body_budget.held < 4 * MEGABYTE:
+        while running.server.service.body_budget.held < 4 * MEGABYTE:
             threading.Event().wait(0.01)
 
         # small ones do not wait

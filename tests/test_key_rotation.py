@@ -145,19 +145,19 @@ def test_a_request_that_every_key_refuses_takes_no_key_from_the_others(
 
 def test_a_5xx_of_the_next_key_says_nothing_about_the_first(upstream, rotating):
     upstream.answer = refusing(KEYS[:2])
-    rotating.server.use_key.__self__.turn = 2
+    rotating.server.service.use_key.__self__.turn = 2
     upstream.answer = lambda received: received.send(
         b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n"
         % (429 if key_of(received) == KEYS[0] else 503))
 
     assert rotating.chat().status == 503
     assert used(upstream) == KEYS[:2]
-    assert rotating.server.use_key.__self__.cooldowns == [0.0] * 3
+    assert rotating.server.service.use_key.__self__.cooldowns == [0.0] * 3
 
 
 def test_the_connection_of_a_response_that_is_given_up_is_closed(upstream, rotating):
     upstream.answer = refusing(KEYS[:2])
-    rotating.server.use_key.__self__.turn = 2
+    rotating.server.service.use_key.__self__.turn = 2
 
     assert rotating.chat().status == 200
     assert used(upstream) == KEYS
@@ -295,7 +295,7 @@ def test_a_large_body_is_sent_with_the_next_key_too_however_slowly_it_came(
     monkeypatch.setattr(aiproxy, "PREFETCH_SECONDS", 0)
     running = relay(KEY=",".join(KEYS), CLIENT_KEYS="alice=ck-alice", **settings)
     upstream.answer = refusing(KEYS[:2])
-    running.server.use_key.__self__.turn = 2
+    running.server.service.use_key.__self__.turn = 2
     body = b'{"model": "m", "messages": "%b"}' % (b"x" * 200000)
     first, second = body[:70000], body[70000:]
     field = ("Content-Length", str(len(body)))

@@ -13,7 +13,7 @@ import pytest
 
 import aiproxy
 from byhand import ByHand
-from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, chunk, event, watch
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, chunk, event, watch
 
 KEY = ("Authorization", "Bearer ck-alice")
 CHUNKED = ("Transfer-Encoding", "chunked")
@@ -764,7 +764,7 @@ def test_a_client_that_takes_a_byte_now_and_then_is_cut(upstream, relay, limit):
     upstream.answer = answer
     running = relay()
     taken = 0
-    with Client(running.address, receive_buffer=4096) as client:
+    with running.client(receive_buffer=4096) as client:
         client.request("GET")
         while not running.records and taken < 300:
             client.sock.recv(1000)

@@ -20,8 +20,9 @@ def limited(relay):
     def start(**settings):
         running = relay(**settings)
         running.clock = types.SimpleNamespace(now=1000.0)
-        take = running.server.rate_limiter.take
-        running.server.rate_limiter.take = lambda client, now: take(client, running.clock.now)
+        limiter = running.server.service.rate_limiter
+        take = limiter.take
+        limiter.take = lambda client, now: take(client, running.clock.now)
         return running
 
     return start
@@ -284,11 +285,11 @@ def test_the_client_is_the_last_address_that_is_not_a_trusted_proxy(
     trusted, address, forwarded_for, client
 ):
     settings = aiproxy.Settings({"AIPROXY_TRUSTED_PROXIES": trusted})
-    server = types.SimpleNamespace(settings=settings)
-    aiproxy.install_trusted_proxies(server)
+    service = types.SimpleNamespace(settings=settings)
+    aiproxy.install_trusted_proxies(service)
     headers = aiproxy.Headers([(b"X-Forwarded-For", forwarded_for.encode())])
 
-    assert server.find_client(address, headers) == client
+    assert service.find_client(address, headers) == client
 
 
 def test_a_trusted_proxy_decides_whom_the_rate_counts(relay, monkeypatch):

@@ -1,6 +1,8 @@
 """The README is under test: its table of settings, the names it uses, its commands.
 
-So is the promise of one file without dependencies.
+So are its two halves, which must say the same in English and in Chinese, and the promise of one
+file without dependencies. The recipes of "You come from" have a file of their own; tests/real/
+runs the samples and the fronts.
 """
 
 import ast
@@ -13,30 +15,126 @@ import sys
 import pytest
 
 import aiproxy
-from support import PROGRAM, Program, run_program
+from support import PROGRAM, Program, make_certificate, run_program
 
 ROOT = os.path.dirname(PROGRAM)
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 SOURCE = open(PROGRAM, encoding="utf-8").read()
-ROWS = re.findall(r"^\| `([A-Z_]+)` \| (?:`([^|]*)`|) *\| (.*) \|$", README, re.M)
+CELL = r"((?:[^|\\]|\\.)*)"
+ROW = r"^\| `([A-Z_]+)` \| (?:`([^|]*)`|) *\| %s \| %s \|$" % (CELL, CELL)
+ROWS = re.findall(ROW, README, re.M)
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+# The two halves, and by its heading the text of each section.
+ENGLISH = README[README.index("\n## English\n"):README.index("\n## 中文\n")]
+MANDARIN = README[README.index("\n## 中文\n"):README.index("\n## Files ")]
+HALVES = pytest.mark.parametrize("half", [ENGLISH, MANDARIN], ids=["English", "Chinese"])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+
+
+def sections(text):
+    """The text of each section by its heading, in order."""
+    parts = re.split(r"^### (.*)$", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def section(half, english, chinese):
+    return sections(half)[english if half is ENGLISH else chinese]
+
+
+def code_words(pattern, text):
+    """What stands in backticks and has this form."""
+    return set(re.findall("`(%s)`" % pattern, BLOCK.sub("", text)))
 
 
 def test_the_table_of_settings_is_the_one_in_the_file():
-    rows = [(name, default, meaning.replace("\\|", "|")) for name, default, meaning in ROWS]
+    rows = [(name, default, meaning.replace("\\|", "|")) for name, default, meaning, _ in ROWS]
     options = [(option.name, option.default, option.help) for option in aiproxy.OPTIONS]
     assert sorted(rows) == sorted(options)
 
 
+def test_each_setting_is_explained_in_chinese():
+    assert [name for name, _, _, meaning in ROWS if not CHINESE.search(meaning)] == []
+
+
+def test_the_readme_is_short_and_no_line_is_wide_but_in_tables():
+    lines = README.splitlines()
+    assert len(lines) <= 500
+    assert [line for line in lines if len(line) > 140 and not line.startswith("|")] == []
+
+
+def test_the_top_has_both_languages_and_links_to_both_halves():
+    top = README.partition("\n## ")[0]
+    assert CHINESE.search(top)
+    assert "[English](#english)" in top
+    assert "[中文](#中文)" in top
+
+
+def test_each_link_leads_to_a_heading():
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", README), re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert len(anchors) == len(headings)
+    assert set(re.findall(r"\]\(#(.*?)\)", README)) <= anchors
+
+
+def test_both_halves_have_the_same_sections_blocks_and_tables():
+    def shape(half):
+        return [
+            (
+                BLOCK.findall(text) and [language for language, _ in BLOCK.findall(text)],
+                len(re.findall(r"^\|", text, re.M)),
+                len(re.findall(r"^(?:- )?\*\*", text, re.M)),
+            )
+            for text in sections(half).values()
+        ]
+
+    assert len(sections(ENGLISH)) >= 10
+    assert shape(ENGLISH) == shape(MANDARIN)
+
+
+def test_both_halves_name_the_same_settings_codes_and_links():
+    for pattern in (r"(?:AIPROXY|CLOUDFLARE)_[A-Z_]+[A-Z]", r"\]\(#[a-z-]+\)", r"`[a-z]+_[a-z_]+`",
+                    r"\b[1-5][0-9][0-9]\b"):
+        assert set(re.findall(pattern, ENGLISH)) == set(re.findall(pattern, MANDARIN))
+
+
+def test_each_heading_and_table_of_the_chinese_half_is_in_chinese():
+    headings = sections(MANDARIN)
+    assert [heading for heading in headings if not CHINESE.search(heading)] == []
+    assert not CHINESE.search(re.sub(r"\(#.*?\)", "", ENGLISH))
+
+
+def test_each_block_is_of_a_kind_that_some_test_looks_at():
+    languages = {language for language, _ in BLOCK.findall(README)}
+    assert languages == {"sh", "ini", "caddy", "nginx", "js", "yaml", "python"}
+    assert README.count("\n```") == 2 * len(BLOCK.findall(README))
+
+
 def test_the_readme_and_the_file_name_the_same_settings():
     name = re.compile(r"AIPROXY_[A-Z_]+[A-Z]")
-    assert set(name.findall(README)) == set(name.findall(SOURCE))
+    of_files = {option + "_FILE" for option in aiproxy.FILE_OPTIONS}
+    assert set(name.findall(README)) - of_files == set(name.findall(SOURCE)) - of_files
 
 
-def test_every_provider_named_in_the_readme_exists():
-    pattern = r"Other providers by name\n\(`AIPROXY_UPSTREAM=(.*?)\) or by base URL"
-    names = re.search(pattern, README, re.S).group(1)
+@HALVES
+def test_every_provider_named_in_the_readme_exists(half):
+    names = code_words("[a-z][a-z-]+", section(half, "Your provider", "接你的服务商"))
+    assert len(names) > 10
+    assert names - {"think", "qwen"} <= set(aiproxy.PROVIDERS)
 
-    assert set(re.findall(r"[a-z-]+", names.replace("`", ""))) <= set(aiproxy.PROVIDERS)
+
+def test_both_halves_name_the_same_providers():
+    names = [code_words("[a-z][a-z-]+", section(half, "Your provider", "接你的服务商"))
+             for half in (ENGLISH, MANDARIN)]
+    assert names[0] - {"think"} == names[1] - {"qwen"}
+
+
+@HALVES
+def test_the_short_names_of_workers_ai_exist(half):
+    text = section(half, "Your free quota", "用免费额度：Workers AI")
+    names = code_words(r"[a-z]+-[a-z0-9.-]+", text)
+    assert names
+    assert names <= set(aiproxy.WORKERS_ALIASES)
 
 
 def test_the_file_imports_nothing_outside_the_standard_library():
@@ -72,29 +170,50 @@ REAL = {
     "CLOUDFLARE_ACCOUNT_ID": "0123456789abcdef",
     "CLOUDFLARE_API_TOKEN": "token-0123456789",
 }
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
-ENV_FILE_START = "AIPROXY_KEY=sk-...\nAIPROXY_CLIENT_KEYS="
-ENV_FILE_BLOCK = next(block for block in BLOCKS if block.startswith(ENV_FILE_START))
+ENV_FILE_BLOCK = sections(README)["aiproxy.env"]
 ENV_FILE = dict(SETTING.findall(ENV_FILE_BLOCK))
-SETTINGS = [dict(SETTING.findall(block)) for block in BLOCKS if SETTING.search(block)]
+
+
+def read_settings():
+    """The settings that each block makes, with those of the file that it reads."""
+    found = []
+    for language, block in BLOCK.findall(README):
+        settings = dict(SETTING.findall(block)) if language == "sh" else {}
+        if language == "yaml":
+            settings = dict(re.findall(r"name: (AIPROXY_\w+), value: ([^\s,}]+)", block))
+        if settings and "aiproxy.env" in block:
+            settings = {**ENV_FILE, **settings}
+        if settings:
+            found.append(settings)
+    return found
+
+
+SETTINGS = read_settings()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    files = make_certificate(str(tmp_path_factory.mktemp("certificate")))
+    return dict(zip(("AIPROXY_TLS_CERT", "AIPROXY_TLS_KEY"), files))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=",".join)
-def test_the_settings_in_the_readme_are_accepted(settings):
-    if "CLOUDFLARE_API_TOKEN" not in settings:
-        settings = {**ENV_FILE, **settings}
+def test_the_settings_in_the_readme_are_accepted(settings, certificate):
+    real = {**REAL, **certificate}
+    environ = {name: real.get(name, value) for name, value in settings.items()}
+    assert aiproxy.Settings(environ)
 
-    real = {name: REAL[name] for name in settings if name in REAL}
-    done = run_program("--check", env={**settings, **real})
 
+def test_the_first_settings_in_the_readme_are_accepted_by_the_program():
+    done = run_program("--check", env={"AIPROXY_KEY": REAL["AIPROXY_KEY"]})
     assert done.returncode == 0, done.stderr
 
 
 SAMPLE_KEYS = re.findall(
-    r"""(?:Bearer |(?:api_?[kK]ey|KEYS?|TOKEN)[=:] ?"?(?:\w+=)?)"""
+    r"""(?:Bearer |(?:api_?[kK]ey|(?<!TLS_)KEYS?|TOKEN)[=:] ?"?(?:\w+=)?)"""
     r"""([^\s"'`,;=|$:]+)(?![\w:-])""",
     README,
-)
+) + re.findall(r"[\w-]*long-random-string", README)
 
 
 @pytest.mark.parametrize("name", ["AIPROXY_KEY", "AIPROXY_CLIENT_KEYS", "CLOUDFLARE_API_TOKEN"])
@@ -115,19 +234,24 @@ def test_json_in_the_readme_parses():
     assert all(json.loads(body)["messages"] for body in bodies)
 
 
-def test_every_error_code_that_the_readme_explains_exists():
-    section = README.partition("## When it does not work")[2].partition("## ")[0]
-    words = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", section))
+@HALVES
+def test_every_error_code_that_the_readme_explains_exists(half):
+    words = code_words("[a-z]+(?:_[a-z]+)+", section(half, "When it does not work", "出了问题"))
     # words of nginx and of OpenAI
-    words_of_others = {
-        "proxy_ignore_headers",
-        "proxy_read_timeout",
-        "unsupported_country_region_territory",
-    }
+    words_of_others = {"keepalive_timeout", "unsupported_country_region_territory"}
     codes = words - words_of_others
 
-    assert codes, words
+    assert len(codes) > 5, words
     assert all('"%s"' % code in SOURCE for code in codes), words
+
+
+@HALVES
+def test_the_messages_that_the_readme_explains_are_the_programs(half):
+    text = section(half, "When it does not work", "出了问题")
+    for message in ("Incorrect client key.", "redirects this request to another host",
+                    "aiproxy needs Python 3.8 or newer"):
+        assert "`%s`" % message in text
+        assert message in re.sub(r'"\s*"', "", SOURCE)
 
 
 def test_python_samples_parse():

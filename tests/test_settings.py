@@ -12,7 +12,7 @@ import types
 import pytest
 
 import aiproxy
-from support import PROGRAM, clean_environ, run_program
+from support import CHAT, PROGRAM, clean_environ, run_program
 
 KEY = {"AIPROXY_KEY": "sk-hidden-key"}
 SECRETS = ("s3cret", "sk-hidden", "ck-alice")
@@ -482,6 +482,35 @@ def test_a_base_url_with_an_endpoint_is_an_error_that_shows_the_right_one(base, 
 
 NOT_OURS = ["203.0.113.9", "203.0.113.9:4711", "[2001:db8::1]:4711", "10.0.0.1", "unknown"]
 OURS = ["127.0.0.1", "127.0.0.1:4711", "::1", "[::1]:4711", "::ffff:127.0.0.1", "localhost", ""]
+
+
+AZURE = ["name.openai.azure.com", "name.openai.azure.com:8443", "name.services.ai.azure.com",
+         "name.cognitiveservices.azure.com", "name.openai.azure.us"]
+
+
+@pytest.mark.parametrize("netloc", AZURE)
+def test_a_resource_of_azure_is_known_by_its_host(netloc):
+    settings = aiproxy.Settings({**KEY, "AIPROXY_UPSTREAM": "https://%s/openai/v1" % netloc})
+
+    assert settings.key_fields == [(b"api-key", b"sk-hidden-key")]
+    assert settings.upstream.surely_wants_key
+    assert settings.upstream.map_path(CHAT) == "/openai/v1/chat/completions"
+
+
+@pytest.mark.parametrize("host", ["openai.azure.com", "openai.azure.com.example", "azure.com"])
+def test_no_other_host_is_taken_for_a_resource_of_azure(host):
+    assert aiproxy.find_provider(host) is None
+
+
+@pytest.mark.parametrize("name", sorted(aiproxy.PROVIDERS))
+def test_a_base_url_typed_by_hand_finds_the_row_of_its_provider(name):
+    row = aiproxy.PROVIDERS[name]
+    found = aiproxy.Upstream(row.base_url.replace("://api", "://API") + "/").provider
+
+    assert (found.key_header, found.paths) == (row.key_header, row.paths)
+    by_name = aiproxy.Upstream(name)
+    assert by_name.map_path(CHAT) == (by_name.base or "/v1") + "/chat/completions"
+    assert by_name.surely_wants_key == (name != "ollama")
 
 
 @pytest.mark.parametrize("name,value,status", [

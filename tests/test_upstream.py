@@ -127,7 +127,7 @@ def test_an_idle_connection_that_closed_or_sent_bytes_is_not_reused(either, rela
 
     answered.set()
     assert acted.wait(PATIENCE)
-    wait_until_readable(running.server.upstream_handler.pool.idle)
+    wait_until_readable(running.server.service.upstream_handler.pool.idle)
 
     assert running.chat().body == b'{"ok":true}'
     assert either.connections == 2
@@ -391,7 +391,7 @@ def test_a_transparent_relay_leaves_redirects_alone(upstream, relay):
 
 
 def test_only_http_and_https_urls_can_be_opened(relay):
-    handlers = relay().server.opener.handle_open
+    handlers = relay().server.service.opener.handle_open
     assert set(handlers) <= {"http", "https"}
 
 

@@ -1,0 +1,253 @@
+"""The README's recipes for a server, as far as they run on one machine without its root.
+
+The relay serves HTTPS with a certificate of our own. nginx and Caddy stand with the README's
+lines in front of a relay. systemd checks its unit. The container of Kubernetes is started with its
+command, its settings and its probe.
+"""
+
+import http.client
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import yaml
+from stand import TESTS, Checks, start
+from support import (
+    CHAT,
+    EVENT_HEAD,
+    OK,
+    PATIENCE,
+    PROGRAM,
+    Upstream,
+    chunk,
+    clean_environ,
+    event,
+    make_certificate,
+)
+
+README = open(os.path.join(os.path.dirname(TESTS), "README.md"), encoding="utf-8").read()
+KEYS = {"AIPROXY_KEY": "sk-0123456789", "AIPROXY_CLIENT_KEYS": "app=ck-0123456789"}
+FIELDS = {"Authorization": "Bearer ck-0123456789", "Content-Type": "application/json"}
+
+
+def recipe(heading):
+    """The first block below a heading."""
+    return re.search(r"^### %s\n```\w+\n(.*?)^```" % re.escape(heading), README, re.M | re.S)[1]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def write(folder, name, text):
+    path = os.path.join(folder, name)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+class Front:
+    """A server in front of the relay, until it is left."""
+
+    def __init__(self, folder, command, port, environ=None):
+        self.output = open(os.path.join(folder, "output"), "w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            command, stdout=self.output, stderr=self.output, env={**os.environ, **(environ or {})})
+        self.port = port
+
+    def __enter__(self):
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return self
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.output.seek(0)
+                    raise AssertionError("the front does not run: " + self.output.read())
+                time.sleep(0.05)
+
+    def __exit__(self, *exc):
+        self.process.terminate()
+        self.process.wait()
+        self.output.close()
+
+
+def nginx(folder, relay_port):
+    port = free_port()
+    location = recipe("nginx").replace("127.0.0.1:8000", "127.0.0.1:%d" % relay_port)
+    config = write(folder, "nginx.conf", """
+        daemon off; master_process off; pid %(folder)s/pid; error_log stderr;
+        events {}
+        http {
+            access_log off;
+            client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy;
+            fastcgi_temp_path %(folder)s/fastcgi; uwsgi_temp_path %(folder)s/uwsgi;
+            scgi_temp_path %(folder)s/scgi;
+            server { listen 127.0.0.1:%(port)d; %(location)s }
+        }""" % {"folder": folder, "port": port, "location": location})
+    program = shutil.which("nginx") or "/usr/sbin/nginx"
+    return Front(folder, [program, "-p", folder, "-e", "stderr", "-c", config], port)
+
+
+def caddy(folder, relay_port):
+    """Caddy with a certificate of its own making, for there is nobody to ask for a real one."""
+    port = free_port()
+    options = "{\n admin off\n local_certs\n skip_install_trust\n http_port %d\n https_port %d\n}\n"
+    site = recipe("Caddy").replace("127.0.0.1:8000", "127.0.0.1:%d" % relay_port)
+    config = write(folder, "Caddyfile", options % (free_port(), port) + site)
+    environ = {"XDG_DATA_HOME": folder, "XDG_CONFIG_HOME": folder, "HOME": folder}
+    command = ["caddy", "run", "--adapter", "caddyfile", "--config", config]
+    return Front(folder, command, port, environ)
+
+
+def https(folder, upstream):
+    """The relay with its own command, but a certificate, keys, a port and an upstream of ours."""
+    port = free_port()
+    env_file = recipe("aiproxy.env").replace("sk-...", KEYS["AIPROXY_KEY"])
+    env_file = env_file.replace("app=a-long-random-string", KEYS["AIPROXY_CLIENT_KEYS"])
+    env_file = re.sub("AIPROXY_UPSTREAM=.*", "AIPROXY_UPSTREAM=" + upstream.url, env_file)
+    env_file = re.sub("AIPROXY_MODELS=.*", "AIPROXY_MODELS=m", env_file)
+    certificate, private = make_certificate(folder, "relay.example")
+    command = recipe("HTTPS").partition("\n")[2]
+    for ours, theirs in (
+        ("=" + certificate, r"=\S+/fullchain\.pem"),
+        ("=" + private, r"=\S+/privkey\.pem"),
+        ("PORT=%d" % port, "PORT=443"),
+        ("exec %s %s" % (sys.executable, PROGRAM), "python3 aiproxy.py"),
+        (write(folder, "aiproxy.env", env_file), r"aiproxy\.env"),
+    ):
+        command, count = re.subn(theirs, ours, command)
+        assert count == 1, theirs
+    return Front(folder, ["bash", "-c", command], port)
+
+
+class NamedConnection(http.client.HTTPSConnection):
+    """To relay.example, which is here; it trusts the certificate in the file `authority` alone."""
+
+    authority = None
+
+    def connect(self):
+        deadline = time.monotonic() + PATIENCE
+        while not os.path.exists(self.authority) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        context = ssl.create_default_context(cafile=self.authority)
+        plain = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        self.sock = context.wrap_socket(plain, server_hostname="relay.example")
+
+
+def check_front(checks, name, connect, upstream):
+    """Events one by one, a client that leaves, and a body of 2 MB, through a front."""
+    gate = threading.Event()
+
+    def stream(received):
+        received.send(EVENT_HEAD + chunk(event("first")))
+        assert gate.wait(PATIENCE)
+        received.send(chunk(event("second")) + b"0\r\n\r\n")
+
+    with checks(name + ": the first event is here before the second is sent"):
+        upstream.answer = stream
+        connection = connect()
+        connection.request("POST", CHAT, b'{"model":"m","stream":true}', FIELDS)
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        assert response.read1(65536) == event("first")
+        gate.set()
+        assert response.read() == event("second")
+        connection.close()
+    with checks(name + ": a client that leaves ends its upstream connection"):
+        left = threading.Event()
+
+        def endless(received):
+            received.send(EVENT_HEAD + chunk(event("first")))
+            if received.wait_closed() is not None:
+                left.set()
+
+        upstream.answer = endless
+        connection = connect()
+        connection.request("POST", CHAT, b'{"model":"m","stream":true}', FIELDS)
+        response = connection.getresponse()
+        response.read1(65536)
+        response.close()
+        connection.close()
+        assert left.wait(PATIENCE)
+    with checks(name + ": a body of 2 MB goes up"):
+        upstream.answer = OK
+        body = b'{"model":"m","x":"%b"}' % (b"x" * (2 << 20))
+        connection = connect()
+        connection.request("POST", CHAT, body, FIELDS)
+        assert connection.getresponse().read() == b'{"ok":true}'
+        assert upstream.received[-1].body == body
+        connection.close()
+
+
+def check_container(checks, upstream):
+    """Start what Kubernetes would, and ask what its probe asks."""
+    container = yaml.safe_load(recipe("Kubernetes"))["spec"]["template"]["spec"]["containers"][0]
+    port = free_port()
+    environ = {one["name"]: one["value"] for one in container["env"]}
+    # What Kubernetes makes up for a service of this name, and the secret.
+    environ.update(KEYS, AIPROXY_PORT="tcp://10.0.0.1:8000", AIPROXY_SERVICE_HOST="10.0.0.1")
+    environ["AIPROXY_UPSTREAM"] = upstream.url
+    environ["PORT"] = str(port)
+    command = [sys.executable if part == "python3" else part for part in container["command"]]
+    command = [part.replace("/code/aiproxy.py", PROGRAM) for part in command]
+    with checks("Kubernetes: the container starts and its probe is answered"):
+        with tempfile.TemporaryDirectory() as folder:
+            with Front(folder, command, port, clean_environ(environ)):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                probe = container["readinessProbe"]["httpGet"]
+                connection.request("GET", probe["path"], headers={"Host": "10.1.2.3:8000"})
+                assert connection.getresponse().status == 200
+                connection.close()
+    with checks("Kubernetes: the pod pauses before it is stopped, and may not write"):
+        assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def check_unit(checks, folder):
+    with checks("systemd: the unit has no fault"):
+        path = write(folder, "aiproxy.service", recipe("systemd"))
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", path], timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said = done.stdout.decode()
+        assert done.returncode == 0 and "aiproxy.service" not in said, said
+
+
+def main():
+    checks = Checks()
+    settings = {name.replace("AIPROXY_", ""): value for name, value in KEYS.items()}
+    with Upstream() as upstream, start(upstream.url, **settings) as relay:
+        relay_port = relay.address[1]
+        with tempfile.TemporaryDirectory() as folder, nginx(folder, relay_port) as front:
+            def connect():
+                return http.client.HTTPConnection("127.0.0.1", front.port, timeout=PATIENCE)
+
+            check_front(checks, "nginx", connect, upstream)
+        with tempfile.TemporaryDirectory() as folder, caddy(folder, relay_port) as front:
+            NamedConnection.authority = folder + "/caddy/pki/authorities/local/root.crt"
+
+            def connect():
+                return NamedConnection("relay.example", front.port, timeout=PATIENCE)
+
+            check_front(checks, "Caddy", connect, upstream)
+        with tempfile.TemporaryDirectory() as folder, https(folder, upstream) as front:
+            NamedConnection.authority = os.path.join(folder, "good.pem")
+            check_front(checks, "HTTPS", connect, upstream)
+        check_container(checks, upstream)
+    with tempfile.TemporaryDirectory() as folder:
+        check_unit(checks, folder)
+    checks.end()
+
+
+if __name__ == "__main__":
+    main()
