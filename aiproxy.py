@@ -14,7 +14,7 @@ Part two holds what can be taken out, each section entered at one place.
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
     Part two   Env files . Values from files . Review of the settings . Reload . HTTPS .
-               Health . Forgiving paths . CORS . Refusals in the right form .
+               Health . Forgiving paths . CORS . Lingering close . Refusals in the right form .
                Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
                Model rules . Model list . Token and prompt limits . Several provider keys .
                Kept connections . Proxies on the way up . Fields for the upstream .
@@ -163,8 +163,6 @@ BODY_RATE = 1024        # bytes a second that it must reach after that: the mini
 IDLE_SECONDS = 910      # for a kept-alive client to send its next request: load balancers keep a
                         # connection for up to 15 minutes, and answer 502 if we close first
 STALL_SECONDS = 60      # for a client that takes no byte of its response: nginx's send_timeout
-LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
-LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
 SHUTDOWN_SECONDS = 1    # for cut responses to be seen cut, once the grace time is over
 
 MAX_FIELDS = 100        # header fields: what Apache allows
@@ -366,6 +364,7 @@ class Service:
         self.refuse = self.server.send_busy     # (socket, record), where there is no room
         self.begin_client = do_nothing      # (handler), before the first head is read
         self.end_client = do_nothing        # (handler), when nothing is missing at its end
+        self.linger = do_nothing            # (socket, address): it has an answer, and may send on
         # Of a request, in the order in which they are called. (handler) unless said otherwise.
         self.normalize_path = lambda path, rules: path          # the path that the client meant
         self.find_client = lambda address, headers: address     # whose request is it?
@@ -407,6 +406,7 @@ class Service:
         install_health(self)                # part two: Health
         install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
+        install_lingering_close(self)       # part two: Lingering close
         install_busy_refusals(self)         # part two: Refusals in the right form
         install_https(self)                 # part two: HTTPS
         install_secret_filter(self)         # part two: Keys in long errors
@@ -570,11 +570,7 @@ class Server(http.server.ThreadingHTTPServer):
             sock.setblocking(False)
             sock.send(head if record.method == "HEAD" else head + content)
             if not self.is_crowded():
-                self.linger(sock, network_of(record.client))
-
-    def linger(self, sock, address):
-        """Leave a connection that has been answered to a lingering close."""
-        self.take_over(LingeringClose(sock), address)
+                self.service.linger(sock, network_of(record.client))
 
     def take_over(self, job, address):
         """Leave a connection to a job of the relay loop; until the job's end it counts."""
@@ -1064,7 +1060,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_whole:
             self.service.end_client(self)
         if must_linger:
-            self.server.linger(self.client.sock, self.address)
+            self.service.linger(self.client.sock, self.address)
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -2143,48 +2139,6 @@ class ResponseJob(Job):
             self.end_early("upstream_timeout")
         elif self.state == self.RELAYING:
             self.on_silence(self)
-
-
-class LingeringClose(Job):
-    """A client that was answered may still be sending: read on for a while, so that it can read.
-
-    Closed with unread bytes, its connection would be reset, and the reset would eat our response
-    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it.
-    """
-
-    def __init__(self, sock):
-        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
-        super().__init__(self.client)
-        self.began = 0.0
-        self.heard = 0.0
-
-    def start(self):
-        self.state = "lingering"
-        self.began = self.loop.now
-        self.heard = self.loop.now
-        self.loop.watch(self.client, READ, self.on_client)
-        try:
-            self.client.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.finish("client_gone")
-
-    def on_client(self, mask):
-        self.heard = self.loop.now
-        try:
-            is_over = self.client.receive() == b""
-        except OSError:
-            is_over = True
-        if is_over:
-            self.finish("ok")
-
-    def on_tick(self):
-        silence = self.loop.now - self.heard
-        if silence > LINGER_SILENCE or self.loop.now - self.began > LINGER_SECONDS:
-            self.finish("timeout")
-
-    def finish(self, outcome):
-        super().finish(outcome)
-        self.client.sock.close()
 
 
 def is_worth_watching(client):
@@ -3982,6 +3936,61 @@ OPTIONS += (
            "front of a host, an extension's id; empty: any where callers must present a key, "
            "else none"),
 )
+
+# ---- Lingering close -----------------------------------------------------------------------------
+# Does: reads on for a while from a client that has been answered and may still be sending.
+# Touches: sockets after their last response, in the relay loop. They count as connections.
+# Entered: `install_lingering_close` in Service.install_features sets `linger`.
+
+LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
+LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
+
+def install_lingering_close(service):
+    def linger(sock, address):
+        service.server.take_over(LingeringClose(sock), address)
+    service.linger = linger
+
+
+class LingeringClose(Job):
+    """A client that was answered may still be sending: read on for a while, so that it can read.
+
+    Closed with unread bytes, its connection would be reset, and the reset would eat our response
+    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it.
+    """
+
+    def __init__(self, sock):
+        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
+        super().__init__(self.client)
+        self.began = 0.0
+        self.heard = 0.0
+
+    def start(self):
+        self.state = "lingering"
+        self.began = self.loop.now
+        self.heard = self.loop.now
+        self.loop.watch(self.client, READ, self.on_client)
+        try:
+            self.client.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.finish("client_gone")
+
+    def on_client(self, mask):
+        self.heard = self.loop.now
+        try:
+            is_over = self.client.receive() == b""
+        except OSError:
+            is_over = True
+        if is_over:
+            self.finish("ok")
+
+    def on_tick(self):
+        silence = self.loop.now - self.heard
+        if silence > LINGER_SILENCE or self.loop.now - self.began > LINGER_SECONDS:
+            self.finish("timeout")
+
+    def finish(self, outcome):
+        super().finish(outcome)
+        self.client.sock.close()
 
 # ---- Refusals in the right form ------------------------------------------------------------------
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
