@@ -20,8 +20,8 @@ Part two holds what can be taken out, each section entered at one place.
                Kept connections . Proxies on the way up . Fields for the upstream .
                Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
                Queued log . Model names for the log . Token counts . Early hints . WebSocket .
-               More providers . Banner . A live check . Tuning of the process . Open files .
-               Workers AI . Start page . Demo
+               More providers . Banner . A live check . Several processes .
+               Tuning of the process . Open files . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -90,6 +90,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mmap
 import os
 import queue
 import random
@@ -144,6 +145,7 @@ AIPROXY_MAX_CHARS = ""          # characters of prompt text in a request
 AIPROXY_MAX_BODY = "32MB"       # bytes of a request's body
 AIPROXY_MAX_CONNECTIONS = "1024"  # clients served at once
 AIPROXY_MAX_PER_CLIENT = "256"  # connections from one client address
+AIPROXY_WORKERS = "1"           # processes, each on a CPU of its own; auto: one for each CPU
 AIPROXY_CONNECT_TIMEOUT = "10"  # seconds to connect to the upstream
 AIPROXY_TIMEOUT = "600"         # seconds of upstream silence
 AIPROXY_HEARTBEAT = "0"         # seconds between comments in a silent event stream; 0: none
@@ -179,6 +181,7 @@ PREFETCH_SECONDS = 0.5  # before its head goes down; and for at most so long
 MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a response is running
 
 TICK_SECONDS = 0.5      # between two looks at the time limits of all responses
+LISTEN_QUEUE = 1024     # clients that wait to be accepted: a burst must not be lost
 SPARE_FILES = 64        # open files that are not for clients: modules, certificates, the log
 
 # ---- Tables: what the protocols and the providers fix --------------------------------------------
@@ -445,12 +448,11 @@ class Service:
 class Server(http.server.ThreadingHTTPServer):
     """The listener, and what all clients share: the service, the relay loop, the log."""
 
-    request_queue_size = 1024       # a burst of connects must not be lost; the kernel caps it
-    allow_reuse_address = os.name == "posix"    # elsewhere it would let two servers share the port
-    allow_reuse_port = False
     timeout = 0.1                   # seconds until handle_request returns without a client
+    processes = 1                   # that share the listener
+    announces = True                # does it print the banner?
 
-    def __init__(self, settings):
+    def __init__(self, settings, listener=None):
         self.started = int(time.time())
         self.closing = False        # after a signal: no more clients, and none is kept alive
         # The client connections, each with the address it counts for, and the number of an
@@ -471,14 +473,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay_loop = RelayLoop(self.on_tick, self.log.warn)
         self.shared = {}            # what sections of part two keep whatever the service
         self.service = Service(settings, self)      # the one in force
-        try:
-            found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
-            self.address_family = found[0]
-            super().__init__(found[4], settings.upstream.provider.handler or Handler)
-        except (OSError, UnicodeError) as error:
-            host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
-            raise CannotListen("cannot listen on %s port %d: %s" % (
-                host, settings.port, getattr(error, "strerror", None) or error))
+        listener = listener or open_listener(settings)
+        handler = settings.upstream.provider.handler or Handler
+        super().__init__(listener.getsockname(), handler, bind_and_activate=False)
+        self.socket.close()         # the one that TCPServer has made
+        self.socket = listener
         self.log.start()
         self.relay_loop.start()
 
@@ -488,10 +487,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_tick(self, now):
         self.service.on_tick(now)
-
-    def server_bind(self):
-        """Bind without HTTPServer's look-up of our own name in the DNS."""
-        socketserver.TCPServer.server_bind(self)
 
     def get_request(self):
         try:
@@ -685,6 +680,21 @@ class Server(http.server.ThreadingHTTPServer):
 
 def do_nothing(*arguments):
     """Where a section of part two may do more."""
+
+def open_listener(settings):
+    """The listening socket. CannotListen says why it cannot be had."""
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+        listener = socket.socket(*found[:3])
+        if os.name == "posix":      # elsewhere it would let two servers share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(found[4])
+        listener.listen(LISTEN_QUEUE)
+        return listener
+    except (OSError, UnicodeError) as error:
+        host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
+        raise CannotListen("cannot listen on %s port %d: %s" % (
+            host, settings.port, getattr(error, "strerror", None) or error))
 
 def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
@@ -2727,8 +2737,10 @@ def write_all(stream, text):
         data = text.encode(stream.encoding, "backslashreplace")
         while data:
             select.select([], [number], [])
+            # Whole lines, where that can be: other processes may write there, too.
+            end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
             with contextlib.suppress(BlockingIOError):  # somebody else was faster
-                data = data[os.write(number, data[:select.PIPE_BUF]):]
+                data = data[os.write(number, data[:end]):]
 
 def open_standard_streams():
     """The null device for each that is closed: else a socket would get its number, and its text."""
@@ -3215,8 +3227,7 @@ def main():
 
 def serve(settings, on_start):
     """Serve until a signal comes."""
-    tune_process()                                      # part two: Tuning of the process
-    threading.stack_size(1 << 20)       # musl's 128 KiB is too little for JSON; more is never used
+    make_server = Server
     server = None
 
     def on_signal(number, frame):
@@ -3227,13 +3238,18 @@ def serve(settings, on_start):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
-        server = Server(settings)
+        make_server = start_workers(settings)           # part two: Several processes
+        tune_process()                                  # part two: Tuning of the process
+        # musl's 128 KiB is too little for JSON; more is never used.
+        threading.stack_size(1 << 20)
+        server = make_server(settings)
     except (CannotListen, OSError, RuntimeError) as error:      # no descriptors, or no threads
         reason = getattr(error, "strerror", None) or error
         write_all(sys.stderr, "aiproxy: %s\n" % reason)
         return 1
-    server.log.put(sys.stderr, "aiproxy %s on %s" % (__version__, server.url()))
-    print_banner(server)                                # part two: Banner
+    if server.announces:
+        server.log.put(sys.stderr, "aiproxy %s on %s" % (__version__, server.url()))
+        print_banner(server)                            # part two: Banner
     for function in on_start:
         threading.Thread(target=function, args=(server,), daemon=True).start()
     while not server.closing:
@@ -3446,7 +3462,7 @@ def show_derived(settings):
 
 RELOAD_SECONDS = 60     # between two looks at the files that may change
 # In force until the end: the listener, and what was made for its number of clients.
-FIXED_OPTIONS = ("AIPROXY_HOST", "AIPROXY_PORT", "AIPROXY_MAX_CONNECTIONS")
+FIXED_OPTIONS = ("AIPROXY_HOST", "AIPROXY_PORT", "AIPROXY_MAX_CONNECTIONS", "AIPROXY_WORKERS")
 
 def prepare_reload(options, environ):
     """Returns what to call once we serve."""
@@ -3548,8 +3564,8 @@ def read_new_settings(environ, old):
     settings = Settings(environ)
     if settings.upstream.provider.handler != old.upstream.provider.handler:
         raise SettingError("AIPROXY_UPSTREAM: this change of the provider needs a restart")
-    fixed = [name for name in FIXED_OPTIONS
-             if settings.text(find_option(name))[1] != old.text(find_option(name))[1]]
+    fixed = [option.name for option in OPTIONS if option.name in FIXED_OPTIONS
+             and settings.text(option)[1] != old.text(option)[1]]
     if settings.scheme != old.scheme:
         fixed += ["AIPROXY_TLS_CERT", "AIPROXY_TLS_KEY"]
     for name in fixed:
@@ -6326,6 +6342,9 @@ def print_banner(server):
         "             %d clients, %d from an address, %gs to connect, %gs of silence" % (
             server.capacity, settings.max_per_client, settings.connect_timeout, settings.timeout),
     ]
+    if server.processes > 1:
+        lines.append("workers      %d, each with these limits: %d clients%s in all" % (
+            server.processes, server.processes * server.capacity, all_rates(server)))
     lines += ["warning: " + warning for warning in warnings(server)]
     lines.append("try          " + curl_command(server))
     server.log.put(sys.stderr, "\n".join("  " + line for line in lines))
@@ -6343,6 +6362,11 @@ def describe_upstream(server):
     if proxy:
         text += ", through the proxy %s" % proxy
     return text
+
+def all_rates(server):
+    """The rate of all processes together, each of which counts for itself."""
+    number, _, unit = server.settings.shown.get("AIPROXY_RATE", "").partition("/")
+    return " and %d/%s" % (server.processes * int(number), unit) if unit else ""
 
 def warnings(server):
     settings = server.settings
@@ -6391,16 +6415,6 @@ def curl_command(server):
 # Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
 # Entered: `check_live` in main().
 
-class SilentServer(Server):
-    """A Server that does not listen."""
-
-    def server_bind(self):
-        pass
-
-    def server_activate(self):
-        pass
-
-
 ACCEPTED = "accepted"
 NO_LIST = "there is no model list, so it could not be tried"
 VERDICTS = {    # by the upstream's status: in words, and our exit status
@@ -6418,7 +6432,9 @@ def check_live(options, settings):
     if not options.live:
         return 0
     try:
-        server = SilentServer(settings)
+        not_listening = socket.socket()
+        not_listening.bind(("127.0.0.1", 0))
+        server = Server(settings, not_listening)
     except (CannotListen, OSError, RuntimeError) as error:
         write_all(sys.stderr, "aiproxy: %s\n" % error)
         return 1
@@ -6487,10 +6503,205 @@ def wait_alone(connection, mask, seconds):
     if not wait_ready(max(seconds, 0), connection, mask):
         raise socket.timeout()
 
+# ---- Several processes ---------------------------------------------------------------------------
+# Does: AIPROXY_WORKERS processes share the listener, each on a CPU of its own. The parent serves
+# nobody: it starts workers again that have died, and passes signals on.
+# Touches: the process, which forks before any thread is started; accepting, to share it evenly.
+# Entered: `start_workers` in serve().
+
+WORKER_PAUSE = 0.1      # seconds until a worker that has died is started again: twice as many for
+MAX_WORKER_PAUSE = 30   # each time that it dies soon, up to so many
+SETTLED_SECONDS = 60    # soon: before it has run for so long
+WATCH_SECONDS = 0.1     # between two looks of the parent
+HAND_OVER_SECONDS = 0.002       # for a worker that has fewer clients to take a new one: for each
+MAX_HAND_OVER = 0.1             # that it has fewer, and at most
+NO_CLIENTS_WANTED = 0xFFFFFFFF  # the count of a worker that does not run
+
+def start_workers(settings):
+    """What makes the server, in each worker. SystemExit in the parent, when all of them have ended.
+    """
+    if settings.workers == 1:
+        return Server
+    return Crew(settings).run()
+
+
+class Worker(Server):
+    """A Server that leaves new clients to those workers that have fewer."""
+
+    def __init__(self, crew, index, announces, settings):
+        self.processes = crew.count
+        self.announces = announces
+        self.client_numbers = crew.client_numbers
+        self.index = index
+        super().__init__(settings, crew.listener)
+        self.client_numbers[index] = 0
+        # The parent ends us, however often somebody tells us to: a service manager tells both.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self.end)
+        threading.Thread(target=self.watch_parent, args=(crew.lifeline,), daemon=True).start()
+
+    def end(self, number=None, frame=None):
+        self.closing = True
+
+    def watch_parent(self, lifeline):
+        """End when the parent has closed its side of the pipe, or has died."""
+        os.read(lifeline, 1)
+        self.end()
+
+    def get_request(self):
+        self.client_numbers[self.index] = len(self.clients)
+        lead = len(self.clients) - min(self.client_numbers)
+        if lead > 0:
+            time.sleep(min(lead * HAND_OVER_SECONDS, MAX_HAND_OVER))
+        return super().get_request()        # BlockingIOError, an OSError: another has taken it
+
+
+class Crew:
+    """The parent's side: which workers run, and when the others are to be started again."""
+
+    def __init__(self, settings):
+        self.count = settings.workers
+        self.listener = open_listener(settings)
+        self.listener.setblocking(False)    # who comes second must not wait for the next client
+        # How many clients each worker has, in memory that all of them share.
+        shared = mmap.mmap(-1, 4 * self.count)
+        self.client_numbers = memoryview(shared).cast("I")
+        # A pipe that ends with the parent: nobody else has the writing side.
+        self.lifeline, self.lifeline_writer = os.pipe()
+        self.cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.running = {}                   # by process id: its index, and since when
+        self.due = {index: 0 for index in range(self.count)}    # when to start which
+        self.pauses = [WORKER_PAUSE] * self.count
+        self.starts = 0
+        self.closing = False
+        self.has_terminal = os.isatty(0)
+        self.former_handlers = {}           # of signals: a worker has them again
+
+    def run(self):
+        """Returns in each worker, with what makes its server. The parent exits in here."""
+        self.handle(signal.SIGINT, self.on_stop)
+        self.handle(signal.SIGTERM, self.on_stop)
+        self.handle(signal.SIGHUP, self.on_reload)
+        while self.running or not self.closing:
+            for index, when in list(self.due.items()):
+                if when <= time.monotonic() and not self.closing and self.fork(index):
+                    is_first = self.starts <= self.count
+                    return functools.partial(Worker, self, index, is_first and index == 0)
+            self.reap()
+            time.sleep(WATCH_SECONDS)
+        sys.exit(0)
+
+    def handle(self, number, handler):
+        self.former_handlers[number] = signal.signal(number, handler)
+
+    def on_stop(self, number, frame):
+        """The first one ends the workers in peace, the second at once."""
+        if self.closing:
+            self.pass_on(signal.SIGKILL)
+            os._exit(0)
+        self.closing = True
+        self.listener.close()
+        os.close(self.lifeline_writer)
+
+    def on_reload(self, number, frame):
+        is_window_closed = self.has_terminal and not os.isatty(0)
+        if not is_window_closed:
+            self.pass_on(number)
+        elif not self.closing:
+            self.on_stop(number, frame)
+
+    def pass_on(self, number):
+        for process in list(self.running):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def fork(self, index):
+        """Start a worker. True in the worker."""
+        del self.due[index]
+        self.starts += 1
+        try:
+            process = os.fork()
+        except OSError as error:
+            self.plan(index, MAX_WORKER_PAUSE, error.strerror)
+            return False
+        if process:
+            self.running[process] = (index, time.monotonic())
+            return False
+        os.close(self.lifeline_writer)
+        for number, handler in self.former_handlers.items():
+            signal.signal(number, handler)
+        if self.cpus:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {self.cpus[index % len(self.cpus)]})
+        # The files with the settings may be newer than what the parent has read.
+        is_late = self.starts > self.count
+        if is_late and callable(self.former_handlers[signal.SIGHUP]):
+            os.kill(os.getpid(), signal.SIGHUP)
+        return True
+
+    def reap(self):
+        """See who has ended, and say when it is to be started again."""
+        while self.running:
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if not process:
+                return
+            if process not in self.running:     # as process 1 we get those of others
+                continue
+            index, started = self.running.pop(process)
+            self.client_numbers[index] = NO_CLIENTS_WANTED
+            if self.closing:
+                continue
+            pause = self.pauses[index]
+            if time.monotonic() - started > SETTLED_SECONDS:
+                pause = WORKER_PAUSE
+            self.pauses[index] = min(2 * pause, MAX_WORKER_PAUSE)
+            self.plan(index, pause, describe_end(status))
+
+    def plan(self, index, pause, reason):
+        self.due[index] = time.monotonic() + pause
+        write_all(sys.stderr, "aiproxy: worker %d has ended (%s); another one starts in %gs\n"
+                  % (index + 1, reason, pause))
+
+
+def describe_end(status):
+    if os.WIFSIGNALED(status):
+        return "signal %d" % os.WTERMSIG(status)
+    return "exit status %d" % os.WEXITSTATUS(status)
+
+def parse_workers(text):
+    """A number of processes; auto: one for each CPU that we may use."""
+    if text == "auto":
+        return count_cpus() if hasattr(os, "fork") else 1
+    return number(int, 1, 1000, "a number of processes, or auto")(text)
+
+def count_cpus():
+    cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    # A container may have less: microseconds in each period (cgroup v2). ValueError: "max".
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = map(int, file.read().split())
+        cpus = max(1, min(cpus, quota // period))
+    return cpus
+
+def check_workers(settings):
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        raise SettingError("AIPROXY_WORKERS: this system cannot fork; it takes 1")
+
+OPTIONS += (
+    Option("AIPROXY_WORKERS", AIPROXY_WORKERS, parse_workers,
+           "processes that share the port, each on a CPU of its own, and each with its own rates "
+           "and limits; auto: one for each CPU"),
+)
+MORE_SETTINGS.append(check_workers)
+
 # ---- Tuning of the process -----------------------------------------------------------------------
 # Does: keeps the process on one CPU, and tells glibc's malloc what to keep.
 # Touches: the process as the system sees it.
 # Entered: `tune_process` in serve().
+
+LOOK_SECONDS = 0.03     # for how long we look at who is busy: three of the system's ticks
 
 def tune_process():
     stay_on_one_cpu()
@@ -6504,7 +6715,23 @@ def stay_on_one_cpu():
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
     if hasattr(os, "sched_setaffinity") and has_lock:
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
+            os.sched_setaffinity(0, {find_idle_cpu(list(os.sched_getaffinity(0)))})
+
+def find_idle_cpu(cpus):
+    """The one of these that is least busy at this moment."""
+    random.shuffle(cpus)                # of equals any: others may be starting, too
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        before = read_idle_times()
+        time.sleep(LOOK_SECONDS)
+        after = read_idle_times()
+        return max(cpus, key=lambda cpu: after[cpu] - before[cpu])
+    return cpus[0]
+
+def read_idle_times():
+    """By CPU: for how many hundredths of a second it had nothing to do (proc(5))."""
+    with open("/proc/stat") as file:
+        lines = [line.split() for line in file if re.match("cpu[0-9]", line)]
+    return {int(words[0][3:]): int(words[4]) for words in lines}
 
 MALLOPT = (     # malloc.h
     (-8, 1),            # M_ARENA_MAX: one heap for all threads
@@ -7760,6 +7987,7 @@ def start_demo(options, environ):
     environ["AIPROXY_UPSTREAM"] = "http://127.0.0.1:%d" % provider.server_port
     environ["AIPROXY_KEY"] = provider.provider_key
     environ.pop("AIPROXY_KEY_FILE", None)
+    environ.pop("AIPROXY_WORKERS", None)        # the provider is a thread of this process
     return [show_demo]
 
 def show_demo(server):

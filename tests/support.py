@@ -19,7 +19,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(os.path.dirname(HERE), "aiproxy.py")
 
 # Seconds until a wait that ought to end at once counts as a failure: generous, for slow machines.
-PATIENCE = 20
+PATIENCE = 60
+
+# For openssl: a key that is made in a millisecond, where one of RSA takes half a second.
+NEW_KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
 
 CHAT = "/v1/chat/completions"
 OK = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"ok":true}'
@@ -257,7 +260,7 @@ class Relay:
         self.address = self.server.server_address[:2]
         self.url = "%s://127.0.0.1:%d" % (self.settings.scheme, self.address[1])
         serve = self.server.serve_forever
-        self.thread = threading.Thread(target=serve, args=(0.02,), daemon=True)
+        self.thread = threading.Thread(target=serve, args=(0.002,), daemon=True)
         self.thread.start()
 
     def record(self, record):
@@ -383,10 +386,24 @@ class Client:
         front, _, self.data = self.data.partition(mark)
         return front + mark
 
+    def fill(self, count):
+        """Read until `count` bytes are here, in linear time; False if the end came before."""
+        pieces = [self.data]
+        missing = count - len(self.data)
+        try:
+            while missing > 0:
+                piece = self.sock.recv(65536)
+                if not piece:
+                    return False
+                pieces.append(piece)
+                missing -= len(piece)
+            return True
+        finally:
+            self.data = b"".join(pieces)
+
     def read_exactly(self, count):
-        while len(self.data) < count:
-            if not self.more():
-                return None
+        if not self.fill(count):
+            return None
         front, self.data = self.data[:count], self.data[count:]
         return front
 
@@ -412,21 +429,23 @@ class Client:
         if method == "HEAD" or reply.status in (204, 304):
             reply.complete = True
         elif reply.get("transfer-encoding") == "chunked":
-            while True:
-                piece = self.read_chunk()
-                if not piece:
-                    reply.complete = piece == b""
-                    return
-                reply.body += piece
+            pieces = []
+            try:
+                while True:
+                    piece = self.read_chunk()
+                    if not piece:
+                        reply.complete = piece == b""
+                        return
+                    pieces.append(piece)
+            finally:
+                reply.body += b"".join(pieces)
         elif reply.get("content-length") is not None:
             length = int(reply.get("content-length"))
-            while len(self.data) < length and self.more():
-                pass
+            self.fill(length)
             reply.body, self.data = self.data[:length], self.data[length:]
             reply.complete = len(reply.body) == length
         else:
-            while self.more():
-                pass
+            self.fill(float("inf"))
             reply.body, self.data = self.data, b""
             reply.complete = True
 
@@ -557,7 +576,7 @@ def make_certificate(folder, name="localhost", days=1, ip="127.0.0.1", key="good
     """
     certificate = os.path.join(folder, key + ".pem")
     private = os.path.join(folder, key + ".key")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    command = ["openssl", "req", "-x509", *NEW_KEY, "-nodes"]
     command += ["-days", str(days)]
     command += ["-subj", "/CN=" + name]
     command += ["-addext", "subjectAltName=DNS:%s,IP:%s" % (name, ip)]

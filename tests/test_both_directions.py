@@ -43,10 +43,11 @@ def begin_upload(by_hand, running, framing, length=1000000, head=EARLY_HEAD):
 
 def read_body(client, size):
     """So many bytes of a chunked body, however the relay has cut them into chunks."""
-    body = b""
-    while len(body) < size:
-        body += client.read_chunk()
-    return body
+    pieces = []
+    while size > 0:
+        pieces.append(client.read_chunk())
+        size -= len(pieces[-1])
+    return b"".join(pieces)
 
 
 @pytest.mark.parametrize("settings", [{}, HIDDEN], ids=["transparent", "provider key"])

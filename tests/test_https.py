@@ -161,7 +161,10 @@ def test_slow_handshakes_hold_up_nobody(hidden):
 
 def test_a_client_whose_handshake_is_not_over_makes_room(relay):
     running = relay(**HIDDEN, MAX_CONNECTIONS=2)
-    with Client(running.address), Client(running.address), Client(running.address):
+    with Client(running.address), Client(running.address):
+        deadline = time.monotonic() + PATIENCE
+        while len(running.server.idle) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert running.chat().status == 200
 
 

@@ -186,7 +186,7 @@ def test_an_upload_that_becomes_too_slow_stays_incomplete_upstream(by_hand, rela
 def test_a_body_above_the_minimum_data_rate_may_take_as_long_as_it_needs(upstream, relay, limit):
     limit(BODY_GRACE=SHORT, BODY_RATE=1, HEAD_SECONDS=1)
     running = relay()
-    # at BODY_RATE, enough for 2000 s
+    # at BODY_RATE, enough for 6000 s
     body = b"a" * PATIENCE * 100
 
     with running.client() as client:

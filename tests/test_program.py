@@ -326,7 +326,21 @@ def test_a_wrong_setting_is_status_2_though_nobody_reads_why():
 
 
 class Streams:
-    """What a program gets as its stdout or stderr, by name."""
+    """What a program gets as its stdout or stderr, by name; and its port."""
+
+    def reserve_port(self):
+        """A port that nobody else gets until the program listens.
+
+        On Linux two sockets may be bound to a port with SO_REUSEADDR while neither listens, as
+        this one never does. Elsewhere it is only likely that the port stays free.
+        """
+        self.bound = socket.socket()
+        self.bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.bound.bind(("127.0.0.1", 0))
+        port = self.bound.getsockname()[1]
+        if not sys.platform.startswith("linux"):
+            self.bound.close()
+        return port
 
     def closed(self):
         return None
@@ -370,11 +384,8 @@ def start_with(upstream, number, state):
 
     Returns the process, its address, and the Streams.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
     streams = Streams()
+    port = streams.reserve_port()
     given = getattr(streams, state)()
     pipes = {1: subprocess.PIPE, 2: subprocess.PIPE}
     redirection = ""

@@ -160,20 +160,22 @@ def take_out(names):
     return rest, removed
 
 
-def defined_names(lines):
-    """The names that these lines bind at top level."""
-    module = symtable.symtable("\n".join(lines), "aiproxy.py", "exec")
+def symbols_of(lines):
+    return symtable.symtable("\n".join(lines), "aiproxy.py", "exec")
+
+
+def defined_names(module):
+    """The names that a module binds at top level."""
     symbols = module.get_symbols()
     return {symbol.get_name() for symbol in symbols
             if symbol.is_assigned() or symbol.is_imported()}
 
 
-def used_names(lines):
-    """The global names that these lines use, in any scope.
+def used_names(module):
+    """The global names that a module uses, in any scope.
 
     The compiler's own table of symbols tells them from local names that are spelled alike.
     """
-    module = symtable.symtable("\n".join(lines), "aiproxy.py", "exec")
     names = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()}
     scopes = module.get_children()
     while scopes:
@@ -207,23 +209,29 @@ def run_core_tests(folder, names):
     return finished.returncode, finished.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def core_runs(tmp_path_factory):
     """By section, and for ALL: the future result of run_core_tests.
 
-    They wait more than they compute, so that several at once are done much sooner.
+    They are processes of their own, which run beside the rest of the suite: conftest.py lets the
+    first test start them and the tests that need their results come last.
     """
     variants = {name: [name] for name in SECTIONS}
     variants[ALL] = list(SECTIONS)
-    with concurrent.futures.ThreadPoolExecutor(1 + os.cpu_count()) as executor:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
         runs = {}
         for variant, names in variants.items():
             folder = tmp_path_factory.mktemp("without")
             runs[variant] = executor.submit(run_core_tests, folder, names)
         yield runs
 
+        # A run that was stopped early does not wait for those that have not begun.
+        for run in runs.values():
+            run.cancel()
 
-def test_part_two_has_sections():
+
+def test_part_two_has_sections(core_runs):
+    assert set(core_runs) == {ALL, *SECTIONS}
     assert SECTIONS
 
 
@@ -267,8 +275,9 @@ def test_a_section_has_at_most_one_entry_and_it_stands_outside(name):
 def test_nothing_else_uses_a_name_of_a_section(name):
     names = list(SECTIONS) if name == ALL else [name]
     rest, removed = take_out(names)
-    missing = defined_names(removed) - defined_names(rest)
-    still_used = missing & used_names(rest)
+    module = symbols_of(rest)
+    missing = defined_names(symbols_of(removed)) - defined_names(module)
+    still_used = missing & used_names(module)
     assert not still_used
 
 

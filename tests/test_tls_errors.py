@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from support import Upstream, make_certificate, server_tls
+from support import NEW_KEY, Upstream, make_certificate, server_tls
 
 CONFIGURATION = """
 [ca]
@@ -40,7 +40,7 @@ def make_old_certificate(folder, begin, end):
     private = str(folder / "private")
     request = str(folder / "request")
 
-    make_request = ["req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    make_request = ["req", "-new", *NEW_KEY, "-nodes", "-subj", "/CN=localhost"]
     make_request += ["-keyout", private, "-out", request]
     run_openssl(make_request)
 
