@@ -99,7 +99,6 @@ import select
 import selectors
 import signal
 import socket
-import socketserver
 import ssl
 import struct
 import threading
