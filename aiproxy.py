@@ -1091,8 +1091,8 @@ def wait_for_upstream(client, connection, mask, seconds):
 def check_for_key(exchange, settings):
     """502 for an error that says that our key is bad, or repeats it: not the client's business.
 
-    So must be one that cannot be searched as a whole. See "Keys in long errors" for a filter,
-    which this would return: what only passes the bytes that hold no key.
+    Also for one that cannot be searched as a whole. What takes this one's place in "Keys in long
+    errors" returns a filter for those.
     """
     if not settings.provider_keys or exchange.status < 300:
         return None
@@ -1188,7 +1188,7 @@ def check_host_allowed(request, settings, asks_for_others):
             "names. To serve others, set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
 
 def is_forwarded(headers):
-    """Does a proxy in front say for whom it asks? See "Trusted proxies" for who may that be."""
+    """Does a proxy in front say for whom it asks? See "Trusted proxies"."""
     return any(name in headers for name in FORWARDED_FIELDS)
 
 def is_loopback_host(host):
