@@ -7047,9 +7047,9 @@ OPERATOR_ERRORS = {
     "upstream_misconfigured": "Cloudflare knows no such account or route. "
     "CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
-# Cloudflare's: OpenAI's; any other is `stop`.
-FINISH_REASONS = {"length": "length", "model_length": "length",
-                  "content_filter": "content_filter", "tool_calls": "tool_calls"}
+# Cloudflare's: OpenAI's; any other is `stop`, or `tool_calls` after a call.
+FINISH_REASONS = {"length": "length", "model_length": "length", "tool_calls": "tool_calls",
+                  "content_filter": "content_filter"}
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
@@ -7158,7 +7158,8 @@ def fit_message(message, model):
                                     "only data: send it as data:image/...;base64,...")
     if parts and all(part.get("type") == "text" for part in parts):
         content = "\n".join(as_text(part.get("text")) for part in parts)   # as vLLM joins them
-    return dict(message, content="" if content is None else content)
+    content = "" if content is None else content
+    return message if content is message.get("content") else dict(message, content=content)
 
 # -- responses: every shape into one form, and that into OpenAI's objects
 
@@ -7260,8 +7261,9 @@ class Choice:
             self.split_thoughts(delta, is_last, reason)
         calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
         delta["tool_calls"] = list(calls)
-        if is_last:
-            self.finish_reason = finish_reason(reason, self.numbers)
+        if is_last:         # agents look for tool_calls; some models end with `stop` after one
+            default = "tool_calls" if self.numbers else "stop"
+            self.finish_reason = FINISH_REASONS.get(reason, default)
         return {name: value for name, value in delta.items() if value}
 
     def split_thoughts(self, delta, is_last, reason):
@@ -7301,16 +7303,11 @@ class Choice:
 
 def decode_twice(text):
     """The JSON object in a JSON string: granite and deepseek-r1 encode arguments twice [T]."""
-    with contextlib.suppress(ValueError, TypeError):
-        inner = json.loads(text)
-        if isinstance(json.loads(inner), dict):
-            return inner
+    if text.startswith('"'):
+        with contextlib.suppress(ValueError, ErrorResponse):
+            parse_object(json.loads(text).encode())
+            return json.loads(text)
     return text
-
-def finish_reason(reason, tool_calls):
-    """Agents look for tool_calls; some models end with `stop`, or with nothing, after one."""
-    reason = FINISH_REASONS.get(reason, "stop")
-    return "tool_calls" if tool_calls and reason == "stop" else reason
 
 def translate_response(call, body):
     """A whole response with status 200 in OpenAI's form. Raises ErrorResponse if it is none."""

@@ -614,7 +614,9 @@ def test_the_models_that_think_in_their_text_are_known():
 
 @pytest.mark.parametrize("arguments,wanted", [
     ('{"a": 1}', '{"a": 1}'), ('"{\\"a\\": 1}"', '{"a": 1}'), ({"a": 1}, '{"a": 1}'),
-    ('"text"', '"text"'), ('"{', '"{'), ("", "{}"), (None, "{}")], ids=str)
+    ('"text"', '"text"'), ('"{', '"{'), ("", "{}"), (None, "{}"), ("[" * 9999, "[" * 9999),
+    (json.dumps("[" * 9999), json.dumps("[" * 9999)), ('"\\ud800{}"', '"\\ud800{}"')],
+    ids=lambda value: str(value)[:20])
 def test_arguments_that_are_encoded_twice_are_decoded_once(arguments, wanted):
     tool_call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
     whole = {"choices": [{"message": {"tool_calls": [tool_call]}}]}
