@@ -21,7 +21,8 @@ Part two holds what can be taken out, each section entered at one place.
                Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
                Queued log . Model names for the log . Token counts . Early hints . WebSocket .
                More providers . Banner . A live check . Several processes .
-               Tuning of the process . Open files . Workers AI . Start page . Demo
+               Tuning of the process . Open files . Responses made of chat . Workers AI .
+               Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -929,29 +930,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def open_exchange(self, method, target, body, wait=None):
         """Send a request up with a provider key, if there is one, and read the response's head."""
-        settings = self.settings
         wait = wait or functools.partial(wait_for_upstream, self.client)
-        headers = upstream_headers(self.request, settings)
-        headers = self.service.edit_upstream_headers(headers, settings)
 
         def send(key_index):
-            key_fields = settings.key_fields[key_index:key_index + 1]
-            request = UpstreamRequest(settings.upstream.url + target, method, headers + key_fields,
-                                      body, self.upload)
-            request.wait = wait
-            request.on_interim = functools.partial(self.service.on_interim, self)
-            exchange = self.service.opener.open(request, timeout=settings.timeout)
-            exchange.drop_fields_with(settings.field_secrets)
-            self.record.upstream_status = exchange.status
-            upstream_id = (exchange.headers.get(b"x-request-id")
-                           or exchange.headers.get(b"request-id"))
-            if upstream_id:
-                self.record.id = upstream_id.decode("latin-1")[:200]
-            return exchange
+            return self.send_up(key_index, method, target, body, wait)
 
         exchange = self.service.use_key(send)
         if exchange.request_sent:
             self.service.on_body_gone(self.upload)
+        return exchange
+
+    def send_up(self, key_index, method, target, body, wait):
+        """One request with one of the keys. A method, so that an API may need more than a key."""
+        settings = self.settings
+        fields = self.service.edit_upstream_headers(
+            upstream_headers(self.request, settings), settings)
+        fields = fields + settings.key_fields[key_index:key_index + 1]
+        request = UpstreamRequest(settings.upstream.url + target, method, fields, body, self.upload)
+        request.wait = wait
+        request.on_interim = functools.partial(self.service.on_interim, self)
+        exchange = self.service.opener.open(request, timeout=settings.timeout)
+        exchange.drop_fields_with(settings.field_secrets)
+        self.record.upstream_status = exchange.status
+        upstream_id = exchange.headers.get(b"x-request-id") or exchange.headers.get(b"request-id")
+        if upstream_id:
+            self.record.id = upstream_id.decode("latin-1")[:200]
         return exchange
 
     # -- and back
@@ -4925,7 +4928,7 @@ def parse_models(text):
 def derive_models(settings):
     """What follows from the list of models. A provider may have set names that it replaces."""
     settings.aliases = settings.models or settings.aliases
-    settings.models_shown = [name for name in settings.aliases if "*" not in name]
+    settings.models_shown = [name for name in settings.models if "*" not in name]
     settings.model_patterns = [name.split("*") for name in settings.models if "*" in name]
     default = settings.default_model
     if settings.models and default and not allows_model(default, settings):
@@ -6332,7 +6335,7 @@ def print_banner(server):
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
-        "models       " + (", ".join(settings.aliases) or "all"),
+        "models       " + (", ".join(settings.models) or "all"),
         "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + {"*": "any", "none": "none: browsers are refused"}.get(origins, origins),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
@@ -6394,7 +6397,7 @@ def others_names(settings):
 def curl_command(server):
     """A command to paste that asks this server for something."""
     settings = server.settings
-    model = (settings.models_shown or ["MODEL"])[0]
+    model = (settings.models_shown or list(settings.aliases) or ["MODEL"])[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
     fields = ["Content-Type: application/json"]
     key_field = "Authorization: Bearer YOUR_KEY"
@@ -6487,7 +6490,8 @@ def ask_for_models(server, index):
     request = Request((b"GET", b"/v1/models", None, b"1", b"1"), Headers(fields))
     fields = server.service.edit_upstream_headers(upstream_headers(request, settings), settings)
 
-    target = getattr(upstream.provider.handler, "models_target", "/v1/models")
+    find_target = getattr(upstream.provider.handler, "models_target", None)
+    target = find_target(settings, index) if find_target else "/v1/models"
     url = upstream.url + upstream.map_path(target)
     no_body = Upload(None, ContentLengthBody(None, 0))
     request = UpstreamRequest(url, "GET", fields + settings.key_fields[index:index + 1], b"",
@@ -6772,14 +6776,219 @@ def raise_file_limit(wanted):
         return wanted
     return max(1, min(wanted, (hard - SPARE_FILES) // 2))
 
+# ---- Responses made of chat ----------------------------------------------------------------------
+# Does: makes chat requests of those of OpenAI's Responses API, and its responses of chat's deltas.
+# Touches: nothing; values in, values out.
+# Entered: `install_responses`, by an API that has no Responses of its own.
+
+# Of the request: what a chat says otherwise or has no use for, and what would have to be stored.
+RESPONSES_ONLY = frozenset((
+    "input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "n",
+    "include", "truncation", "store", "background", "prompt_cache_key", "client_metadata"))
+STORED = ("previous_response_id", "conversation", "prompt")
+RESPONSE_TEXTS = ("input_text", "output_text", "text")
+# Of the response: for each kind of item what is in it at first, what its events are called, and the
+# part that has its text; what chat's finish_reasons are called.
+RESPONSE_ITEMS = {
+    "reasoning": ({"summary": [], "content": []}, "response.reasoning_text",
+                  {"type": "reasoning_text", "text": ""}),
+    "message": ({"role": "assistant", "content": []}, "response.output_text",
+                {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
+    "function_call": ({"arguments": ""}, "response.function_call_arguments", None),
+}
+DELTA_ITEMS = {"reasoning_content": "reasoning", "refusal": "message", "content": "message"}
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+def install_responses(paths, chat_makers, event_makers):
+    _, chat_path = paths["/v1/chat/completions"]
+    paths["/v1/responses"] = ("responses", chat_path)
+    chat_makers["responses"] = chat_of_response
+    event_makers["responses"] = ResponseEvents
+
+def chat_of_response(given):
+    """The members of a chat request that asks for the same. ErrorResponse 400."""
+    for name in STORED:
+        if given.get(name):
+            raise bad_response_request(name, "refers to what is stored, and nothing is stored "
+                                             "here: send the whole conversation in `input`")
+    try:
+        return read_response_request(given)
+    except (TypeError, AttributeError, LookupError):
+        raise bad_response_request("input", "or another member has not the shape that the "
+                                            "Responses API has")
+
+def bad_response_request(name, rule):
+    return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
+
+def read_response_request(given):
+    chat = {name: value for name, value in given.items() if name not in RESPONSES_ONLY}
+    chat["messages"] = []
+    if given.get("instructions"):
+        chat["messages"].append({"role": "system", "content": given["instructions"]})
+    items = given["input"]
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    for item in items:
+        add_item(chat["messages"], item)
+
+    chat.update(read_choices(given))
+    if given.get("max_output_tokens"):
+        chat["max_tokens"] = given["max_output_tokens"]
+    if given.get("stream"):
+        chat["stream_options"] = {"include_usage": True}
+    return chat
+
+def read_choices(given):
+    """What a request says of tools, the form of the answer, and thinking."""
+    chat = {}
+    # Tools of OpenAI's own, such as web_search, are not here: the model does without.
+    tools = [tool for tool in given.get("tools") or () if tool["type"] == "function"]
+    if tools:
+        chat["tools"] = [nest(tool, "function") for tool in tools]
+        chat["tool_choice"] = nest(given.get("tool_choice") or "auto", "function")
+    text_format = (given.get("text") or {}).get("format") or {"type": "text"}
+    if text_format["type"] != "text":
+        chat["response_format"] = nest(text_format, "json_schema")
+    effort = (given.get("reasoning") or {}).get("effort")
+    if effort:
+        chat["reasoning_effort"] = effort
+    return chat
+
+def nest(value, name):
+    """What has members beside its type, as a chat has it: inside a member of this name."""
+    if isinstance(value, str):
+        return value
+    inner = {key: item for key, item in value.items() if key != "type"}
+    return {"type": value["type"], name: inner}
+
+def add_item(messages, item):
+    """Add an item to the messages of a chat."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        role = "system" if item["role"] == "developer" else item["role"]
+        messages.append({"role": role, "content": chat_content(item["content"])})
+    elif kind == "function_call":
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        function = {"name": item["name"], "arguments": item["arguments"]}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        messages.append({"role": "tool", "tool_call_id": item["call_id"],
+                         "content": chat_content(item["output"])})
+    # No model wants its old thoughts; the AI SDK refers to them by our ids.
+    elif kind != "reasoning" and not item["id"].startswith("reasoning_"):
+        raise unknown_type(kind)
+
+def chat_content(content):
+    """The content of an item as a message has it."""
+    if isinstance(content, str):
+        return content
+    parts = []
+    for part in content:
+        if part["type"] in RESPONSE_TEXTS:
+            parts.append({"type": "text", "text": part["text"]})
+        elif part["type"] == "input_image":
+            parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
+        else:
+            raise unknown_type(part["type"])
+    return parts
+
+def unknown_type(kind):
+    return bad_response_request("input", "has something of the type %.40s. Nothing is stored here "
+                                "(set `store` to false), and what is understood are texts, images, "
+                                "functions and their outputs" % kind)
+
+
+class ResponseEvents:
+    """The events of a Responses object: each item is added and filled, and all are done at last."""
+
+    def __init__(self, call, send):
+        self.send = send        # called with each event and its name
+        self.id = call.id
+        self.count = 0          # of the events
+        self.texts = {}         # the pieces of each item's text, by its kind or the call's number
+        self.places = {}        # where it is
+        self.response = {
+            "id": "resp_" + call.id, "object": "response", "created_at": call.created,
+            "status": "in_progress", "model": call.model, "output": [], "usage": None,
+            "error": None, "incomplete_details": None, "tools": [], "tool_choice": "auto",
+            "parallel_tool_calls": True}
+
+    def event(self, name, key=None, **members):
+        members.update(self.places.get(key, ()), type=name, sequence_number=self.count)
+        self.count += 1
+        self.send(members, name)
+
+    def begin(self, index):
+        self.event("response.created", response=self.response)
+        self.event("response.in_progress", response=self.response)
+
+    def add(self, index, delta, logprobs=None):
+        """Send what is new in a choice: a delta of a chat."""
+        for name, kind in DELTA_ITEMS.items():
+            if name in delta:
+                self.write(kind, kind, delta[name])
+        for call in delta.get("tool_calls", ()):
+            function = call["function"]
+            self.write(call["index"], "function_call", function["arguments"],
+                       call_id=call.get("id"), name=function.get("name"))
+
+    def write(self, key, kind, text, **members):
+        """Add text to an item, which may be a new one."""
+        empty, events, part = RESPONSE_ITEMS[kind]
+        if key not in self.texts:
+            number = len(self.texts)
+            self.texts[key] = []
+            self.places[key] = {"output_index": number, "content_index": 0,
+                                "item_id": "%s_%s_%d" % (kind, self.id, number)}
+            item = dict(empty, id=self.places[key]["item_id"], type=kind, status="in_progress")
+            item.update(members)
+            self.response["output"].append(item)
+            self.event("response.output_item.added", key, item=item)
+            if part:
+                self.event("response.content_part.added", key, part=part)
+        if text:
+            self.texts[key].append(text)
+            self.event(events + ".delta", key, delta=text)
+
+    def close(self, index, finish):
+        reason = INCOMPLETE.get(finish)
+        self.response["status"] = "incomplete" if reason else "completed"
+        if reason:
+            self.response["incomplete_details"] = {"reason": reason}
+
+    def conclude(self, usage):
+        """Send what closes the response; `usage` is chat's."""
+        for key, item in zip(self.texts, self.response["output"]):
+            _, events, part = RESPONSE_ITEMS[item["type"]]
+            text = "".join(self.texts[key])
+            item["status"] = "completed"
+            if part:
+                item["content"] = [dict(part, text=text)]
+                self.event(events + ".done", key, text=text)
+                self.event("response.content_part.done", key, part=item["content"][0])
+            else:
+                item["arguments"] = text
+                self.event(events + ".done", key, arguments=text)
+            self.event("response.output_item.done", key, item=item)
+        if usage:
+            self.response["usage"] = {
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": 0}}
+            for name, count in usage.items():
+                name = name.replace("prompt_", "input_").replace("completion_", "output_")
+                self.response["usage"][name] = count
+        self.event("response." + self.response["status"], response=self.response)
+
 # ---- Workers AI ----------------------------------------------------------------------------------
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
 # Needs: Body rules, Model rules, Model list, Event streams.
 #
-# To follow a request: translate_request, then translate_response or StreamTranslator, or
-# translate_error. read_response lists the four shapes that responses and events have.
+# Follow translate_request, then translate_response or StreamTranslator, or translate_error.
+# [O] official, [T] told by others: how far a fact can be trusted.
 
 WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replaces them all
     "deepseek-r1": "@cf/deepseek-ai/deepseek-r1-distill-qwen-32b",
@@ -6792,27 +7001,35 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
     "glm-4.7-flash": "@cf/zai-org/glm-4.7-flash",
     "kimi-k2.6": "@cf/moonshotai/kimi-k2.6",
 }
-
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 end in mid-sentence
+WINDOW_SHARE = 4                # but at most the fourth part of the model's window
 MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
 MAX_CHOICES = 128               # in one response, as OpenAI allows: each becomes several events
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
-
 # What the client calls: the kind of its response, and the path under /accounts/{id}. Cloudflare's
 # OpenAI routes take messages, tools, images and unknown fields as OpenAI has them, and stream every
-# text model; /ai/run wants other schemas by model and does not stream gpt-oss. /ai/v1/completions
-# is documented nowhere, so a prompt goes up as one user message: /ai/run does the same with it.
+# text model. /ai/v1/completions is documented nowhere; /ai/v1/responses serves gpt-oss alone, and
+# never streams (cloudflare-docs#32116). So all that is text goes up as a chat.
 WORKERS_PATHS = {
     "/v1/chat/completions": ("chat", "/ai/v1/chat/completions"),
     "/v1/completions": ("text", "/ai/v1/chat/completions"),
     "/v1/embeddings": ("embeddings", "/ai/v1/embeddings"),
-    "/v1/responses": ("responses", "/ai/v1/responses"),
 }
+# Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user and
+# so on are in newer schemas (workerd's ChatCompletionsCommonOptions); older ones forbid none [O].
+MEANINGLESS = (("top_k", 0), ("top_k", -1))
+LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+# Models by what sets them apart.
+SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
+BARE_SCHEMA = re.compile(r"/meta/|deepseek-|hermes-|mistral-small|gemma-3|qwq|qwen2\.5")    # [O]
+DATA_IMAGES = re.compile(r"llama-4|llama-3\.2|mistral-small|gemma-3")   # no URLs: their schemas [O]
+THINKS_IN_TEXT = re.compile(r"deepseek-r1|qwq")     # <think>, often without it, </think> [T]
 
 CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and statuses without one
     "model_not_found": (404, 5007, 3042, 410),
+    "context_length_exceeded": (400, 5021),
     "invalid_request": (400, 3003, 3039, 5004, 5005, 5006, 5019, 8001, 8007),
     "request_too_large": (413, 3006, 413),
     "permission_denied": (403, 3023, 3041, 5016, 5018, 5035, 403),
@@ -6823,109 +7040,149 @@ CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and stat
     "upstream_misconfigured": (502, 7000, 7001, 7003),      # no such route or account
     "not_found": (404, 404),
 }
-# Errors that no client could fix: what it reads in place of Cloudflare's words, and the log too.
+# Errors that no client could fix: what it reads in place of Cloudflare's words.
 OPERATOR_ERRORS = {
     "upstream_credentials_rejected": "Cloudflare rejected the proxy's API token. "
     "CLOUDFLARE_API_TOKEN must be valid and allow Workers AI Read and Edit.",
     "upstream_misconfigured": "Cloudflare knows no such account or route. "
     "CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
-FINISH_REASONS = {      # Cloudflare's: OpenAI's; any other is `stop`
-    "length": "length", "model_length": "length", "max_output_tokens": "length",
-    "content_filter": "content_filter",
-    "tool_calls": "tool_calls",
-}
+# Cloudflare's: OpenAI's; any other is `stop`, or `tool_calls` after a call.
+FINISH_REASONS = {"length": "length", "model_length": "length", "tool_calls": "tool_calls",
+                  "content_filter": "content_filter"}
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
-# What no client needs of an error's message: the names of Cloudflare's classes, and uuids.
+# What no client needs of an error's message.
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
+ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
 BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
+PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
 
 Call = collections.namedtuple("Call", (    # one request
     "kind", "path", "body",         # a kind and a path of WORKERS_PATHS; bytes
     "model", "id", "created",       # what the response shows: the client's name, an id, seconds
     "stream", "include_usage", "base64",    # what the client wants
-    "secrets"))                     # what no error may show: the account id, the token
+    "secrets",                      # what no error may show: the account ids, the tokens
+    "thinks",                       # does its model think in its text?
+), defaults=(False,))
 
 # -- requests
 
-def translate_request(path, body, values, model, shown, secrets=(), changes=None):
+def translate_request(path, body, values, model, shown, secrets=(), changes=None, window=None):
     """The Call for the body of a client's request. Raises ErrorResponse 400.
 
-    `values` is the body, parsed, `model` the model's real name, `shown` the client's, `changes`
-    what settings want. No byte differs but for these, a missing max_tokens, and a prompt. What a
-    model takes is Cloudflare's to say: only what we act on ourselves is checked here.
+    `values` is the body, parsed, `model` the real name, `shown` the client's, `changes` what
+    settings want. What a model takes is Cloudflare's to say: only what we act on is checked.
     """
     kind, upstream_path = WORKERS_PATHS[path]
     if not MODEL_NAME.fullmatch(model):
         raise ErrorResponse(400, "invalid_model", "`model` is not the name of a model.", "model")
-    # null counts as absent
     given = {name: value for name, value in values.items() if value is not None}
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
         raise invalid_parameter("stream", "must be true or false")
-    changes = dict(changes or {})
-    if given.get("model") != model:
-        changes["model"] = model
-    if kind in ("chat", "text") and not {"max_tokens", "max_completion_tokens"} & set(given):
-        changes["max_tokens"] = min(WORKERS_MAX_TOKENS, changes.get("max_tokens", math.inf))
-    if kind == "text":
-        changes["prompt"] = [{"role": "user", "content": single_prompt(given)}]
+    if changes and set(changes) != {"model"}:
+        body = edit_members(body, changes)
+        values = json.loads(body.decode())
+    chat = dict(values, model=model)
+    if kind != "embeddings":
+        # Cursor posts the body of a Responses request as a chat (Helicone#5629).
+        is_misplaced = kind == "chat" and "input" in given and "messages" not in given
+        make_chat = CHAT_MAKERS.get("responses" if is_misplaced else kind, dict)
+        chat = fit_chat(make_chat(chat), model)
+        if not LIMITS & set(given):
+            add_limit(chat, window)
     return Call(
-        kind=kind, path=upstream_path, body=edit_members(body, changes, {"prompt": "messages"}),
+        kind=kind, path=upstream_path, body=edit_body(body, values, chat),
         model=shown, id=os.urandom(12).hex(), created=int(time.time()),
         stream=stream and kind != "embeddings",
         include_usage=as_dict(given.get("stream_options")).get("include_usage") is True,
-        base64=given.get("encoding_format") == "base64", secrets=secrets)
+        base64=given.get("encoding_format") == "base64", secrets=secrets,
+        thinks=bool(THINKS_IN_TEXT.search(model)))
 
-def single_prompt(given):
-    """The text that a completion goes on from. Else 400."""
-    if "messages" in given:
-        raise invalid_parameter("messages", "belongs to /v1/chat/completions")
-    prompt = given.get("prompt")
-    texts = prompt if isinstance(prompt, list) else [prompt]
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise invalid_parameter("prompt", "must be one text, a string or an array of one")
-    return texts[0]
+def edit_body(body, values, wanted):
+    """The body of an object with other values; if it can be edited, no other byte differs."""
+    changes = {name: value for name, value in wanted.items()
+               if name not in values or value != values[name]}
+    if set(values) <= set(wanted):
+        return edit_members(body, changes)
+    return json.dumps(wanted).encode()
+
+def add_limit(chat, window):
+    """Add max_tokens, which counts against the model's window; Cloudflare's own fits small ones."""
+    most = chat.get("max_tokens") or WORKERS_MAX_TOKENS
+    if window:
+        most = min(most, window // WINDOW_SHARE)
+    if window or not SMALL.search(chat["model"]):
+        chat["max_tokens"] = min(most, WORKERS_MAX_TOKENS)
 
 def invalid_parameter(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
+def chat_of_prompt(given):
+    """The members of a chat request that asks for what a completion does. Else 400."""
+    prompt = given.pop("prompt", None)
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if "messages" in given:
+        raise invalid_parameter("messages", "belongs to /v1/chat/completions")
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise invalid_parameter("prompt", "must be one text, a string or an array of one")
+    return dict(given, messages=[{"role": "user", "content": texts[0]}])
+
+def fit_chat(chat, model):
+    """A chat request as Cloudflare's strictest schemas take it. Else 400."""
+    messages = chat.get("messages")
+    if isinstance(messages, list):
+        chat["messages"] = [fit_message(message, model) for message in messages]
+    schema = as_dict(as_dict(chat.get("response_format")).get("json_schema")).get("schema")
+    if schema is not None and BARE_SCHEMA.search(model):
+        chat["response_format"] = dict(chat["response_format"], json_schema=schema)
+    for name, value in MEANINGLESS:
+        if chat.get(name) == value:
+            del chat[name]
+    return chat
+
+def fit_message(message, model):
+    """Text becomes a string, and nothing an empty one; other parts stay."""
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    parts = dicts(content)
+    for part in parts:
+        url = as_text(as_dict(part.get("image_url")).get("url") or part.get("image_url"))
+        # To fetch it for the client would let anybody send us anywhere (SSRF).
+        if url.lower().startswith("http") and DATA_IMAGES.search(model):
+            raise invalid_parameter("messages", "has an image by its URL, and this model takes "
+                                    "only data: send it as data:image/...;base64,...")
+    if parts and all(part.get("type") == "text" for part in parts):
+        content = "\n".join(as_text(part.get("text")) for part in parts)   # as vLLM joins them
+    content = "" if content is None else content
+    return message if content is message.get("content") else dict(message, content=content)
+
 # -- responses: every shape into one form, and that into OpenAI's objects
 
-def parse_cloudflare(data):
-    """The object in Cloudflare's JSON. ValueError if it is none."""
-    check_nesting(data)
-    value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse_constant)
-    if not isinstance(value, dict):
-        raise ValueError("it is no object")
-    return value
+# What Python raises for JSON of a shape that nobody expects: no member needs a guard of its own.
+WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError, OverflowError, struct.error)
+
+def unreadable(message="Cloudflare's answer could not be read."):
+    return ErrorResponse(502, "upstream_bad_response", message)
 
 def read_json(data, secrets, needed=""):
     """Cloudflare's response or event, out of its envelope. ErrorResponse if it is none."""
     try:
-        value = parse_cloudflare(data)
-    except ValueError:
+        value = parse_object(data)
+    except ErrorResponse:
         raise unreadable()
     if isinstance(value.get("result"), dict) and value.get("success") is not False:
         value = value["result"]
-    # A Responses object that is wanted has its error inside, and is relayed with it.
-    has_error = value.get("error") and needed != "output"
-    is_error = "error" in (value.get("type"), value.get("object"))
-    if has_error or is_error or value.get("errors") or value.get("success") is False:
+    has_error = value.get("error") or value.get("errors") or value.get("success") is False
+    if has_error or "error" in (value.get("type"), value.get("object")):
         raise translate_error(200, value, secrets)
     if needed and value.get(needed) is None:
         raise unreadable()
     return value
-
-# What Python raises for JSON of a shape that nobody expects. Caught where a whole response or an
-# event is translated, so that no member needs a guard of its own.
-WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError)
-
-def unreadable():
-    return ErrorResponse(502, "upstream_bad_response", "Cloudflare's answer could not be read.")
 
 def read_response(body, secrets):
     """The choices and the usage of a response or an event (cloudflare/workerd, ai.d.ts).
@@ -6933,46 +7190,28 @@ def read_response(body, secrets):
     legacy     {"response": text, number, object or null, "tool_calls": [{"name", "arguments"}]}
     OpenAI     {"choices": [{"message" or "delta" or "text"}]}, in an envelope from /ai/run
     both       in one event, with the same text (cloudflare/ai#615): choices go first
-    Responses  {"output": [reasoning, message, function_call]}, from gpt-oss, some without `content`
     """
     data = read_json(body, secrets)
     choices = dicts(data.get("choices"))
-    if "output" in data:
-        choices = [read_output(data)]
-    elif not choices and {"response", "tool_calls", "finish_reason"} & set(data):
+    if not choices and {"response", "tool_calls", "finish_reason"} & set(data):
         choices = [{}]
     if len(choices) > MAX_CHOICES:
         raise unreadable()
     choices = [read_choice(choice, index, data) for index, choice in enumerate(choices)]
     return choices, openai_usage(data.get("usage"))
 
-def read_output(data):
-    """The items of a Responses object as one of OpenAI's choices."""
-    texts = {"content": [], "reasoning": [], "refusal": []}
-    calls = []
-    for item in dicts(data["output"]):
-        name = "reasoning" if item.get("type") == "reasoning" else "content"
-        for part in dicts(item.get("content")):
-            texts[name].append(as_text(part.get("text")))
-            texts["refusal"].append(as_text(part.get("refusal")))
-        if item.get("type") == "function_call":
-            calls.append(item)
-    message = {name: "".join(pieces) for name, pieces in texts.items()}
-    reason = as_dict(data.get("incomplete_details")).get("reason")
-    return {"message": dict(message, tool_calls=calls), "finish_reason": reason}
-
 def read_choice(choice, position, beside):
     """One of OpenAI's choices. What it lacks may be in the members `beside` them."""
     message = choice.get("delta") or choice.get("message") or {}
     finish = choice.get("finish_reason") or beside.get("finish_reason")
     if finish == "error":
-        raise ErrorResponse(502, "upstream_bad_response", "The model broke off with an error.")
+        raise unreadable("The model broke off with an error.")
     content = message.get("content") or choice.get("text") or beside.get("response")
     members = {
-        "content": as_text(content),
         # gemma-4 uses the short name
-        "reasoning_content": message.get("reasoning_content") or message.get("reasoning"),
-        "refusal": message.get("refusal"),
+        "reasoning_content": as_text(message.get("reasoning_content") or message.get("reasoning")),
+        "refusal": as_text(message.get("refusal")),
+        "content": as_text(content),
         "tool_calls": dicts(message.get("tool_calls") or beside.get("tool_calls")),
     }
     message = {name: value for name, value in members.items() if value}
@@ -6990,63 +7229,108 @@ def as_dict(value):
 
 def dicts(value):
     """The objects in a list; none if it is no list."""
-    if not isinstance(value, list):
-        return []
-    return [item for item in value if isinstance(item, dict)]
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 def openai_usage(usage):
     """OpenAI's counts out of either naming, or None."""
-    counts = {
-        name.replace("input_", "prompt_").replace("output_", "completion_"): value
-        for name, value in as_dict(usage).items() if value is not None}
-    total = counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0)
+    counts = {name.replace("input_", "prompt_").replace("output_", "completion_"): value
+              for name, value in as_dict(usage).items() if value is not None}
     # Zeros mean that Cloudflare did not count, and a guess would be worse than none.
+    total = counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0)
     return dict({"total_tokens": total}, **counts) if total else None
 
-def index_tool_calls(message, seen, call_id, empty=""):
-    """Make a message's tool calls OpenAI's: id and name once, after that only arguments.
 
-    `seen` has the numbers of the calls so far, by id, by Cloudflare's `index`, the last by None.
-    """
-    calls = []
-    for call in message.pop("tool_calls", ()):
-        function = call.get("function") or call     # llama-3.3's and Responses' are flat
-        ident = call.get("call_id") or call.get("id")
-        name = function.get("name")
-        arguments = as_text(function.get("arguments"))
-        # Two ids are two calls, even at one index. What has neither id nor name goes on with a
-        # call, or is the null sentinel after one (workers-ai-provider, streaming.ts).
-        key = ident or call.get("index")
-        if (ident or name) and (key is None or key not in seen):
-            number = seen.get(None, -1) + 1
-            ident = ident or "call_%s_%d" % (call_id, number + 1)
-            seen.update({ident: number, call.get("index"): number, None: number})
-            function = {"name": name, "arguments": arguments or empty}
-            calls.append({"index": number, "id": ident, "type": "function", "function": function})
-        elif arguments:
-            calls.append({"index": seen.get(key, 0), "function": {"arguments": arguments}})
-    if calls:
-        message["tool_calls"] = calls
+class Choice:
+    """One choice of a response as it comes: Cloudflare's deltas in, OpenAI's out."""
+
+    def __init__(self, call):
+        self.id = call.id
+        self.is_thinking = call.thinks
+        self.held = ""          # of a thought, what may be the beginning of a tag
+        self.thoughts = []      # which may be none
+        self.may_be_text = True     # as long as there were no tags
+        self.numbers = {}       # of tool calls, by Cloudflare's id and `index`, the last by None
+        self.finish_reason = None
+
+    def feed(self, message, is_last=False, reason=None):
+        """What is new: a delta that may be empty."""
+        delta = dict(message)
+        if "reasoning_content" in message:
+            self.is_thinking = False        # Cloudflare has split it
+        if self.is_thinking:
+            self.split_thoughts(delta, is_last, reason)
+        calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
+        delta["tool_calls"] = list(calls)
+        if is_last:         # agents look for tool_calls; some models end with `stop` after one
+            default = "tool_calls" if self.numbers else "stop"
+            self.finish_reason = FINISH_REASONS.get(reason, default)
+        return {name: value for name, value in delta.items() if value}
+
+    def split_thoughts(self, delta, is_last, reason):
+        """Make reasoning of what stands in front of </think>, wherever the text was cut."""
+        thought, tag, text = (self.held + delta.get("content", "")).partition("</think>")
+        self.held = "" if tag or is_last else PART_OF_TAG.search(thought).group()
+        thought = thought[:len(thought) - len(self.held)]
+        self.thoughts.append(thought)
+        self.is_thinking = not tag
+        if tag or "<think>" in thought:
+            self.may_be_text = False
+        if is_last and self.may_be_text and reason != "length":
+            delta["content"] = "".join(self.thoughts)
+        else:
+            delta.update(reasoning_content=thought.replace("<think>", ""), content=text)
+
+    def number_calls(self, calls, empty):
+        """OpenAI's deltas of tool calls: id and name once, after that only arguments."""
+        for call in calls:
+            function = call.get("function") or call     # llama-3.3's are flat
+            ident = call.get("id")
+            name = function.get("name")
+            arguments = as_text(function.get("arguments"))
+            # Two ids are two calls, even at one index. What has neither id nor name goes on with
+            # one, or is the null sentinel after it (workers-ai-provider, streaming.ts).
+            key = ident or call.get("index")
+            if (ident or name) and (key is None or key not in self.numbers):
+                number = self.numbers.get(None, -1) + 1
+                self.numbers.update({ident: number, call.get("index"): number, None: number})
+                # Kimi gives the same ids in every turn (cloudflare/ai#526); Mistral's template
+                # looks at the last nine characters, which must be letters and digits.
+                function = {"name": name, "arguments": decode_twice(arguments) or empty}
+                yield {"index": number, "id": "call_%s%02d" % (self.id, number),
+                       "type": "function", "function": function}
+            elif arguments:
+                yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
+
+def decode_twice(text):
+    """The JSON object in a JSON string: granite and deepseek-r1 encode arguments twice [T]."""
+    if text.startswith('"'):
+        with contextlib.suppress(ValueError, ErrorResponse):
+            parse_object(json.loads(text).encode())
+            return json.loads(text)
+    return text
 
 def translate_response(call, body):
     """A whole response with status 200 in OpenAI's form. Raises ErrorResponse if it is none."""
-    if call.kind == "responses":
-        return relabel_response(read_json(body, call.secrets, "output"), call)
     if call.kind == "embeddings":
-        return embeddings_object(read_json(body, call.secrets, "data"), call)
+        try:
+            return embeddings_object(read_json(body, call.secrets, "data"), call)
+        except WRONG_SHAPE:
+            raise unreadable()
+    if call.kind not in ("chat", "text"):
+        translator = StreamTranslator(call)
+        translator.whole(body)
+        return translator.form.response
     choices, usage = read_response(body, call.secrets)
     if not choices:
         raise unreadable()
     for choice in choices:
+        state = Choice(call)
         message = {"role": "assistant", "content": "", "refusal": None}
-        message.update(choice["message"])
-        index_tool_calls(message, {}, call.id, "{}")
-        calls = message.get("tool_calls", ())
-        if calls:
-            message["content"] = message["content"] or None
-        for tool_call in calls:
+        message.update(state.feed(choice["message"], True, choice["finish_reason"]))
+        for tool_call in message.get("tool_calls", ()):
             del tool_call["index"]      # only deltas number them
-        choice.update(message=message, finish_reason=finish_reason(choice["finish_reason"], calls))
+            message["content"] = message["content"] or None
+        choice.update(message=message, finish_reason=state.finish_reason)
     return completion_object(call, choices, usage)
 
 def completion_object(call, choices, usage, chunk=""):
@@ -7062,58 +7346,25 @@ def completion_object(call, choices, usage, chunk=""):
         completion["usage"] = usage
     return completion
 
-def finish_reason(reason, tool_calls):
-    """Agents look for tool_calls; some models end with `stop`, or with nothing, after one."""
-    reason = FINISH_REASONS.get(reason, "stop")
-    return "tool_calls" if tool_calls and reason == "stop" else reason
-
 def embeddings_object(data, call):
     """OpenAI's list of embeddings, from that or from the legacy {"shape", "data": [[...]]}."""
     listed = []
-    try:
-        for index, row in enumerate(data["data"]):
-            vector = row.get("embedding") if isinstance(row, dict) else row
-            # Node's SDK requests base64, and decodes a list of floats to zeros.
-            if call.base64 and not isinstance(vector, str):
-                vector = base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
-            listed.append({"object": "embedding", "index": index, "embedding": vector})
-    except (TypeError, struct.error, OverflowError):
-        raise unreadable()
+    for index, row in enumerate(data["data"]):
+        vector = row.get("embedding") if isinstance(row, dict) else row
+        # Node's SDK requests base64, and decodes a list of floats to zeros.
+        if call.base64 and not isinstance(vector, str):
+            vector = base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
+        listed.append({"object": "embedding", "index": index, "embedding": vector})
     if not listed:
         raise unreadable()
     embeddings = {"object": "list", "data": listed, "model": call.model}
     usage = openai_usage(data.get("usage"))
     if usage:
-        usage.pop("completion_tokens", None)
         embeddings["usage"] = usage
+        usage.pop("completion_tokens", None)
     return embeddings
 
-def relabel_response(data, call):
-    """A Responses object or event with the client's model name, and no secret in its error."""
-    for part in (data, as_dict(data.get("response"))):
-        if "model" in part:
-            part["model"] = call.model
-        error = as_dict(part.get("error"))
-        error["message"] = clean_message(error.get("message"), call.secrets)
-    return data
-
 # -- streams
-
-def read_event(block):
-    """One event as (name, data), with line ends LF or CRLF; comments and ids are skipped.
-
-    A byte order mark may stand before the first one.
-    """
-    name = ""
-    data = []
-    for line in block.decode("utf-8-sig", "replace").split("\n"):
-        field, _, value = line.partition(":")
-        if field == "event":
-            name = value.strip()
-        elif field == "data":
-            data.append(value.strip())
-    return name, "\n".join(data)
-
 
 class EventReader:
     """Events out of bytes as they come, with line ends LF or CRLF (WHATWG HTML, 9.2.6)."""
@@ -7122,9 +7373,9 @@ class EventReader:
         self.buffer = bytearray()       # the event whose end has not come yet
 
     def feed(self, piece):
-        """The events that `piece` completes, as (name, data), but for those without data."""
-        # Only the new part is searched for the event's end, with the 3 bytes before it, where
-        # "\r\n\r" may stand: to search all of it again would cost the square of its length.
+        """The data of the events that `piece` completes, without those that have none."""
+        # Only the new part is searched, with the 3 bytes before it, where "\r\n\r" may stand: to
+        # search all of it again would cost the square of an event's length.
         position = max(len(self.buffer) - 3, 0)
         self.buffer += piece
         events = []
@@ -7137,7 +7388,12 @@ class EventReader:
         del self.buffer[:begin]
         if len(self.buffer) > MAX_EVENT:
             raise unreadable()
-        return [(name, data) for name, data in events if data]
+        return list(filter(None, events))
+
+def read_event(block):
+    """The data of one event. The first may begin with a byte order mark."""
+    lines = block.decode("utf-8-sig", "replace").split("\n")
+    return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
 
 
 class StreamTranslator:
@@ -7147,24 +7403,26 @@ class StreamTranslator:
         self.call = call
         self.render_error = render_error    # the event for an ErrorResponse
         self.events = EventReader()
-        self.tool_calls = {}    # index_tool_calls' `seen` of each choice that began, by its index
-        self.finish_reasons = {}    # those that have been sent, likewise
+        self.choices = {}       # the Choices that began, by index
+        self.out = []           # events for the client, in bytes
+        self.form = EVENT_MAKERS.get(call.kind, ChatEvents)(call, self.send)
         self.usage = None       # OpenAI's counts, if there were any
         self.failed = None      # the code of the error that ended the stream
         self.done = False       # the client has all that it will get
 
     def feed(self, piece):
         """The bytes for the client that `piece` leads to. Any error in it is the last event."""
-        out = []
         try:
-            for name, data in self.events.feed(piece):
-                if not self.done:
-                    out += self.translate(name, data)
+            for data in self.events.feed(piece):
+                if data == "[DONE]" and not self.done:
+                    self.finish()
+                elif not self.done:
+                    self.translate(data.encode())
         except ErrorResponse as error_response:
-            out.append(self.fail(error_response))
+            self.fail(error_response)
         except WRONG_SHAPE:
-            out.append(self.fail(unreadable()))
-        return b"".join(out)
+            self.fail(unreadable())
+        return self.take_out()
 
     def end(self, reason=None):
         """The last bytes, at the end of the upstream's body; `reason` is what broke it, if any."""
@@ -7172,129 +7430,115 @@ class StreamTranslator:
         if not (reason or self.is_complete()):
             out = self.feed(b"\n\n")        # a last event may lack its blank line
         if not self.done and self.is_complete():
-            out += b"".join(self.finish())
+            self.finish()
         if not self.done:
-            out += self.fail(reason or upstream_error("upstream_bad_response", BROKEN_OFF))
-        return out
+            self.fail(reason or unreadable(BROKEN_OFF))
+        return out + self.take_out()
 
     def whole(self, body):
         """A whole JSON response as a stream: gpt-oss may respond so. Raises ErrorResponse."""
-        choices, self.usage = read_response(body, self.call.secrets)
-        return b"".join(itertools.chain(self.render(choices, "{}"), self.finish()))
+        self.translate(body)
+        self.finish()
+        return self.take_out()
 
-    def translate(self, name, data):
-        """OpenAI's events, in bytes, for one of Cloudflare's."""
-        if data == "[DONE]":
-            return self.finish()
-        choices, usage = read_response(data.encode(), self.call.secrets)
-        # of two finish chunks the second has zeros
-        self.usage = usage or self.usage
-        return self.render(choices)
+    def take_out(self):
+        out = b"".join(self.out)
+        self.out.clear()
+        return out
 
-    def render(self, choices, empty=""):
-        """The chunks of choices: the role first, then what is new, then its finish, once."""
-        is_chat = self.call.kind == "chat"
+    def translate(self, data):
+        """Send the events of choices: the beginning first, then what is new, then the finish."""
+        choices, usage = read_response(data, self.call.secrets)
+        self.usage = usage or self.usage        # of two finish chunks the second has zeros
         for choice in choices:
             index = choice["index"]
-            if is_chat and index not in self.tool_calls:
-                yield self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
-            seen = self.tool_calls.setdefault(index, {})
-            delta = choice["message"]
-            index_tool_calls(delta, seen, self.call.id, empty)
-            # a text_completion has room for nothing but content
-            if delta.get("content") or delta and is_chat:
-                yield self.chunk(index, delta, None, choice["logprobs"])
-            finish = choice["finish_reason"]
-            if finish and index not in self.finish_reasons:
-                self.finish_reasons[index] = finish_reason(finish, seen)
-                yield self.chunk(index, {}, self.finish_reasons[index])
+            if index not in self.choices:
+                self.choices[index] = Choice(self.call)
+                self.form.begin(index)
+            state = self.choices[index]
+            is_last = bool(choice["finish_reason"]) and not state.finish_reason
+            delta = state.feed(choice["message"], is_last, choice["finish_reason"])
+            self.form.add(index, delta, choice["logprobs"])
+            if is_last:
+                self.form.close(index, state.finish_reason)
 
-    def chunk(self, index, delta, finish=None, logprobs=None):
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return render_event(completion_object(self.call, [choice], None, ".chunk"))
+    def finish(self):
+        """What closes a stream that the upstream ended well: legacy ones give no finish_reason."""
+        if not self.choices:
+            raise unreadable()
+        self.done = True
+        for index, state in self.choices.items():
+            if not state.finish_reason:
+                self.form.add(index, state.feed({}, True))
+                self.form.close(index, state.finish_reason)
+        self.form.conclude(self.usage)
+        if self.call.kind in ("chat", "text"):
+            self.out.append(b"data: [DONE]\n\n")
+
+    def fail(self, error_response):
+        """The last event, which the SDKs raise: never a finish_reason after it, never [DONE]."""
+        self.done = True
+        self.failed = error_response.code
+        self.out.append(self.render_error(error_response))
+
+    def is_complete(self):
+        """Has every choice that began its finish_reason?"""
+        return bool(self.choices) and all(one.finish_reason for one in self.choices.values())
 
     def count_tokens(self):
         usage = self.usage or {}
         return usage.get("prompt_tokens"), usage.get("completion_tokens")
 
-    def is_complete(self):
-        """Has every choice that began its finish_reason?"""
-        return 0 < len(self.finish_reasons) == len(self.tool_calls)
-
-    def finish(self):
-        """What closes a stream that the upstream ended well: legacy ones give no finish_reason."""
-        if not self.tool_calls:
-            raise unreadable()
-        self.done = True
-        for index, seen in self.tool_calls.items():
-            if index not in self.finish_reasons:
-                yield self.chunk(index, {}, finish_reason(None, seen))
-        if self.call.include_usage and self.usage:
-            yield render_event(completion_object(self.call, [], self.usage, ".chunk"))
-        yield b"data: [DONE]\n\n"
-
-    def fail(self, error_response):
-        """The last event, an error: never a finish_reason after it, never [DONE]."""
-        # Both official SDKs raise this one, while they swallow Cloudflare's own.
-        self.done = True
-        self.failed = error_response.code
-        return self.render_error(error_response)
+    def send(self, event, name=""):
+        self.out.append(render_event(event, name))
 
 
-class ResponsesTranslator(StreamTranslator):
-    """/v1/responses: events pass as they come, with the client's name for the model."""
+class ChatEvents:
+    """The events of OpenAI's chat, or of a completion, which has room for content alone."""
 
-    LAST = ("response.completed", "response.incomplete", "response.failed")     # no [DONE] here
+    def __init__(self, call, send):
+        self.call = call
+        self.send = send        # called with each event
+        self.is_chat = call.kind == "chat"
 
-    def translate(self, name, data):
-        event = relabel_response(read_json(data.encode(), self.call.secrets, "type"), self.call)
-        self.usage = openai_usage(as_dict(event.get("response")).get("usage")) or self.usage
-        self.done = event["type"] in self.LAST
-        yield render_event(event, name)
+    def begin(self, index):
+        if self.is_chat:
+            self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
 
-    def whole(self, body):
-        """A whole response as the events without which no client can follow."""
-        # Workers AI has the Responses API "only non-streaming" (cloudflare-docs#32116).
-        response = translate_response(self.call, body)
-        self.done = True
-        self.usage = openai_usage(response.get("usage"))
-        out = []
-        def add(name, **members):
-            members.update(type=name, sequence_number=len(out))
-            out.append(render_event(members, name))
+    def add(self, index, delta, logprobs=None):
+        if delta.get("content") or delta and self.is_chat:
+            self.chunk(index, delta, None, logprobs)
 
-        started = dict(response, status="in_progress", output=[], usage=None)
-        add("response.created", response=started)
-        for index, item in enumerate(dicts(response["output"])):
-            add("response.output_item.added", output_index=index, item=dict(item, content=[]))
-            for number, part in enumerate(dicts(item.get("content"))):
-                place = {"output_index": index, "item_id": item.get("id"), "content_index": number}
-                add("response.content_part.added", part=dict(part, text=""), **place)
-                if part.get("type") == "output_text":
-                    add("response.output_text.delta", delta=part["text"], logprobs=[], **place)
-            add("response.output_item.done", output_index=index, item=item)
-        add("response.%s" % response.get("status", "completed"), response=response)
-        return b"".join(out)
+    def close(self, index, finish):
+        self.chunk(index, {}, finish)
+
+    def chunk(self, index, delta, finish=None, logprobs=None):
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        self.send(completion_object(self.call, [choice], None, ".chunk"))
+
+    def conclude(self, usage):
+        if self.call.include_usage and usage:
+            self.send(completion_object(self.call, [], usage, ".chunk"))
+
+# By kind: what makes a chat request of another one, and the events of a stream.
+CHAT_MAKERS = {"text": chat_of_prompt}
+EVENT_MAKERS = {"chat": ChatEvents, "text": ChatEvents}
+install_responses(WORKERS_PATHS, CHAT_MAKERS, EVENT_MAKERS)     # part two: Responses made of chat
 
 # -- errors
 
 def translate_error(status, body, secrets=(), retry_after=None):
-    """The ErrorResponse for Cloudflare's error, in bytes or parsed: by its code, else its status.
-
-    Forms: {"success": false, "errors": [{"code", "message"}]}, {"error": {...}}, an object, HTML.
-    """
+    """The ErrorResponse for Cloudflare's error, parsed or not: by its code, else its status."""
     error = extract_error(body)
     word = as_text(error.get("code"))
     number = int(word) if re.fullmatch("[0-9]{3,5}", word) else 0
-    # vLLM's {"object": "error", "code": 400} inside a 200
-    if status < 400 <= number < 600:
+    if status < 400 <= number < 600:    # vLLM's {"object": "error", "code": 400} inside a 200
         status = number
     our_status, code = classify_error(number, status, word)
     message = OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
     if not message:
         message = "Cloudflare answered with status %d and no reason that could be read." % status
     headers = [(b"Retry-After", retry_after)] if retry_after else []
-    # the SDKs retry 429 and 5xx unless a header forbids it
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
         headers.append(NO_RETRY)
     param = "model" if code == "model_not_found" else None
@@ -7302,44 +7546,36 @@ def translate_error(status, body, secrets=(), retry_after=None):
 
 def classify_error(number, status, word):
     """Our status and code for Cloudflare's number, status and word."""
-    # Cloudflare's own errors, whatever status it gives them
-    if number in (8005, 7009) and status < 500:
+    if number in (8005, 7009) and status < 500:     # Cloudflare's own, whatever it calls them
         status = 502
     for key in (number, status):
         for code, numbers in CLOUDFLARE_ERRORS.items():
             if key in numbers[1:]:
                 return numbers[0], code
     code = {4: "invalid_request", 5: "upstream_error"}.get(status // 100, "upstream_bad_response")
-    if word and not word.isdigit():
-        code = word
-    return status if status >= 400 else 502, code
+    is_name = word and not word.isdigit()
+    return status if status >= 400 else 502, word if is_name else code
 
 def extract_error(error):
     """The object in an error, parsed or not, that has the code and the message; {} if none has."""
-    try:
-        if isinstance(error, bytes):
-            error = parse_cloudflare(error)
-    except ValueError:
-        return {}
-    for first in dicts(error.get("errors")):
-        return first
-    detail = error.get("error") or error
+    if isinstance(error, bytes):
+        try:
+            error = parse_object(error)
+        except ErrorResponse:
+            return {}
+    listed = dicts(error.get("errors"))
+    detail = listed[0] if listed else error.get("error") or error
     return {"message": detail} if isinstance(detail, str) else as_dict(detail)
 
 def clean_message(message, secrets):
     """Cloudflare's words without `AiError:`, JSON around them, uuids and secrets."""
     # Cut it, for a hostile one is long; redact it before, for half a secret is not recognized.
-    message = strip_message(redact_message(as_text(message), secrets)[:MAX_MESSAGE_READ])
-    # AiError: AiError: {"object": "error", "message": ...}
-    while message.startswith("{"):
+    message = redact_message(as_text(message), secrets)[:MAX_MESSAGE_READ]
+    inner = message
+    while inner:            # AiError: AiError: {"object": "error", "message": ...}
+        message = NOISE.sub("", as_text(inner)).strip()
         inner = extract_error(message.encode("utf-8", "replace")).get("message")
-        if not inner:
-            break
-        message = strip_message(as_text(inner))
     return redact_message(message, secrets)[:MAX_MESSAGE_SHOWN]
-
-def strip_message(text):
-    return NOISE.sub("", text).strip()
 
 def redact_message(text, secrets):
     for secret in secrets:
@@ -7349,46 +7585,44 @@ def redact_message(text, secrets):
 # -- the model list
 
 def read_catalogue_page(status, body, secrets=()):
-    """The items of one page of models/search; an empty list is the end. Raises ErrorResponse."""
+    """The items of one page of models/search; an empty list is the end."""
     if status != 200:
         raise translate_error(status, body, secrets)
     return dicts(read_json(body, secrets, "result")["result"])
 
 def translate_catalogue(items, today, names, only_names):
-    """OpenAI's models out of the items of all pages, without those that are retired `today`.
-
-    `names`, shown name to model, come first, aliases ahead; with `only_names` there is no rest.
-    """
-    # Pages may overlap. OpenAI's id is the name; Cloudflare's `id` is a uuid.
+    """OpenAI's models out of the items of all pages: `names` first, aliases ahead, then others."""
+    # Pages may overlap. Cloudflare's `id` is a uuid.
     models = {item.get("name"): model_object(item, today) for item in items}
     shown = {name: model for name, model in names.items() if name != model}
     shown.update(names)
-    if not only_names:
-        for name in models:
-            shown.setdefault(name, name)
+    for name in () if only_names else models:
+        shown.setdefault(name, name)
     return [dict(models[model], id=name) for name, model in shown.items() if models.get(model)]
 
 def model_object(item, today):
     """A model of OpenAI's list, by its own name; None if it is no model for text, or is retired."""
-    entries = dicts(item.get("properties"))
-    properties = {entry.get("property_id"): entry.get("value") for entry in entries}
+    properties = {entry.get("property_id"): entry.get("value")
+                  for entry in dicts(item.get("properties"))}
     retired = properties.get("planned_deprecation_date")
-    if retired and retired[:10] <= today:
-        return None
     # Not by the query's task=: it yields nothing when the label changes that it must match.
     task = as_text(as_dict(item.get("task")).get("name"))
-    if re.sub(r"\W", "", task).lower() not in ("textgeneration", "textembeddings"):
+    is_text = re.sub(r"\W", "", task).lower() in ("textgeneration", "textembeddings")
+    if not is_text or retired and retired[:10] <= today:
         return None
-
     # "2025-08-05 10:49:53.265" is UTC without its mark; it may be missing.
     moment = as_text(item.get("created_at"))[:19] + "+00:00"
-    try:
+    created = 0
+    with contextlib.suppress(ValueError):
         created = int(datetime.datetime.fromisoformat(moment).timestamp())
-    except ValueError:
-        created = 0
-    properties.update(description=item.get("description"), task=task)
-    names = ("description", "task", "context_window", "planned_deprecation_date")
-    metadata = {name: properties[name] for name in names if properties.get(name) is not None}
+    window = as_text(properties.get("context_window"))
+    metadata = {"task": task, "context_window": window if re.fullmatch("[0-9]+", window) else None}
+    if item.get("description"):
+        metadata["description"] = item["description"]
+    if retired:
+        metadata["planned_deprecation_date"] = retired
+    if properties.get("require_workers_paid") == "true":
+        metadata["require_workers_paid"] = True
     return {"id": item["name"], "object": "model", "created": created, "owned_by": "cloudflare",
             "permission": [], "root": item["name"], "parent": None, "metadata": metadata}
 
@@ -7396,22 +7630,29 @@ def model_object(item, today):
 
 CATALOGUE_SECONDS = 600     # a model list is good for so long,
 CATALOGUE_RETRY = 30        # and one that could not be read is tried again after
-CATALOGUE_TIMEOUT = 10      # seconds for all of its pages
-CATALOGUE_PAGES = 50        # at most
+CATALOGUE_TIMEOUT = 10      # seconds for all of its pages,
+CATALOGUE_PAGES = 50        # which are so many at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
+NOT_ALLOWED = ("upstream_credentials_rejected", "permission_denied")    # to list models
 
 def prepare_workers(settings):
-    """The account and the base URL. Raises SettingError."""
-    account = settings.read("CLOUDFLARE_ACCOUNT_ID")
-    if not account or not settings.provider_keys:
+    """The accounts, the base URL and the models. Raises SettingError."""
+    accounts = settings.read("CLOUDFLARE_ACCOUNT_ID")
+    keys = settings.provider_keys
+    if not keys or len(accounts) not in (1, len(keys)):
         raise SettingError("AIPROXY_UPSTREAM=workers-ai needs CLOUDFLARE_ACCOUNT_ID and "
-                           "CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit")
+                           "CLOUDFLARE_API_TOKEN, a token with Workers AI Read and Edit: one "
+                           "account for all tokens, or as many accounts as tokens, in their order")
     upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     upstream.provider = settings.upstream.provider
-    upstream.base += "/accounts/" + account
     settings.upstream = upstream
-    settings.hidden_words = [account.encode()]
-    settings.workers_secrets = [account] + [key.decode() for key in settings.provider_keys]
+    settings.accounts = accounts * (len(keys) // len(accounts))     # by the key's index
+    settings.hidden_words = [account.encode() for account in accounts]
+    settings.workers_secrets = accounts + [key.decode() for key in keys]
+    if settings.models.get("short") == "short":
+        del settings.models["short"]
+        settings.models.update(WORKERS_ALIASES)
+        settings.shown["AIPROXY_MODELS"] = ", ".join(settings.models)
     settings.aliases = settings.models or WORKERS_ALIASES
     settings.catalogue = Catalogue(settings.aliases, bool(settings.models))
 
@@ -7423,16 +7664,13 @@ class Catalogue:
         self.names = names
         self.only_names = only_names
         self.last = None
-        self.valid_until = 0
         self.failure = None
+        self.valid_until = 0
         self.is_refreshing = False          # by one thread; the condition guards it
         self.refreshed = threading.Condition()
 
     def items(self, read):
-        """The items of OpenAI's list, or None; `read` asks Cloudflare.
-
-        One client waits for it, and the others only if there is no list yet.
-        """
+        """OpenAI's list, or None. One client asks Cloudflare; others wait only for a first list."""
         with self.refreshed:
             self.refreshed.wait_for(lambda: self.last is not None or not self.is_refreshing)
             if self.is_refreshing or time.monotonic() < self.valid_until:
@@ -7448,25 +7686,37 @@ class Catalogue:
 
     def refresh(self, read):
         today = time.strftime("%Y-%m-%d", time.gmtime())
+        seconds = CATALOGUE_SECONDS
         try:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
-            self.valid_until = time.monotonic() + CATALOGUE_SECONDS
         except (ErrorResponse,) + WRONG_SHAPE as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
-            self.valid_until = time.monotonic() + CATALOGUE_RETRY
+            seconds = CATALOGUE_RETRY
+        self.valid_until = time.monotonic() + seconds
+
+    def window(self, model):
+        """How many tokens a model can hold; None if the list does not say."""
+        for item in self.last or ():
+            if item["root"] == model and item["metadata"]["context_window"]:
+                return int(item["metadata"]["context_window"])
+        return None
 
 
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
 
-    models_target = "/v1/ai/models/search?per_page=1"       # below the account, for --live
+    @staticmethod
+    def models_target(settings, index):
+        """What --live asks for with the key of this index: the models of its account."""
+        account = settings.accounts[index % len(settings.accounts)]
+        return "/v1/accounts/%s/ai/models/search?per_page=1" % account
 
     def check_path(self):
         super().check_path()
         is_call = self.request.method == "POST" and self.request.path in WORKERS_PATHS
         if not is_call and self.request.method != "OPTIONS":
-            raise ErrorResponse(404, "not_found", "Workers AI serves POST %s and GET /v1/models "
-                                                  "here." % ", ".join(WORKERS_PATHS))
+            raise ErrorResponse(404, "not_found", "Workers AI has POST %s and GET /v1/models."
+                                % ", ".join(WORKERS_PATHS))
 
     def answer_ourselves(self):
         if not is_model_list(self.request):
@@ -7480,33 +7730,31 @@ class WorkersHandler(Handler):
         items = catalogue.items(self.read_catalogue)
         if items is not None:
             return items
-        if self.settings.models:
-            return list_models(self.service)
-        raise catalogue.failure
+        if not (self.settings.models or catalogue.failure.code in NOT_ALLOWED):
+            raise catalogue.failure
+        return [{"id": name, "object": "model", "created": self.server.started,
+                 "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
 
     def read_catalogue(self):
-        """The items of all pages of Cloudflare's own list. ErrorResponse 502 or 504."""
+        """The items of all pages of Cloudflare's own list."""
         deadline = time.monotonic() + CATALOGUE_TIMEOUT
 
         def wait(connection, mask, seconds):
-            remaining = deadline - time.monotonic()
-            if remaining > 0:
-                try:
-                    return wait_for_upstream(self.client, connection, mask,
-                                             min(seconds, remaining))
-                except socket.timeout:
-                    if seconds < remaining:
-                        raise
-            raise upstream_error("upstream_timeout", "Cloudflare's model list did not come within "
-                                 "%d seconds." % CATALOGUE_TIMEOUT)
-
+            seconds = min(seconds, max(deadline - time.monotonic(), 0))
+            try:
+                wait_for_upstream(self.client, connection, mask, seconds)
+            except socket.timeout:
+                raise upstream_error("upstream_timeout", "The model list did not come in time.")
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
             target = "/ai/models/search?per_page=50&page=%d" % number
-            exchange = self.open_exchange("GET", self.settings.upstream.base + target, b"", wait)
+            exchange = self.open_exchange("GET", target, b"", wait)
             try:
                 body = self.read_whole(exchange)
                 page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
+            except ErrorResponse as error:
+                self.server.log.warn("the model list cannot be read: " + error.message)
+                raise
             finally:
                 exchange.close()
             if not page:
@@ -7519,38 +7767,49 @@ class WorkersHandler(Handler):
 
     def translate_body(self, body):
         members, changes = check_body(self, body)
-        request = self.request
-        model = self.settings.aliases.get(request.model, request.model)
-        call = translate_request(request.path, body, members, model, request.model,
-                                 self.settings.workers_secrets, changes)
+        settings = self.settings
+        shown = self.request.model
+        model = settings.aliases.get(shown, shown)
+        call = translate_request(self.request.path, body, members, model, shown, changes=changes,
+                                 secrets=settings.workers_secrets,
+                                 window=settings.catalogue.window(model))
         self.call = call._replace(body=b"")     # nothing keeps it once it has gone up
         return call.body
 
     def ask_upstream(self, body):
-        return self.open_exchange("POST", self.settings.upstream.base + self.call.path, body)
+        return self.open_exchange("POST", self.call.path, body)
+
+    def send_up(self, key_index, method, target, *others):
+        """A request with one of the keys, to its account. Its daily quota ends at midnight UTC."""
+        account = self.settings.accounts[key_index]
+        target = "%s/accounts/%s%s" % (self.settings.upstream.base, account, target)
+        exchange = super().send_up(key_index, method, target, *others)
+        if exchange.status == 429 and len(self.settings.accounts) > 1:
+            exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+            error = translate_error(429, exchange.prefetched)
+            if error.code == "insufficient_quota":
+                seconds = b"%d" % (86400 - time.time() % 86400)
+                exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
+        return exchange
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
         call = self.call
-        kind = ResponsesTranslator if call.kind == "responses" else StreamTranslator
-        translator = kind(call, functools.partial(error_event, self))
+        translator = StreamTranslator(call, functools.partial(error_event, self))
         try:
             if exchange.status != 200:
                 raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
                                       exchange.headers.get(b"retry-after"))
             # gpt-oss may answer a streaming request as a whole, and an edge with a page.
             is_whole = exchange.media_type in (b"application/json", b"text/html")
-            if call.stream and not is_whole:
-                self.relay_events(exchange, translator)
-            else:
-                self.relay_whole(exchange, translator)
+            relay = self.relay_events if call.stream and not is_whole else self.relay_whole
+            relay(exchange, translator)
         finally:
             exchange.close()
 
     def read_whole(self, exchange):
-        """The body of a response. ErrorResponse 502 or 504 if it cannot be read as a whole."""
         try:
-            return exchange.read_all(MAX_RESPONSE)
+            return exchange.prefetched + exchange.read_all(MAX_RESPONSE)
         except (OSError, ProtocolError) as error:
             raise response_error(error)
         except ValueError:
@@ -7558,12 +7817,9 @@ class WorkersHandler(Handler):
 
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""
-        headers = [(b"Content-Type", media_type)]
-        for name, value in downstream_headers(exchange.headers, self.settings):
-            low = name.lower()
-            if not low.startswith(b"content-") and low not in (b"etag", b"last-modified"):
-                headers.append((name, value))
-        return headers
+        fields = downstream_headers(exchange.headers, self.settings)
+        kept = [field for field in fields if not ABOUT_BODY.match(field[0])]
+        return [(b"Content-Type", media_type)] + kept
 
     def relay_whole(self, exchange, translator):
         body = self.read_whole(exchange)
@@ -7591,7 +7847,6 @@ class WorkersHandler(Handler):
         def send(events):
             self.record.bytes += len(events)
             self.send_to_client(encode_chunk(events, is_chunked))
-
         wait = exchange.request.wait
         exchange.request.wait = self.service.add_heartbeats(wait, send)
         while not translator.done:
@@ -7601,7 +7856,6 @@ class WorkersHandler(Handler):
             if events:
                 send(events)
         exchange.request.wait = wait
-
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
             return
@@ -7620,15 +7874,15 @@ class WorkersHandler(Handler):
             return translator.end(upstream_error(code, BROKEN_OFF))
         return translator.feed(piece) if piece else translator.end()
 
-def parse_account(text):
-    takes = "the id of an account: letters and digits"
-    if PLACEHOLDER.fullmatch(text):
+def parse_accounts(text):
+    takes = "the id of an account, letters and digits, or several, comma-separated"
+    if any(map(PLACEHOLDER.fullmatch, parse_list(text))):
         raise ValueError(takes)
-    return match_all("[A-Za-z0-9_-]{0,64}", text, takes).group()
+    return [match_all("[A-Za-z0-9_-]{1,64}", item, takes).group() for item in parse_list(text)]
 
 OPTIONS += (
-    Option("CLOUDFLARE_ACCOUNT_ID", CLOUDFLARE_ACCOUNT_ID, parse_account,
-           "for workers-ai: the account"),
+    Option("CLOUDFLARE_ACCOUNT_ID", CLOUDFLARE_ACCOUNT_ID, parse_accounts,
+           "for workers-ai: the account, or several, as many as tokens"),
     Option("CLOUDFLARE_API_TOKEN", CLOUDFLARE_API_TOKEN, parse_keys,
            "for workers-ai: the provider key, a token with Workers AI Read and Edit"),
     Option("CLOUDFLARE_API_BASE_URL", CLOUDFLARE_API_BASE_URL, Upstream,

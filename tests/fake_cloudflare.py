@@ -49,7 +49,6 @@ def delta(**fields):
 
 
 # -- whole responses: [T] the LLAMA ones, from a test of litellm; [O] QWEN_3, by its types;
-# [T] GPT_OSS, by a declaration against real responses
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 15, "total_tokens": 25}
 LLAMA_4 = envelope(
@@ -79,29 +78,6 @@ QWEN_3 = {
                 "tool_calls": []}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33},
     "prompt_logprobs": None}
-GPT_OSS = {
-    "id": "resp_…", "created_at": 1754390000, "instructions": "You are a helpful assistant.",
-    "metadata": None, "model": "@cf/openai/gpt-oss-20b", "object": "response",
-    "output": [
-        {
-            "id": "rs_…", "type": "reasoning", "summary": [],
-            "content": [{"type": "reasoning_text", "text": "User asks …"}],
-            "encrypted_content": None, "status": None},
-        {
-            "id": "msg_…", "type": "message", "role": "assistant", "status": "completed",
-            "content": [
-                {
-                    "type": "output_text", "text": "The phrase …", "annotations": [],
-                    "logprobs": None}]}], "parallel_tool_calls": True, "temperature": 1,
-    "tool_choice": "auto", "tools": [], "top_p": 1, "background": False,
-    "max_output_tokens": 32688, "max_tool_calls": None, "previous_response_id": None,
-    "prompt": None, "reasoning": None, "service_tier": "auto", "status": "completed", "text": None,
-    "top_logprobs": 0, "truncation": "disabled",
-    "usage": {"prompt_tokens": 70, "completion_tokens": 60, "total_tokens": 130}, "user": None}
-FUNCTION_CALL = {
-    "type": "function_call", "id": "fc_1", "call_id": "call_9", "name": "get_weather",
-    "arguments": "{\"a\": 1}", "status": "completed"}
-
 # -- streams: [R] LLAMA_31 and TOOLS, [T] LEGACY and the tail of KIMI,
 # [O] DUAL but for its extra fields
 
@@ -197,18 +173,16 @@ def tool_stream():
 
 
 TOOLS = tool_stream()
-RESPONSE_EVENTS = [
-    {"type": "response.created", "sequence_number": 0, "response": dict(GPT_OSS, output=[])},
-    {
-        "type": "response.output_text.delta", "sequence_number": 1, "item_id": "m",
-        "output_index": 0, "content_index": 0, "delta": "Hi"},
-    {"type": "response.completed", "sequence_number": 2, "response": GPT_OSS}]
 
 
-def named(events):
-    return b"".join(
-        b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode())
-        for event in events)
+def read_sse(stream):
+    """The events in bytes that hold nothing else: pairs of name and data."""
+    events = []
+    for block in stream.decode().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if ": " in line)
+        if "data" in fields:
+            events.append((fields.get("event", ""), fields["data"]))
+    return events
 
 
 # -- errors, embeddings, the model list
@@ -274,8 +248,6 @@ CHAT = {
         {"response": "Hello", "choices": [{"index": 0, "message": {"content": "Hello"}}]}, DUAL),
     "@cf/openai/gpt-oss-20b": (LLAMA_4_TOOL, TOOLS), "@cf/shape/flat-tool": (LLAMA_33_TOOL, None),
     "@cf/shape/bare": (QWEN_3, None), "@cf/shape/wrapped": (envelope(QWEN_3), None),
-    "@cf/shape/responses": (envelope(GPT_OSS), None),
-    "@cf/shape/function-call": (envelope(dict(GPT_OSS, output=[FUNCTION_CALL])), None),
     "@cf/shape/object": (envelope({"response": {"n": [1]}}), None),
     "@cf/shape/number": (
         envelope({"response": 7}), sse({"response": 7}, {"response": 8}, "[DONE]")),
@@ -291,6 +263,10 @@ CHAT = {
                         "function": {"name": "get_weather"}}]),
             delta(tool_calls=[{"index": 0, "function": {"arguments": "{}"}}]),
             delta(tool_calls=[{"id": None, "type": None, "function": {"name": None}}]), "[DONE]"))}
+# what any model responds once it has the result of a tool
+AFTER_TOOL = (
+    envelope({"response": "It is sunny.", "usage": USAGE}),
+    sse({"response": "It is "}, {"response": "sunny.", "usage": USAGE}, "[DONE]"))
 # answers with status 200 that cannot be read: content type, body
 BROKEN = {
     "html": ("text/html", b"<html><body>502 Bad Gateway</body></html>"),
@@ -351,8 +327,7 @@ class FakeCloudflare(Upstream):
                 received, error_envelope(7001, "%s not supported for requested URI." % method),
                 405)
         answer = {
-            "/ai/v1/chat/completions": self.chat, "/ai/v1/embeddings": self.embeddings,
-            "/ai/v1/responses": self.responses
+            "/ai/v1/chat/completions": self.chat, "/ai/v1/embeddings": self.embeddings
         }.get(path[len(BASE):])
         if not answer:
             return self.reply(received, error_envelope(7000, "No route for that URI"), 400)
@@ -395,8 +370,12 @@ class FakeCloudflare(Upstream):
             if kind == "broken" else False)
 
     def chat(self, received, request):
-        assert request["messages"] and "prompt" not in request
         model = request["model"]
+        wrong = schema_fault(request)
+        if wrong:
+            return self.reply(received, error_envelope(
+                5006, "AiError: Bad input: Error: oneOf at '/' not met, 0 matches: required "
+                "properties at '/' are 'prompt', %s (%s)" % (wrong, UUID)), 400)
         if model.startswith("@cf/mid/"):
             return self.stream(
                 received, sse(delta(content="Hel")) + MID_STREAM[model[len("@cf/mid/"):]])
@@ -404,6 +383,8 @@ class FakeCloudflare(Upstream):
             return self.reply(
                 received, error_envelope(5007, "No such model %s or task" % model), 400)
         whole, events = CHAT[model]
+        if any(message.get("role") == "tool" for message in request["messages"]):
+            whole, events = AFTER_TOOL
         return (
             self.stream(received, events)
             if request.get("stream") and events else self.reply(received, whole))
@@ -425,15 +406,48 @@ class FakeCloudflare(Upstream):
                 "object": "list", "data": data, "model": request["model"],
                 "usage": {"prompt_tokens": 4, "total_tokens": 4}})
 
-    def responses(self, received, request):
-        assert "max_tokens" not in request and "messages" not in request
-        if request["model"].startswith("@cf/mid/"):
-            return self.stream(
-                received,
-                named(RESPONSE_EVENTS[:2]) + MID_STREAM[request["model"][len("@cf/mid/"):]])
-        if request.get("stream") and request["model"] != "@cf/shape/whole":
-            return self.stream(received, named(RESPONSE_EVENTS))
-        return self.reply(received, GPT_OSS)
+
+TYPES = {   # [O] llama-3.3-70b-instruct-fp8-fast.json: the type of each member, and its range
+    "stream": (bool, None, None), "max_tokens": (int, None, None), "temperature": (float, 0, 5),
+    "top_p": (float, 0.001, 1), "top_k": (int, 1, 50), "seed": (int, 1, 9999999999),
+    "repetition_penalty": (float, 0, 2), "frequency_penalty": (float, -2, 2),
+    "presence_penalty": (float, -2, 2)}
+
+
+def schema_fault(request):
+    """What Cloudflare's validator says against a chat, by the older models' schema [O]; or None.
+
+    Parts of a message are only for models that see (llama-4-scout's schema [O]), and those take
+    images as data only.
+    """
+    for number, message in enumerate(request.get("messages") or [{}]):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            return "required properties at '/messages/%d' are 'role,content'" % number
+        content = message["content"]
+        place = "Type mismatch of '/messages/%d/content', " % number
+        if content is None:
+            return place + "'null' not in 'string'"
+        if isinstance(content, list):
+            kinds = {part["type"] for part in content}
+            if kinds <= {"text"}:
+                return place + "'array' not in 'string'"
+            urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+            if not all(url.startswith("data:") for url in urls):
+                return place + "HTTP URL will not be accepted"
+    for tool in request.get("tools", ()):
+        if tool["type"] != "function" or not {"name", "parameters"} <= set(tool["function"]):
+            return "oneOf at '/tools/0' not met"
+    for name, (kind, least, most) in TYPES.items():
+        value = request.get(name)
+        if name not in request:
+            continue
+        is_kind = isinstance(value, bool) if kind is bool else (
+            isinstance(value, (int, float)) and (kind is float or value == int(value)))
+        if not is_kind:
+            return "Type mismatch of '/%s'" % name
+        if least is not None and not least <= value <= most:
+            return "'/%s' must be <= %s" % (name, most)
+    return None
 
 
 def settings(fake, **others):

@@ -10,14 +10,14 @@ import json
 import pytest
 
 import aiproxy
-from aiproxy import (Call, ErrorResponse, EventReader, ResponsesTranslator, StreamTranslator,
-                     WORKERS_ALIASES, check_prompt_length, edit_members, error_object,
+from aiproxy import (Call, ErrorResponse, EventReader, StreamTranslator, WORKERS_ALIASES,
+                     check_prompt_length, edit_members, error_object,
                      find_error_form, parse_object, read_catalogue_page, render_error_event,
                      translate_response, translate_catalogue, translate_error, translate_request)
-from fake_cloudflare import (ACCOUNT, DUAL, FUNCTION_CALL, GPT_OSS, ITEM, KIMI, LEGACY,
-                             LEGACY_ROWS, LLAMA_31, LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW,
-                             OPENAI_ROWS, PACKED, QWEN_3, RESPONSE_EVENTS, ROWS, TOKEN, TOOL_ID,
-                             TOOLS, USAGE, UUID, delta, envelope, error_envelope, item, named, sse)
+from fake_cloudflare import (ACCOUNT, DUAL, ITEM, KIMI, LEGACY, LEGACY_ROWS, LLAMA_31,
+                             LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW, OPENAI_ROWS, PACKED,
+                             QWEN_3, ROWS, TOKEN, TOOLS, USAGE, UUID, delta, envelope,
+                             error_envelope, item, read_sse, sse)
 
 CREATED = 1778255778
 
@@ -85,20 +85,194 @@ def test_a_chat_body_goes_up_as_it_came_but_for_the_model_and_a_missing_max_toke
 def test_a_prompt_goes_up_as_one_user_message(prompt):
     made = request(
         '{"model":"a" , "prompt" : %s, "max_tokens":7,"stream":true}' % prompt, "/v1/completions")
-    assert (
-        made.body.decode()
-        == '{"model":"@cf/real/model" , "messages" : [{"role": "user", "content": "say \\"hi\\" '
-        '\\u00e9"}], "max_tokens":7,"stream":true}')
+    assert json.loads(made.body) == {
+        "model": "@cf/real/model", "max_tokens": 7, "stream": True,
+        "messages": [{"role": "user", "content": 'say "hi" é'}]}
     assert (made.kind, made.path, made.stream) == ("text", "/ai/v1/chat/completions", True)
 
 
-def test_embeddings_and_responses_get_no_max_tokens():
+def test_embeddings_get_no_max_tokens():
     made = request('{"model":"a","input":["x","y"],"encoding_format":"base64"}', "/v1/embeddings")
     assert made.body == b'{"model":"@cf/real/model","input":["x","y"],"encoding_format":"base64"}'
     assert (made.path, made.base64, made.stream) == ("/ai/v1/embeddings", True, False)
-    made = request('{"model":"a","input":"x","stream":true}', "/v1/responses")
-    assert made.body == b'{"model":"@cf/real/model","input":"x","stream":true}'
-    assert (made.path, made.stream) == ("/ai/v1/responses", True)
+
+
+def goes_up(body, path="/v1/chat/completions", **others):
+    """What a request goes up as, without its model."""
+    made = json.loads(request(dict({"max_tokens": 9}, **body), path, **others).body)
+    del made["model"]
+    return made
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+REMOTE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+TEXTS = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
+SCOUT = "@cf/meta/llama-4-scout-17b-16e-instruct"
+GEMMA = "@cf/google/gemma-4-26b-a4b-it"
+ASKED = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+# name: a message as the client sends it, and as it goes up
+MESSAGES_MADE_FIT = {
+    "a string": ({"role": "user", "content": "Hello"}, {"role": "user", "content": "Hello"}),
+    "parts of text (9router#4180) [T]": (
+        {"role": "user", "content": TEXTS}, {"role": "user", "content": "Hello\nthere"}),
+    "a picture stays [O]": (
+        {"role": "user", "content": [TEXTS[0], PICTURE]},
+        {"role": "user", "content": [TEXTS[0], PICTURE]}),
+    "null beside calls (gateway-core) [O]": (
+        {"role": "assistant", "content": None, "tool_calls": [ASKED]},
+        {"role": "assistant", "content": "", "tool_calls": [ASKED]}),
+    "nothing beside calls [O]": (
+        {"role": "assistant", "tool_calls": [ASKED]},
+        {"role": "assistant", "content": "", "tool_calls": [ASKED]}),
+    "the result of a tool in parts [T]": (
+        {"role": "tool", "tool_call_id": "a", "content": TEXTS[:1]},
+        {"role": "tool", "tool_call_id": "a", "content": "Hello"}),
+    "no message at all [A]": ("Hello", "Hello"),
+    "an empty list [A]": ({"role": "user", "content": []}, {"role": "user", "content": []})}
+
+
+@pytest.mark.parametrize(
+    "sent,sent_up", list(MESSAGES_MADE_FIT.values()), ids=list(MESSAGES_MADE_FIT))
+def test_messages_are_made_fit_for_the_strictest_schema(sent, sent_up):
+    assert goes_up({"messages": [sent]})["messages"] == [sent_up]
+
+
+@pytest.mark.parametrize("model,is_refused", [(SCOUT, True), (GEMMA, False)])
+def test_an_image_by_url_is_refused_where_the_model_takes_only_data(model, is_refused):
+    messages = [{"role": "user", "content": [TEXTS[0], REMOTE]}]
+    if not is_refused:
+        assert goes_up({"messages": messages}, model=model)["messages"] == messages
+        return
+    bad = raised(request, {"messages": messages}, model=model)
+    assert (bad.status, bad.code, bad.param) == (400, "invalid_parameter", "messages")
+    assert "data:image" in bad.message
+
+
+@pytest.mark.parametrize("name,value,goes", [
+    ("top_k", 0, False), ("top_k", -1, False), ("top_k", 64, True), ("seed", -7, True),
+    ("seed", None, True), ("n", 2, True), ("logprobs", True, True), ("user", "u", True),
+    ("store", False, True), ("metadata", {"a": "b"}, True), ("service_tier", "auto", True),
+    ("parallel_tool_calls", False, True), ("reasoning_effort", None, True)])
+def test_members_of_a_request_pass_unless_they_mean_nothing(name, value, goes):
+    made = goes_up({"messages": [], name: value})
+    assert made == dict({"messages": [], "max_tokens": 9}, **{name: value} if goes else {})
+
+
+@pytest.mark.parametrize("model,window,limit", [
+    (GEMMA, None, 4096), (GEMMA, 256000, 4096), (SCOUT, 8000, 2000),
+    ("@cf/google/gemma-7b-it-lora", 3500, 875), ("@cf/google/gemma-7b-it-lora", None, None),
+    ("@cf/microsoft/phi-2", None, None), ("@cf/meta/llama-3.2-1b-instruct", None, 4096)], ids=str)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_a_limit_is_added_that_fits_the_models_window(path, model, window, limit):
+    body = {"messages": []} if "chat" in path else {"prompt": "x", "input": "x"}
+    if path == "/v1/responses":
+        del body["prompt"]
+    made = json.loads(request(body, path, model=model, window=window).body)
+    assert made.get("max_tokens") == limit
+
+
+SCHEMA = {"type": "object", "properties": {"capital": {"type": "string"}}}
+ENVELOPE = {"name": "country", "strict": True, "schema": SCHEMA}
+
+
+@pytest.mark.parametrize("model,goes", [
+    (SCOUT, SCHEMA), ("@cf/deepseek-ai/deepseek-r1-distill-qwen-32b", SCHEMA), (GEMMA, ENVELOPE),
+    ("@cf/openai/gpt-oss-20b", ENVELOPE)],
+    ids=["llama [O]", "deepseek [O]", "gemma [O]", "gpt [O]"])
+def test_a_json_schema_goes_up_as_the_models_schema_has_it(model, goes):
+    sent = {"messages": [], "response_format": {"type": "json_schema", "json_schema": ENVELOPE}}
+    assert goes_up(sent, model=model)["response_format"] == {
+        "type": "json_schema", "json_schema": goes}
+
+
+# -- requests of the Responses API
+
+TOOL = {"type": "function", "name": "f", "description": "d", "parameters": SCHEMA, "strict": False}
+CHAT_TOOL = {"type": "function", "function": {
+    "name": "f", "description": "d", "parameters": SCHEMA, "strict": False}}
+HI = {"role": "user", "content": "hi"}
+
+# name: a Responses request, and the chat request that it becomes; both without a model
+RESPONSES = {
+    "a string": ({"input": "hi"}, {"messages": [HI]}),
+    "instructions and a developer": (
+        {"instructions": "Be brief.", "input": [
+            {"role": "developer", "content": "Be kind."}, {"type": "message", **HI}]},
+        {"messages": [{"role": "system", "content": "Be brief."},
+                      {"role": "system", "content": "Be kind."}, HI]}),
+    "parts": (
+        {"input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "a"},
+                                         {"type": "input_text", "text": "b"}]},
+            {"type": "message", "role": "assistant", "id": "m", "status": "completed",
+             "content": [{"type": "output_text", "text": "c", "annotations": []}]}]},
+        {"messages": [{"role": "user", "content": "a\nb"},
+                      {"role": "assistant", "content": "c"}]}),
+    "an image": (
+        {"input": [{"role": "user", "content": [
+            {"type": "input_text", "text": "a"},
+            {"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64,AA"}]}]},
+        {"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "a"},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}]}),
+    "two turns with tools": (
+        {"tools": [TOOL, {"type": "web_search"}], "tool_choice": "auto", "input": [
+            HI, {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "x"},
+            {"type": "function_call", "id": "fc", "call_id": "a", "name": "f", "arguments": "{}"},
+            {"type": "function_call", "call_id": "b", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "a", "output": "7"},
+            {"type": "function_call_output", "call_id": "b",
+             "output": [{"type": "input_text", "text": "8"}]}]},
+        {"tools": [CHAT_TOOL], "tool_choice": "auto", "messages": [
+            HI, {"role": "assistant", "content": "",
+                 "tool_calls": [dict(ASKED), dict(ASKED, id="b")]},
+            {"role": "tool", "tool_call_id": "a", "content": "7"},
+            {"role": "tool", "tool_call_id": "b", "content": "8"}]}),
+    "a forced function": (
+        {"input": "hi", "tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}},
+        {"messages": [HI], "tools": [CHAT_TOOL],
+         "tool_choice": {"type": "function", "function": {"name": "f"}}}),
+    "no tools but OpenAI's own": (
+        {"input": "hi", "tools": [{"type": "web_search"}], "tool_choice": "auto"},
+        {"messages": [HI]}),
+    "a schema": (
+        {"input": "hi", "text": {"format": dict(ENVELOPE, type="json_schema")}},
+        {"messages": [HI], "response_format": {"type": "json_schema", "json_schema": ENVELOPE}}),
+    "settings": (
+        {"input": "hi", "max_output_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": 0,
+         "reasoning": {"effort": "low", "summary": "auto"}, "text": {"format": {"type": "text"}},
+         "store": False, "include": ["reasoning.encrypted_content"], "truncation": "auto",
+         "prompt_cache_key": "x", "parallel_tool_calls": True, "metadata": None, "stream": True},
+        {"messages": [HI], "max_tokens": 7, "temperature": 0, "top_p": 0.5, "stream": True,
+         "reasoning_effort": "low", "parallel_tool_calls": True, "metadata": None,
+         "stream_options": {"include_usage": True}})}
+
+
+@pytest.mark.parametrize("sent,sent_up", list(RESPONSES.values()), ids=list(RESPONSES))
+def test_a_responses_request_becomes_a_chat_request(sent, sent_up):
+    made = request(sent, "/v1/responses")
+    assert json.loads(made.body) == dict({"max_tokens": 4096, "model": "@cf/real/model"}, **sent_up)
+    assert (made.kind, made.path) == ("responses", "/ai/v1/chat/completions")
+
+
+def test_a_responses_body_on_the_chat_path_is_understood():
+    made = request({"input": "hi", "max_output_tokens": 9})
+    assert json.loads(made.body) == {"model": "@cf/real/model", "messages": [HI], "max_tokens": 9}
+    assert made.kind == "chat"
+
+
+@pytest.mark.parametrize("sent,param", [
+    ({"input": "hi", "previous_response_id": "resp_1"}, "previous_response_id"),
+    ({"input": "hi", "conversation": "c"}, "conversation"),
+    ({"prompt": {"id": "p"}}, "prompt"), ({}, "input"), ({"input": 7}, "input"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+    ({"input": [{"type": "web_search_call", "id": "x"}]}, "input"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]}, "input")],
+    ids=str)
+def test_what_is_stored_or_not_to_be_had_is_a_clear_400(sent, param):
+    bad = raised(request, sent, "/v1/responses")
+    assert (bad.status, bad.code, bad.param) == (400, "invalid_parameter", param)
 
 
 def test_usage_in_the_stream_is_seen_only_where_it_is_requested():
@@ -112,13 +286,13 @@ def test_a_member_can_be_added_to_an_empty_object():
 
 
 @pytest.mark.parametrize("name,value", [
-    ("temperature", 5.1), ("top_k", -1), ("seed", 0), ("max_tokens", 0), ("max_tokens", "9"),
+    ("temperature", 5.1), ("top_k", 64), ("seed", 0), ("max_tokens", 0), ("max_tokens", "9"),
     ("messages", []), ("stream_options", [1]), ("stream", False), ("stream", None),
     ("made_up", {"x": 1})], ids=str)
 def test_what_a_model_takes_is_left_to_cloudflare(name, value):
-    made = request({"max_tokens": 9, "messages": [{}], name: value})
+    made = request({"max_tokens": 9, "messages": [HI], name: value})
     assert json.loads(made.body) == {
-        "model": "@cf/real/model", "max_tokens": 9, "messages": [{}], name: value}
+        "model": "@cf/real/model", "max_tokens": 9, "messages": [HI], name: value}
 
 
 @pytest.mark.parametrize("value", [1, "true", []], ids=str)
@@ -242,10 +416,12 @@ WHOLE = {
     "flat tool call, null response [T]": (
         LLAMA_33_TOOL,
         choice(
-            {"tool_calls": [called("call_1_1", "get_weather", '{"location": "Paris"}')]},
+            {"tool_calls": [called("call_100", "get_weather", '{"location": "Paris"}')]},
             "tool_calls"), {"prompt_tokens": 151, "completion_tokens": 23, "total_tokens": 174}),
     "tool call, no response [T]": (
-        LLAMA_4_TOOL, choice({"tool_calls": LLAMA_4_TOOL["result"]["tool_calls"]}, "tool_calls"),
+        LLAMA_4_TOOL, choice(
+            {"tool_calls": [called("call_100", "get_weather", '{"location": "Tokyo"}')]},
+            "tool_calls"),
         {"prompt_tokens": 160, "completion_tokens": 17, "total_tokens": 177}),
     "an object in response [O]": (
         envelope({"response": {"name": "é", "n": [1]}}),
@@ -277,27 +453,7 @@ WHOLE = {
                         "content": "",
                         "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": ""}}]},
                     "finish_reason": "stop"}]},
-        choice({"tool_calls": [called("a", "f", "{}")]}, "tool_calls"), None),
-    "responses output [T]": (
-        envelope(GPT_OSS), choice({"content": "The phrase …", "reasoning_content": "User asks …"}),
-        GPT_OSS["usage"]),
-    "responses function_call without content [O]": (
-        envelope(
-            dict(
-                GPT_OSS, output=[FUNCTION_CALL],
-                usage={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})),
-        choice({"tool_calls": [called("call_9", "get_weather", '{"a": 1}')]}, "tool_calls"),
-        {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}),
-    "responses refusal [O]": (
-        dict(
-            GPT_OSS, usage=None,
-            output=[{"type": "message", "content": [{"type": "refusal", "refusal": "No."}]}]),
-        choice({"content": "", "refusal": "No."}), None),
-    "responses cut by length [O]": (
-        dict(
-            GPT_OSS, usage=None, output=[], status="incomplete",
-            incomplete_details={"reason": "max_output_tokens"}), choice({"content": ""}, "length"),
-        None),
+        choice({"tool_calls": [called("call_100", "f", "{}")]}, "tool_calls"), None),
     "cached tokens [O]": (
         envelope(
             {"response": "x", "usage": dict(USAGE, prompt_tokens_details={"cached_tokens": 3})}),
@@ -403,19 +559,74 @@ def test_embeddings_that_cannot_be_read_are_a_502(rows):
         == 502)
 
 
-def test_a_responses_object_is_relayed_with_the_name_that_the_client_used():
-    assert translate_response(call("responses"), body(envelope(GPT_OSS))) == dict(
-        GPT_OSS, model="shown")
-    failed = dict(
-        GPT_OSS, status="failed",
-        error={"code": "server_error", "message": "AiError: no account " + ACCOUNT})
-    assert translate_response(call("responses"), body(failed))["error"] == {
-        "code": "server_error", "message": "no account ***"}
+THOUGHT = {"content": "4", "reasoning_content": "2+2"}
+R1 = "<think>2+2</think>4"
+
+# name: what a model says that thinks in its text, with its end, and what becomes of it
+THOUGHTS = {
+    "both tags [T]": (R1, "stop", THOUGHT),
+    "no opening tag (workers-ai-provider#16) [T]": ("2+2</think>4", "stop", THOUGHT),
+    "white space stays [A]": (
+        "2+2\n</think>\n\n4", "stop", {"content": "\n\n4", "reasoning_content": "2+2\n"}),
+    "broken off [A]": ("<think>2+2 is </th", "length", {"reasoning_content": "2+2 is </th"}),
+    "broken off without a tag [A]": ("2+2 is", "length", {"reasoning_content": "2+2 is"}),
+    "other tags [A]": (
+        "a < b </b> <thin</think><think>", "stop",
+        {"content": "<think>", "reasoning_content": "a < b </b> <thin"})}
+
+
+@pytest.mark.parametrize("text,finish,wanted", list(THOUGHTS.values()), ids=list(THOUGHTS))
+@pytest.mark.parametrize("size", [0, 1, 3, 100], ids=["whole", "split 1", "split 3", "at once"])
+def test_thinking_in_the_text_becomes_reasoning(text, finish, wanted, size):
+    if not size:
+        whole = {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
+        made = translate_response(call(thinks=True), body(whole))["choices"][0]["message"]
+        assert {name: value for name, value in made.items() if value and name != "role"} == wanted
+        return
+    deltas = [delta(content=text[at:at + size]) for at in range(0, len(text), size)]
+    deltas.append({"choices": [{"delta": {}, "finish_reason": finish}]})
+    assert joined(stream(deltas + ["[DONE]"], StreamTranslator(call(thinks=True)))) == (
+        wanted, finish)
+
+
+@pytest.mark.parametrize("others,message", [
+    ({"thinks": True}, {"content": "4", "reasoning_content": "2+2"}),
+    ({"thinks": False}, {"content": R1})], ids=["split by Cloudflare", "another model"])
+def test_thinking_is_split_once_and_for_models_known_for_it(others, message):
+    whole = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    made = translate_response(call(**others), body(whole))["choices"][0]["message"]
+    assert made == dict({"role": "assistant", "refusal": None}, **message)
+
+
+def test_an_answer_without_any_thought_is_not_lost():
+    whole = {"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}]}
+    made = translate_response(call(thinks=True), body(whole))["choices"][0]
+    assert made == choice({"content": "4"})
+    made = stream([delta(content="4"), delta(content="2"), "[DONE]"],
+                  StreamTranslator(call(thinks=True)))
+    assert joined(made)[0]["content"] == "42"       # as thoughts it has gone down before
+
+
+def test_the_models_that_think_in_their_text_are_known():
+    for name, thinks in (("deepseek-r1", True), ("gpt-oss-20b", False), ("gemma-4", False)):
+        assert request({"messages": []}, model=WORKERS_ALIASES[name]).thinks == thinks
+
+
+@pytest.mark.parametrize("arguments,wanted", [
+    ('{"a": 1}', '{"a": 1}'), ('"{\\"a\\": 1}"', '{"a": 1}'), ({"a": 1}, '{"a": 1}'),
+    ('"text"', '"text"'), ('"{', '"{'), ("", "{}"), (None, "{}"), ("[" * 9999, "[" * 9999),
+    (json.dumps("[" * 9999), json.dumps("[" * 9999)), ('"\\ud800{}"', '"\\ud800{}"')],
+    ids=lambda value: str(value)[:20])
+def test_arguments_that_are_encoded_twice_are_decoded_once(arguments, wanted):
+    tool_call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
+    whole = {"choices": [{"message": {"tool_calls": [tool_call]}}]}
+    made = translate_response(call(), body(whole))["choices"][0]["message"]["tool_calls"]
+    assert made == [called("call_100", "f", wanted)]
 
 
 # -- events
 
-EVENTS = [("", "one"), ("named", "two\nlines"), ("", "[DONE]")]
+EVENTS = ["one", "two\nlines", "[DONE]"]
 
 
 @pytest.mark.parametrize(
@@ -436,9 +647,9 @@ def test_events_are_read_wherever_the_bytes_are_cut(stream):
 
 def test_an_event_is_complete_with_the_byte_that_ends_it():
     reader = EventReader()
-    assert reader.feed(b"data: one\r\n\r\n") == [("", "one")]
+    assert reader.feed(b"data: one\r\n\r\n") == ["one"]
     assert reader.feed(b"data: two\n") == []
-    assert reader.feed(b"\n") == [("", "two")]
+    assert reader.feed(b"\n") == ["two"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 100])
@@ -448,13 +659,13 @@ def test_a_byte_order_mark_before_the_first_event_is_skipped(size):
     seen = []
     for at in range(0, len(stream), size):
         seen += reader.feed(stream[at:at + size])
-    assert seen == [("", "one"), ("", "two")]
+    assert seen == ["one", "two"]
 
 
 @pytest.mark.parametrize("blank", [b"\n", b"\r\n"])
 def test_a_run_of_blank_lines_is_one_end(monkeypatch, blank):
     parsed = []
-    monkeypatch.setattr(aiproxy, "read_event", lambda block: parsed.append(block) or ("", "x"))
+    monkeypatch.setattr(aiproxy, "read_event", lambda block: parsed.append(block) or "x")
     assert len(EventReader().feed(b"data: one\n\n" + blank * 100000 + b"data: two\n\n")) == 2
     assert parsed == [b"data: one", b"data: two"]
 
@@ -500,7 +711,7 @@ def test_an_event_in_many_pieces_is_searched_once_and_taken_apart_once(monkeypat
         assert reader.feed(b"x" * 3000) == []
         assert reader.buffer is buffer, "it grows in place, and is not copied for each piece"
     assert not parsed
-    assert reader.feed(b"\r\n\r\n") == [("", "x" * 3000000)]
+    assert reader.feed(b"\r\n\r\n") == ["x" * 3000000]
 
     size = len("data: ") + 3000000
     assert blank_line.searched <= size + 4 + 3 * 1002
@@ -521,7 +732,7 @@ def read_events(stream):
     assert stream.endswith(b"\n\n") or not stream
     return [
         data if data == "[DONE]" else json.loads(data)
-        for _, data in EventReader().feed(stream)]
+        for _, data in read_sse(stream)]
 
 
 def joined(events):
@@ -559,7 +770,7 @@ LONG_USAGE = {
     "prompt_tokens_details": {"cached_tokens": 0}}
 HELLO = {"content": "Hello!"}
 
-WEATHER = {"tool_calls": [called(TOOL_ID, "get_weather", '{"city": "Paris"}')]}
+WEATHER = {"tool_calls": [called("call_100", "get_weather", '{"city": "Paris"}')]}
 
 
 # name: events, the message they make, finish_reason, usage
@@ -584,7 +795,7 @@ STREAMS = {
                     {"id": "a", "type": "function", "index": 0, "function": {"name": "f"}}]),
             delta(tool_calls=[{"index": 0, "function": {"arguments": "{}"}}]),
             delta(tool_calls=[{"id": None, "type": None, "function": {"name": None}}]), "[DONE]"),
-        {"tool_calls": [called("a", "f", "{}")]}, "tool_calls", None),
+        {"tool_calls": [called("call_100", "f", "{}")]}, "tool_calls", None),
     "dual tool calls [O]": (
         sse(
             {
@@ -597,7 +808,7 @@ STREAMS = {
                                 {
                                     "id": "a", "type": "function", "index": 0,
                                     "function": {"name": "f", "arguments": "{}"}}]}}]}, "[DONE]"),
-        {"tool_calls": [called("a", "f", "{}")]}, "tool_calls", None),
+        {"tool_calls": [called("call_100", "f", "{}")]}, "tool_calls", None),
     "native text beside an empty delta [A]": (
         sse({"response": "Hello!", "choices": [{"index": 0, "delta": {}}]}, "[DONE]"), HELLO,
         "stop", None),
@@ -608,7 +819,7 @@ STREAMS = {
                 "tool_calls": [
                     {"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]},
             "[DONE]"),
-        {"tool_calls": [called("call_1_1", "f", '{"a": 1}'), called("call_1_2", "g", "{}")]},
+        {"tool_calls": [called("call_100", "f", '{"a": 1}'), called("call_101", "g", "{}")]},
         "tool_calls", None),
     "two tools, one index [A]": (
         sse(
@@ -616,7 +827,7 @@ STREAMS = {
                 tool_calls=[{"id": "a", "index": 0, "function": {"name": "f", "arguments": "1"}}]),
             delta(
                 tool_calls=[{"id": "b", "index": 0, "function": {"name": "g", "arguments": "2"}}]),
-            "[DONE]"), {"tool_calls": [called("a", "f", "1"), called("b", "g", "2")]},
+            "[DONE]"), {"tool_calls": [called("call_100", "f", "1"), called("call_101", "g", "2")]},
         "tool_calls", None),
     "id and name in every delta [A]": (
         sse(
@@ -624,7 +835,7 @@ STREAMS = {
                 delta(
                     tool_calls=[
                         {"id": "a", "index": 0, "function": {"name": "f", "arguments": part}}])
-                for part in "12"] + ["[DONE]"]), {"tool_calls": [called("a", "f", "12")]},
+                for part in "12"] + ["[DONE]"]), {"tool_calls": [called("call_100", "f", "12")]},
         "tool_calls", None),
     "cumulative usage [O]": (
         sse(
@@ -783,17 +994,80 @@ def test_several_choices_stream_apart():
 
 # -- streams of /v1/responses
 
-def test_response_events_pass_with_the_name_that_the_client_used():
-    translator = ResponsesTranslator(call("responses"))
-    made = EventReader().feed(translator.feed(named(RESPONSE_EVENTS)) + translator.end())
-    wanted = [
-        (
-            dict(event, response=dict(event["response"], model="shown"))
-            if "response" in event else event)
-        for event in RESPONSE_EVENTS]
-    assert [(name, json.loads(data)) for name, data in made] == [
-        (event["type"], event)
-        for event in wanted]
+def responses_stream(events):
+    translator = StreamTranslator(call("responses"))
+    return read_sse(translator.feed(events) + translator.end())
+
+
+def rebuilt(events):
+    """What an SDK makes of the events before the last: the output of a Responses object."""
+    output = []
+    for event in events:
+        kind = event["type"].replace("response.", "", 1)
+        index = event.get("output_index", 99)
+        item = output[index] if index < len(output) else None
+        if kind == "output_item.added":
+            assert len(output) == event["output_index"]
+            output.append(event["item"])
+        elif kind == "content_part.added":
+            item["content"].append(event["part"])
+        elif kind == "function_call_arguments.delta":
+            item["arguments"] += event["delta"]
+        elif kind.endswith(".delta"):
+            item["content"][event["content_index"]]["text"] += event["delta"]
+        elif kind.endswith("_text.done"):
+            assert item["content"][0]["text"] == event["text"]
+        elif kind == "function_call_arguments.done":
+            assert item["arguments"] == event["arguments"]
+        elif kind == "output_item.done":
+            item["status"] = "completed"
+            assert item == event["item"]
+        if item:
+            assert event["item_id"] == item["id"]
+    return output
+
+
+@pytest.mark.parametrize("events,message,finish,usage", list(STREAMS.values()), ids=list(STREAMS))
+def test_every_stream_becomes_the_events_of_a_response(events, message, finish, usage):
+    made = responses_stream(events)
+    events = [json.loads(data) for _, data in made]
+    assert [name for name, _ in made] == [event["type"] for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[0]["response"]["output"] == []
+    last = events[-1]["response"]
+    assert last["output"] == rebuilt(events)
+    assert last["status"] == ("incomplete" if finish == "length" else "completed")
+    assert (last["object"], last["model"], last["id"]) == ("response", "shown", "resp_1")
+    assert events[-1]["type"] == "response." + last["status"]
+    reason = {"reason": "max_output_tokens"} if finish == "length" else None
+    assert last["incomplete_details"] == reason
+    assert bool(last["usage"]) == bool(usage)
+    if usage:
+        counts = [last["usage"][name] for name in ("input_tokens", "output_tokens", "total_tokens")]
+        assert counts == [usage[name] for name in (
+            "prompt_tokens", "completion_tokens", "total_tokens")]
+    texts = {"reasoning": "", "message": ""}
+    calls = []
+    for item in last["output"]:
+        if item["type"] == "function_call":
+            calls.append(called(item["call_id"], item["name"], item["arguments"]))
+        else:
+            texts[item["type"]] += item["content"][0]["text"]
+    assert texts == {"reasoning": message.get("reasoning_content", ""),
+                     "message": message.get("content", "")}
+    assert calls == message.get("tool_calls", [])
+
+
+def test_a_response_delta_goes_down_when_it_arrives():
+    translator = StreamTranslator(call("responses"))
+    seen = [[json.loads(data)["type"].replace("response.", "")
+             for _, data in read_sse(translator.feed(event + b"\n\n"))]
+            for event in LLAMA_31.strip().split(b"\n\n")]
+    assert seen == [
+        ["created", "in_progress", "output_item.added", "content_part.added", "output_text.delta"],
+        ["output_text.delta"], [], [],
+        ["output_text.done", "content_part.done", "output_item.done", "completed"]]
 
 
 @pytest.mark.parametrize(
@@ -806,9 +1080,9 @@ def test_response_events_pass_with_the_name_that_the_client_used():
     ids=["envelope", "OpenAI's event", "error object", "cut"])
 def test_an_error_in_a_response_stream_is_one_that_the_sdks_raise(event, code):
     render_error = functools.partial(render_error_event, form=find_error_form("/v1/responses"))
-    translator = ResponsesTranslator(call("responses"), render_error)
-    made = EventReader().feed(
-        translator.feed(named(RESPONSE_EVENTS[:2]) + (sse(event) if event else b"")) +
+    translator = StreamTranslator(call("responses"), render_error)
+    made = read_sse(
+        translator.feed(sse(delta(content="Hi")) + (sse(event) if event else b"")) +
         translator.end())
     assert made[-1][0] == "error" and translator.failed == code
     last = json.loads(made[-1][1])
@@ -817,22 +1091,21 @@ def test_an_error_in_a_response_stream_is_one_that_the_sdks_raise(event, code):
     assert last["message"]
 
 
-def test_a_whole_response_becomes_the_events_of_one():
-    whole = dict(GPT_OSS, output=GPT_OSS["output"] + [FUNCTION_CALL])
-    made = EventReader().feed(ResponsesTranslator(call("responses")).whole(body(envelope(whole))))
-    events = [json.loads(data) for _, data in made]
-    assert [name for name, _ in made] == [event["type"] for event in events]
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    assert (events[0]["type"], events[0]["response"]["output"]) == ("response.created", [])
-    assert [
-        (event["output_index"], event["item"])
-        for event in events if event["type"] == "response.output_item.done"] == list(
-        enumerate(whole["output"]))
-    assert [event["delta"]
-            for event in events
-            if event["type"] == "response.output_text.delta"] == ["The phrase …"]
-    assert (events[-1]["type"], events[-1]["response"]) == (
-        "response.completed", dict(whole, model="shown"))
+@pytest.mark.parametrize("response,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
+def test_every_response_becomes_a_responses_object(response, expected, usage):
+    made = translate_response(call("responses"), body(response))
+    assert (made["object"], made["model"], made["created_at"]) == ("response", "shown", CREATED)
+    is_cut = expected["finish_reason"] == "length"
+    assert made["status"] == ("incomplete" if is_cut else "completed")
+    message = expected["message"]
+    kinds = [item["type"] for item in made["output"]]
+    wanted = [kind for name, kind in (("reasoning_content", "reasoning"), ("content", "message"))
+              if message.get(name)]
+    assert kinds == wanted + ["function_call"] * len(message.get("tool_calls", ()))
+    assert bool(made["usage"]) == bool(usage)
+    events = [json.loads(data) for _, data in read_sse(
+        StreamTranslator(call("responses")).whole(body(response)))]
+    assert events[-1]["response"] == made and rebuilt(events) == made["output"]
 
 
 # -- errors
@@ -941,13 +1214,15 @@ def test_retry_after_is_passed_on():
 
 
 def test_of_a_long_message_only_the_beginning_is_looked_at(monkeypatch):
-    strip_message = aiproxy.strip_message
     lengths = []
 
-    def counting_strip_message(text):
-        lengths.append(len(text))
-        return strip_message(text)
-    monkeypatch.setattr(aiproxy, "strip_message", counting_strip_message)
+    class CountingNoise:
+        noise = aiproxy.NOISE
+
+        def sub(self, replacement, text):
+            lengths.append(len(text))
+            return self.noise.sub(replacement, text)
+    monkeypatch.setattr(aiproxy, "NOISE", CountingNoise())
     blanks = " " * 500000
     letters = "x" * 500000
     for message in (blanks, letters, "AiError" + blanks, "(" + blanks, {"a": letters}):
@@ -1000,8 +1275,16 @@ def test_the_list_has_live_text_and_embedding_models_aliases_first(names, only, 
     assert [model["id"] for model in made] == ids
     leaving = [model for model in made if model["id"] == "@cf/leaving"][0]
     assert leaving["metadata"] == {
-        "task": "text  generation", "planned_deprecation_date": "2027-01-01"}
+        "task": "text  generation", "planned_deprecation_date": "2027-01-01",
+        "context_window": None}
     assert leaving["created"] == 0
+
+
+@pytest.mark.parametrize("value,shown", [("true", {"require_workers_paid": True}), ("false", {})])
+def test_a_model_of_the_paid_plan_is_marked(value, shown):
+    made, = translate_catalogue([item("@cf/x/y", require_workers_paid=value)], "2026-11-21", {}, 0)
+    assert made["metadata"] == dict(
+        {"task": "Text Generation", "context_window": None}, **shown)
 
 
 def test_a_model_is_retired_on_its_date():

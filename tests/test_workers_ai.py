@@ -13,10 +13,10 @@ import threading
 import pytest
 
 import aiproxy
-from aiproxy import EventReader, SettingError, Settings
-from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, GPT_OSS, LLAMA_31, MID_STREAM,
-                             RESPONSE_EVENTS, TOKEN, UUID, FakeCloudflare, delta, envelope,
-                             error_envelope, named, settings, sse)
+from aiproxy import SettingError, Settings
+from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, LLAMA_31, MID_STREAM, QWEN_3,
+                             TOKEN, UUID, FakeCloudflare, delta, envelope, error_envelope,
+                             read_sse, settings, sse)
 from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, chunk, run_program
 
 AUTH = [("Authorization", "Bearer ck-alice")]
@@ -66,7 +66,7 @@ def post(running, path=CHAT, fields=(), version="HTTP/1.1", **body):
 def events_of(reply_or_bytes):
     """The JSON of each event, "[DONE]" as it is."""
     data = getattr(reply_or_bytes, "body", reply_or_bytes)
-    return [data if data == "[DONE]" else json.loads(data) for _, data in EventReader().feed(data)]
+    return [data if data == "[DONE]" else json.loads(data) for _, data in read_sse(data)]
 
 
 def text_of(events):
@@ -98,8 +98,8 @@ def text_of(events):
      (b'{"model":"@cf/zai-org/glm-4.7-flash","messages":[{"role":"assistant",'
       b'"content":null,"tool_calls":[{"id":"a"}]},{"role":"tool","tool_call_id":"a",'
       b'"content":"7"}]}', b'{"max_tokens": 4096, "model":"@cf/zai-org/glm-4.7-flash",'
-      b'"messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"a"}]},'
-      b'{"role":"tool","tool_call_id":"a","content":"7"}]}')],
+      b'"messages":[{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}, '
+      b'{"role": "tool", "tool_call_id": "a", "content": "7"}]}')],
     ids=["an alias", "no max_tokens"])
 def test_a_body_goes_up_as_the_client_sent_it_but_for_model_and_a_missing_max_tokens(
         cloudflare, workers, sent, goes_up):
@@ -141,8 +141,13 @@ def test_the_head_that_goes_up_has_our_token_and_nothing_of_the_clients_key(clou
             CHAT, {"max_completion_tokens": 9}, "/ai/v1/chat/completions",
             {"messages": HELLO, "max_completion_tokens": 9}),
         ("/v1/embeddings", {"input": "Once"}, "/ai/v1/embeddings", {"input": "Once"}),
-        ("/v1/responses", {"input": "Once"}, "/ai/v1/responses", {"input": "Once"}),
-        ("/v1/v1/responses", {"input": "Once"}, "/ai/v1/responses", {"input": "Once"}),
+        (
+            "/v1/responses", {"input": "Once"}, "/ai/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 4096}),
+        (
+            "/v1/v1/responses", {"input": "Once", "max_output_tokens": 3},
+            "/ai/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 3}),
         ("/embeddings", {"input": ["a", "b"]}, "/ai/v1/embeddings", {"input": ["a", "b"]})],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_each_path_has_its_own_upstream(cloudflare, workers, path, body, up, sent_up):
@@ -169,7 +174,96 @@ def test_aiproxy_max_tokens_is_the_most_that_goes_up(cloudflare, workers, reques
 def test_aiproxy_max_tokens_holds_for_responses(cloudflare, workers):
     post(workers(MAX_TOKENS=100), "/v1/responses", input="Once")
     assert json.loads(cloudflare.wait_for().body) == {
-        "max_output_tokens": 100, "model": LLAMA, "input": "Once"}
+        "max_tokens": 100, "model": LLAMA, "messages": [{"role": "user", "content": "Once"}]}
+
+
+# -- what agents send: two turns with a tool, in the shapes of their sources [T]
+
+SHELL = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+CHAT_SHELL = {"type": "function", "function": {
+    "name": "shell", "description": "Run a command.", "strict": True, "parameters": SHELL}}
+RESULT = "README.md"
+
+
+def roo(call_id):
+    """Roo Code: everything in parts, and what the model said beside its call is null."""
+    messages = [
+        {"role": "system", "content": "You are Roo."},
+        {"role": "user", "content": [{"type": "text", "text": "<task>list</task>"},
+                                     {"type": "text", "text": "<environment_details/>"}]}]
+    if call_id:
+        function = {"name": "shell", "arguments": '{"command":"ls"}'}
+        messages += [
+            {"role": "assistant", "content": None,
+             "tool_calls": [{"id": call_id, "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": call_id, "content": RESULT},
+            {"role": "user", "content": [{"type": "text", "text": "<environment_details/>"}]}]
+    return CHAT, {
+        "messages": messages, "temperature": 0, "stream": True, "tools": [CHAT_SHELL],
+        "stream_options": {"include_usage": True}, "tool_choice": "auto",
+        "parallel_tool_calls": False, "max_tokens": 8192}
+
+
+def opencode(call_id):
+    """opencode: the AI SDK for compatible APIs, whose assistant has no content beside its call."""
+    messages = [{"role": "system", "content": "You are opencode."},
+                {"role": "user", "content": "list"}]
+    if call_id:
+        function = {"name": "shell", "arguments": '{"command":"ls"}'}
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"type": "function", "id": call_id, "function": function}]},
+            {"role": "tool", "tool_call_id": call_id, "content": RESULT}]
+    return CHAT, {
+        "messages": messages, "max_tokens": 32000, "top_p": 1, "stream": True,
+        "stream_options": {"include_usage": True}, "tools": [CHAT_SHELL], "tool_choice": "auto"}
+
+
+def codex(call_id):
+    """Codex: the Responses API with nothing stored, and tools that only OpenAI has."""
+    texts = [("developer", "<permissions/>"), ("user", "<environment_context/>"), ("user", "list")]
+    items = [{"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+             for role, text in texts]
+    if call_id:
+        items += [
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": None},
+            {"type": "function_call", "name": "shell", "arguments": '{"command":"ls"}',
+             "call_id": call_id},
+            {"type": "function_call_output", "call_id": call_id, "output": RESULT}]
+    tool = dict(CHAT_SHELL["function"], type="function")
+    return "/v1/responses", {
+        "instructions": "You are Codex.", "input": items, "tool_choice": "auto", "store": False,
+        "tools": [tool, {"type": "web_search", "external_web_access": False},
+                  {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}}],
+        "parallel_tool_calls": False, "reasoning": {"effort": "medium", "summary": "auto"},
+        "stream": True, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "0199",
+        "text": {"verbosity": "medium"}, "client_metadata": {"x-codex-installation-id": "0199"}}
+
+
+@pytest.mark.parametrize("agent", [roo, opencode, codex])
+def test_an_agent_gets_through_two_turns_with_a_tool(cloudflare, workers, agent):
+    running = workers()
+    path, first = agent(None)
+    reply = post(running, path, model="gpt-oss-20b", **first)
+    assert (reply.status, reply.complete) == (200, True)
+    if path == CHAT:
+        deltas = [event["choices"][0]["delta"] for event in events_of(reply)[:-2]]
+        call, = [one["tool_calls"][0] for one in deltas
+                 if "id" in one.get("tool_calls", [{}])[0]]
+        call_id = call["id"]
+    else:
+        output = events_of(reply)[-1]["response"]["output"]
+        call_id, = [item["call_id"] for item in output if item["type"] == "function_call"]
+
+    path, second = agent(call_id)
+    reply = post(running, path, model="gpt-oss-20b", **second)
+    assert reply.status == 200
+    sent_up = json.loads(cloudflare.received[-1].body)["messages"]
+    assert all(isinstance(message["content"], str) for message in sent_up)
+    results = [message for message in sent_up if message["role"] == "tool"]
+    assert [message["tool_call_id"] for message in results] == [call_id]
+    if path != CHAT:
+        assert events_of(reply)[-1]["response"]["output"][0]["content"][0]["text"] == "It is sunny."
 
 
 # -- whole responses
@@ -258,9 +352,21 @@ def test_embeddings_are_floats_where_base64_is_not_requested(workers, form):
         "model": "bge", "usage": {"prompt_tokens": 4, "total_tokens": 4}}
 
 
-def test_a_response_comes_back_with_the_alias(workers):
-    assert post(workers(), "/v1/responses", model="gpt-oss-20b", input="Once").json == dict(
-        GPT_OSS, model="gpt-oss-20b")
+@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_every_shape_is_a_response_of_the_responses_api(workers, model, stream):
+    reply = post(workers(MODELS="mine=" + model), "/v1/responses", model="mine", input="Once",
+                 stream=stream)
+    assert (reply.status, reply.complete) == (200, True)
+    response = reply.json if not stream else events_of(reply)[-1]["response"]
+    assert (response["object"], response["model"], response["status"]) == (
+        "response", "mine", "completed")
+    for item in response["output"]:
+        assert item["status"] == "completed"
+        if item["type"] == "function_call":
+            assert item["call_id"] and isinstance(json.loads(item["arguments"]), dict)
+        else:
+            assert item["content"][0]["text"]
 
 
 # -- streams
@@ -308,20 +414,18 @@ def test_an_event_is_translated_and_relayed_before_the_next_one_is_sent(
 
 
 def test_response_events_are_relayed_before_the_next_one_is_sent(cloudflare, workers):
-    gates = gated(cloudflare, [named([event]) for event in RESPONSE_EVENTS])
+    gates = gated(cloudflare, [block + b"\n\n" for block in LLAMA_31.strip().split(b"\n\n")])
     with workers().client() as client:
         client.request(
             "POST", "/v1/responses",
             json.dumps({"model": "gpt-oss-20b", "input": "Once", "stream": True}).encode(), AUTH)
         client.read_head()
-        for gate, event in zip(gates, RESPONSE_EVENTS):
-            sent, = EventReader().feed(client.read_chunk())
-            wanted = (
-                dict(event, response=dict(event["response"], model="gpt-oss-20b"))
-                if "response" in event else event)
-            assert (sent[0], json.loads(sent[1])) == (event["type"], wanted)
+        marks = (b'"delta": "Hello"', b'"delta": "!"', None, None, b"response.completed")
+        for gate, mark in zip(gates, marks):
+            if mark:
+                client.read_until(mark)
             gate.set()
-        assert client.read_chunk() == b""
+        assert client.read_until(b"0\r\n\r\n")
 
 
 @pytest.mark.parametrize(
@@ -355,11 +459,11 @@ def test_the_log_has_the_usage_of_every_kind(workers):
     requested = [
         (CHAT, {}, (9, 24)), ("/v1/completions", {"prompt": "Once"}, (9, 24)),
         ("/v1/embeddings", {"model": "@cf/baai/bge-m3", "input": "Once"}, (4, None)),
-        ("/v1/responses", {"input": "Once"}, (70, 60)),
-        ("/v1/responses", {"input": "Once", "stream": True}, (70, 60)),
+        ("/v1/responses", {"input": "Once"}, (9, 24)),
+        ("/v1/responses", {"input": "Once", "stream": True}, (45, 2)),
         (
-            "/v1/responses", {"model": "@cf/shape/whole", "input": "Once", "stream": True},
-            (70, 60))]
+            "/v1/responses", {"model": "@cf/shape/bare", "input": "Once", "stream": True},
+            (9, 24))]
     for number, (path, body, usage) in enumerate(requested, 1):
         reply = post(running, path, **body)
         record = running.wait_for_record(number)
@@ -493,26 +597,13 @@ def test_an_error_in_mid_stream_becomes_one_error_event(cloudflare, workers, pat
 
 def test_json_where_a_stream_was_requested_becomes_events(workers):
     reply = post(
-        workers(), model="@cf/shape/responses", stream=True,
+        workers(), model="@cf/shape/bare", stream=True,
         stream_options={"include_usage": True})
     events = events_of(reply)
-    assert text_of(events[:-2]) == "The phrase …"
+    assert text_of(events[:-2]) == "4"
     assert events[-1] == "[DONE]"
-    assert events[-2]["usage"]["total_tokens"] == 130
+    assert events[-2]["usage"]["total_tokens"] == 33
     assert reply.complete and reply.get("content-type").startswith("text/event-stream")
-
-
-def test_a_whole_response_where_a_stream_was_requested_becomes_events(workers):
-    events = events_of(
-        post(
-            workers(MODELS="gpt=@cf/shape/whole"), "/v1/responses", model="gpt", input="x",
-            stream=True))
-    assert events[0]["type"] == "response.created"
-    assert events[-1] == dict(
-        events[-1], type="response.completed", response=dict(GPT_OSS, model="gpt"))
-    assert "".join(
-        event["delta"]
-        for event in events if event["type"] == "response.output_text.delta") == "The phrase …"
 
 
 def test_an_error_where_a_stream_was_requested_is_an_error_response(workers):
@@ -737,10 +828,6 @@ def test_the_model_list_is_cached_for_ten_minutes(cloudflare, workers, clock):
 
 # how the list may fail to come, and what the client reads where there is no other list
 FAILURES = {
-    "token": (
-        lambda fake, received: fake.reply(
-            received, error_envelope(10000, "Authentication error for " + ACCOUNT), 401), 502,
-        "upstream_credentials_rejected"),
     "account": (
         lambda fake, received: fake.reply(
             received, error_envelope(7003, "Could not route to /accounts/" + ACCOUNT), 404), 502,
@@ -775,8 +862,7 @@ def test_a_list_that_cannot_be_read_is_an_error_for_half_a_minute(cloudflare, wo
     assert (reply.status, reply.code) == (status, code)
     assert not any(word in reply.raw_head.decode() + reply.body.decode() for word in SECRETS)
     printed = capfd.readouterr().err
-    assert ("CLOUDFLARE_API_TOKEN" in printed, "CLOUDFLARE_ACCOUNT_ID" in printed) == (
-        failure == "token", failure == "account")
+    assert ("CLOUDFLARE_ACCOUNT_ID" in printed) == (failure == "account")
     requested, cloudflare.answer = len(searches(cloudflare)), cloudflare.route
     clock(29)
     assert models(running, "/v1/models/gpt-oss-20b").code == code
@@ -797,6 +883,25 @@ def test_the_last_list_is_served_while_a_new_one_cannot_be_read(cloudflare, work
     assert models(running).json == listed and len(searches(cloudflare)) == requested > 3
     clock(31)
     assert models(running).json == listed and len(searches(cloudflare)) > requested
+
+
+@pytest.mark.parametrize("status,number", [(401, 10000), (403, 10000), (403, 3041)])
+def test_a_token_that_may_not_list_gets_the_short_names(cloudflare, workers, clock, capfd, status,
+                                                        number):
+    """opencode.school#174; the status of such an answer is assumed [A]."""
+    cloudflare.answer = lambda received: cloudflare.reply(
+        received, error_envelope(number, "Authentication error for " + ACCOUNT), status)
+    running = workers()
+    for _ in range(2):
+        reply = models(running)
+        assert [model["id"] for model in reply.json["data"]] == list(aiproxy.WORKERS_ALIASES)
+    assert models(running, "/v1/models/gpt-oss-20b").json["id"] == "gpt-oss-20b"
+    assert len(searches(cloudflare)) == 1
+    printed = capfd.readouterr().err
+    assert printed.count("model list") == 1 and ACCOUNT not in printed
+    cloudflare.answer = cloudflare.route
+    clock(31)
+    assert "@hf/nous/hermes-4" in [model["id"] for model in models(running).json["data"]]
 
 
 def test_the_configured_list_is_served_where_there_never_was_another(cloudflare, workers):
@@ -900,7 +1005,7 @@ def test_health_shows_the_models_to_those_who_may_list_them_and_asks_nobody(
         cloudflare, workers, fields, shown):
     result = models(workers(), "/health", fields).json
     assert result["status"] == "healthy"
-    assert result.get("models") == (list(aiproxy.WORKERS_ALIASES) if shown else None)
+    assert result.get("models") == ([] if shown else None)     # short names are no list
     assert not cloudflare.received
 
 
@@ -932,6 +1037,100 @@ def test_a_list_of_models_replaces_the_aliases(cloudflare, workers):
         assert (post(running, model=other).status, post(running, model=other).code) == (
             403, "model_not_allowed")
     assert len(cloudflare.received) == 2
+
+
+def test_short_names_can_be_the_list_of_models(cloudflare, workers):
+    running = workers(MODELS="short,@cf/shape/bare")
+    assert post(running, model="gpt-oss-20b").json["model"] == "gpt-oss-20b"
+    assert post(running, model="@cf/shape/bare").status == 200
+    for other in (LLAMA, "@cf/openai/gpt-oss-20b", "short"):
+        assert post(running, model=other).code == "model_not_allowed"
+    allowed = list(aiproxy.WORKERS_ALIASES) + ["@cf/shape/bare"]
+    assert sorted(models(running, "/health").json["models"]) == sorted(allowed)
+    ids = [model["id"] for model in models(running).json["data"]]
+    assert ids == ["gpt-oss-20b", "glm-4.7-flash"]          # of those, the fake's list has two
+
+
+@pytest.mark.parametrize("given,shown", [
+    ("", "all"), ("short", ", ".join(ALIASES)), ("mine=@cf/x/y", "mine=@cf/x/y")])
+def test_what_is_in_force_never_shows_short_names_as_a_list_of_models(cloudflare, given, shown):
+    done = run_program("--check", env=settings(cloudflare, AIPROXY_MODELS=given))
+    assert "AIPROXY_MODELS=%s\n" % shown in done.stdout
+    with Program(env=settings(cloudflare, AIPROXY_MODELS=given)) as program:
+        names = "mine" if given.startswith("mine") else shown
+        assert program.wait_for_line(program.errors, "  models       " + names)
+
+
+# -- several accounts
+
+OTHER, OTHER_TOKEN = "feedbeeffeedbeeffeedbeeffeedbeef", "cf-token-of-another-account"
+
+
+def requests_by_account(cloudflare):
+    """Of each request, the account in its path and the token with it."""
+    return [(received.line.split("/accounts/")[1].split("/")[0],
+             received.field("authorization").split()[1]) for received in cloudflare.received]
+
+
+def test_every_account_is_called_with_its_own_token(cloudflare, workers):
+    cloudflare.answer = lambda received: cloudflare.reply(received, QWEN_3)
+    running = workers(CLOUDFLARE_ACCOUNT_ID=ACCOUNT + "," + OTHER,
+                      CLOUDFLARE_API_TOKEN=TOKEN + "," + OTHER_TOKEN)
+    for _ in range(4):
+        assert post(running).status == 200
+    assert sorted(requests_by_account(cloudflare)) == [
+        (ACCOUNT, TOKEN), (ACCOUNT, TOKEN), (OTHER, OTHER_TOKEN), (OTHER, OTHER_TOKEN)]
+
+
+@pytest.mark.parametrize("number,rests", [(4006, True), (3036, True), (3021, False)])
+def test_a_daily_quota_that_is_used_up_rests_until_midnight_utc(cloudflare, workers, clock, number,
+                                                                rests):
+    def answer(received):
+        if OTHER in received.line:
+            return cloudflare.reply(received, QWEN_3)
+        return cloudflare.reply(received, error_envelope(number), 429)
+    cloudflare.answer = answer
+    running = workers(CLOUDFLARE_ACCOUNT_ID=ACCOUNT + "," + OTHER,
+                      CLOUDFLARE_API_TOKEN=TOKEN + "," + OTHER_TOKEN)
+
+    def accounts(count):
+        before = len(cloudflare.received)
+        for _ in range(count):
+            assert post(running).status == 200
+        return {account for account, _ in requests_by_account(cloudflare)[before:]}
+    assert accounts(2) == {ACCOUNT, OTHER}
+    assert accounts(2) == {OTHER}
+    clock(61)
+    is_near_midnight = aiproxy.time.time() % 86400 > 86400 - 120
+    assert accounts(2) == ({OTHER} if rests and not is_near_midnight else {ACCOUNT, OTHER})
+    clock(86400)
+    assert accounts(2) == {ACCOUNT, OTHER}
+
+
+def test_a_quota_that_is_used_up_everywhere_is_said_with_its_end(cloudflare, workers):
+    cloudflare.answer = lambda received: cloudflare.reply(received, error_envelope(4006), 429)
+    running = workers(CLOUDFLARE_ACCOUNT_ID=ACCOUNT + "," + OTHER,
+                      CLOUDFLARE_API_TOKEN=TOKEN + "," + OTHER_TOKEN)
+    reply = post(running)
+    assert (reply.status, reply.code, reply.get("x-should-retry")) == (
+        429, "insufficient_quota", "false")
+    assert 0 < int(reply.get("retry-after")) <= 86400
+    assert [account for account, _ in requests_by_account(cloudflare)] in (
+        [ACCOUNT, OTHER], [OTHER, ACCOUNT])
+
+
+@pytest.mark.parametrize("accounts,tokens,is_right", [
+    ("a", "t1", True), ("a", "t1,t2", True), ("a,b", "t1,t2", True), ("a,b", "t1", False),
+    ("a,b,c", "t1,t2", False), ("a,b", "t1,t2,t3", False), ("a,../x", "t1,t2", False)])
+def test_there_are_as_many_accounts_as_tokens(cloudflare, accounts, tokens, is_right):
+    tokens = ",".join("cf-token-number-" + token for token in tokens.split(","))
+    given = settings(cloudflare, CLOUDFLARE_ACCOUNT_ID=accounts, CLOUDFLARE_API_TOKEN=tokens)
+    if is_right:
+        assert len(Settings(given).accounts) == len(tokens.split(","))
+        return
+    with pytest.raises(SettingError) as refused:
+        Settings(given)
+    assert "CLOUDFLARE_ACCOUNT_ID" in str(refused.value) and tokens not in str(refused.value)
 
 
 def test_there_is_no_default_model_unless_one_is_set(cloudflare, workers):
@@ -979,9 +1178,9 @@ def test_what_would_be_misread_is_refused_before_the_call(cloudflare, workers, p
     assert "`%s`" % param in reply.json["error"]["message"] and not cloudflare.received
 
 
-def test_null_is_absent_and_1_0_is_an_integer(cloudflare, workers):
+def test_1_0_is_an_integer_and_null_goes_up(cloudflare, workers):
     body = (
-        b'{"model":"%b","messages":[1],"temperature":null,"seed":1.0,"max_tokens":7.0,'
+        b'{"model":"%b","messages":[{"role":"user","content":"x"}],"seed":1.0,"max_tokens":7.0,'
         b'"stop":null,"made_up":{"x":1}}' % LLAMA.encode())
     assert workers().ask("POST", CHAT, body, AUTH).status == 200
     assert cloudflare.wait_for().body == body
