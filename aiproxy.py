@@ -10,15 +10,18 @@ Start reading at `Server` and scroll down: part one stands in the order in which
 it. Only the lowest layer, HTTP on the wire, comes late, because everything uses it.
 Part two holds what can be taken out, each section entered at one place.
 
-    Part one   Settings and limits . Tables . Server . Handler . The checks . The body's rules .
-               Header fields . The upstream . The relay loop . HTTP on the wire . The log .
-               Reading the settings . Main
-    Part two   Env files . Values from files . Review of the settings . Reload . HTTPS . CORS .
-               Errors in the form of other APIs . Refusals in the right form . Redirects . Rates .
-               Trusted proxies . Model rules . Token and prompt limits . Several provider keys .
-               Proxies on the way up . Fields for the upstream . Heartbeats . Model names for the
-               log . Token counts . WebSocket . More providers . Banner . A live check .
-               Several processes . Tuning of the process . Responses made of chat . Workers AI .
+    Part one   Settings and limits . Tables . Server . Handler . The checks .
+               The request's body . Header fields up and down . The upstream . The relay loop .
+               HTTP on the wire . The log . Reading the settings . Main
+    Part two   Env files . Values from files . Review of the settings . Reload . HTTPS .
+               Health . Forgiving paths . CORS . Lingering close . Refusals in the right form .
+               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
+               Model rules . Model list . Token and prompt limits . Several provider keys .
+               Kept connections . Proxies on the way up . Fields for the upstream .
+               Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
+               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
+               More providers . Banner . A live check . Several processes .
+               Tuning of the process . Open files . Responses made of chat . Workers AI .
                Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
@@ -32,7 +35,8 @@ Threads, and who owns which buffer when:
                    head of the response; owns both sockets and their buffers meanwhile
     relay loop     moves the bodies of all responses and watches their clients; owns both sockets
                    from `submit` until the job's `ended` is set, and a lingering close for good
-    log            one each for stdout and stderr: writes what the others put into its queue
+    log            one each for stdout and stderr, if the log is queued: writes what the others
+                   put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
 
@@ -48,18 +52,18 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     sees that something is missing; half an answer must not look like a whole one. (`cut`)
  6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If the upstream
     reads `{"model": "a", "model": "b"}` otherwise than we do, our check was for nothing; with two
-    lengths it is request smuggling. (`parse_object`, `read_head`)
+    lengths it is request smuggling. (`read_head`, `parse_object`)
  7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
     been closed, at least for sending: we take that for a disconnect, also before the first byte,
     and stop paying for the answer. (`wait_for_upstream`, `has_disconnected`)
  8. Send a request again only if (a) a kept connection was closed under it, and it took no byte of
     it or the request is one that may be repeated; or (b) it refused our key, and there is another.
-    Anything else might be done, and paid, twice. (`Unanswered`, `KeyRotation`)
+    Anything else might be done, and paid, twice. (`try_kept`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
     client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
     meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
 10. Search what comes down for the provider key: an upstream may repeat the one that it rejects.
-    (`Exchange.drop_fields_with`, `check_for_key`, `SecretFilter`)
+    (`Exchange.drop_fields_with`, `check_for_key`)
 
 RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
@@ -96,7 +100,6 @@ import select
 import selectors
 import signal
 import socket
-import socketserver
 import ssl
 import struct
 import threading
@@ -162,8 +165,6 @@ BODY_RATE = 1024        # bytes a second that it must reach after that: the mini
 IDLE_SECONDS = 910      # for a kept-alive client to send its next request: load balancers keep a
                         # connection for up to 15 minutes, and answer 502 if we close first
 STALL_SECONDS = 60      # for a client that takes no byte of its response: nginx's send_timeout
-LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
-LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
 SHUTDOWN_SECONDS = 1    # for cut responses to be seen cut, once the grace time is over
 
 MAX_FIELDS = 100        # header fields: what Apache allows
@@ -172,16 +173,6 @@ MAX_HEAD = 65536        # bytes of a head
 MAX_CHUNK_LINE = 4096   # bytes of a chunk's size line with its extensions
 MAX_TRAILER = 8192      # bytes of all trailer lines
 MAX_INTERIM = 100       # 1xx interim responses before the real one
-
-MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
-MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
-MAX_DIGITS = 400        # of a number in a JSON body
-
-LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
-
-BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
-SMALL_BODY = 1 / 8192   # of that: a body that is never refused for the others' sake
-LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
 
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
@@ -192,10 +183,6 @@ MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a respon
 TICK_SECONDS = 0.5      # between two looks at the time limits of all responses
 LISTEN_QUEUE = 1024     # clients that wait to be accepted: a burst must not be lost
 SPARE_FILES = 64        # open files that are not for clients: modules, certificates, the log
-POOL_SIZE = 100         # idle upstream connections
-POOL_SECONDS = 30       # for each: providers close theirs after 60
-LOG_SECONDS = 0.05      # between two writes of the log: many lines are one write
-MAX_LOG_LINES = 10000   # that wait to be written
 
 # ---- Tables: what the protocols and the providers fix --------------------------------------------
 
@@ -278,7 +265,6 @@ CHUNK_LINE_START = re.compile(
     br"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*(?:;" + TEXT + br")?)?)?\r?")
 BARE_LF = re.compile(br"(?<!\r)\n")
 LAST_CHUNK = b"0\r\n\r\n"
-EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 # RFC 9112 section 3.2.2, RFC 9110 section 7.2.
 ABSOLUTE_FORM = re.compile(r"https?://([^/#]*)(.*)", re.I)
@@ -288,12 +274,13 @@ LOOPBACK = re.compile(
     r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::(?:1|ffff:127(?:\.[0-9]{1,3}){3})\]?", re.I)
 LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
-# A client's address as proxies write it, with brackets, port and zone or without; and where it
-# stands in Forwarded (RFC 7239 section 6).
+# A client's address as proxies write it, with brackets, port and zone or without.
 NAMED_ADDRESS = re.compile(
     r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
     r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
-FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
+
+# Where a proxy in front tells for whom it asks.
+FORWARDED_FIELDS = (b"x-forwarded-for", b"x-real-ip", b"forwarded")
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -371,61 +358,91 @@ class Service:
         self.upstream_handler = UpstreamHandler(settings)
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
+        self.set_hooks()
         self.install_features()
+
+    def set_hooks(self):
+        """What part two may replace or add to."""
+        self.wrap_client = lambda sock: sock    # what to serve an accepted one through
+        self.refuse = self.server.send_busy     # (socket, record), where there is no room
+        self.begin_client = do_nothing      # (handler), before the first head is read
+        self.end_client = do_nothing        # (handler), when nothing is missing at its end
+        self.linger = do_nothing            # (socket, address): it has an answer, and may send on
+        # Of a request, in the order in which they are called. (handler) unless said otherwise.
+        self.normalize_path = lambda path, rules: path          # the path that the client meant
+        self.find_client = lambda address, headers: address     # whose request is it?
+        self.is_trusted_proxy = is_loopback     # (address): may it have many connections?
+        self.free_answers = []              # did it answer, whoever asks?
+        self.prepare_request = do_nothing   # before its client key is looked for
+        self.asks_for_others = is_forwarded     # (headers): for others than this machine?
+        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
+        self.own_answers = []               # did it answer a client that may ask?
+        self.suggest_path = lambda path, rules: ""      # what to add to a 404
+        self.checks = []                    # before the body is read; may raise
+        self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
+        self.observe_request = do_nothing   # (record): what to call with each piece of the others
+        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
+        self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
+        self.use_key = lambda send: send(0)     # calls it with the index of a provider key
+        # Of its response.
+        self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
+        self.switch_protocols = None        # (handler, exchange): what to do after a 101
+        self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
+        self.response_checks = []           # (handler, exchange), before its head goes down
+        self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
+        self.cors_headers = lambda request, settings, names: []     # header fields to add
+        # (path, error, request_id): what the body of an error in the API there is the JSON of
+        self.error_body = lambda path, error, request_id: {"error": error_object(error)}
+        self.observe_response = do_nothing  # (record): what to call with each piece of its body
+        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
+        self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
+        self.on_silence = do_nothing        # (job): called while the upstream is silent
+        # Of the service itself.
+        self.on_tick = do_nothing           # (now), twice a second
+        self.retire = do_nothing            # another one has taken its place
+        # For the banner.
+        self.warnings = []
+        self.proxy = ""                     # in front of the upstream
 
     def install_features(self):
         """Where part two enters. Without a section and its line the relay still works."""
-        self.wrap_client = leave_plain      # (socket): what to serve an accepted one through
-        self.begin_client = do_nothing      # (handler), before the first head is read
-        self.end_client = do_nothing        # (handler), when nothing is missing at its end
-        self.cors_headers = no_cors_headers     # (request, settings, names): header fields to add
-        self.refuse = self.server.send_busy     # (socket, record), where there is no room
-        self.error_form = openai_form       # (path): the form of errors in the API there
-        self.response_checks = []           # (handler, exchange), before its head goes down
-        self.edit_upstream_headers = keep_fields    # (fields, settings): those that go up
-        self.checks = []                    # (handler), before the body is read; may raise
-        self.body_rules = []                # (members, request, settings): changes to the members
-        self.check_form = refuse_form       # (body, request, settings): the form to send up
-        self.warnings = []                  # for the banner
-        self.use_key = use_first_key        # which provider key a request is sent with
-        self.add_heartbeats = no_heartbeats     # (wait, send): what to wait with
-        self.on_silence = do_nothing        # (job): called while an event stream is silent
-        # (record): what to call with each piece of a body that no rule reads
-        self.observe_request = no_observer
-        self.observe_response = no_observer
-        self.needs_whole_bodies = False     # must a body be here before it goes up?
-        self.is_trusted_proxy = is_loopback     # (address): is its X-Forwarded-For believed?
-        self.upgrades = {}                  # by protocol: what serves an upgraded connection
-        self.start_page = None              # makes the page for a browser at /
-        self.proxy = ""                     # in front of the upstream, as the banner shows it
+        install_health(self)                # part two: Health
+        install_forgiving_paths(self)       # part two: Forgiving paths
         install_cors(self)                  # part two: CORS
-        install_error_forms(self)           # part two: Errors in the form of other APIs
+        install_lingering_close(self)       # part two: Lingering close
         install_busy_refusals(self)         # part two: Refusals in the right form
         install_https(self)                 # part two: HTTPS
+        install_secret_filter(self)         # part two: Keys in long errors
         install_redirects(self)             # part two: Redirects
         install_upstream_fields(self)       # part two: Fields for the upstream
         install_rates(self)                 # part two: Rates
         install_trusted_proxies(self)       # part two: Trusted proxies
+        install_body_rules(self)            # part two: Body rules
         install_model_rules(self)           # part two: Model rules
+        install_model_list(self)            # part two: Model list
         install_limits(self)                # part two: Token and prompt limits
         install_key_rotation(self)          # part two: Several provider keys
+        install_kept_connections(self)      # part two: Kept connections
         install_upstream_proxy(self)        # part two: Proxies on the way up
+        install_early_responses(self)       # part two: Early responses
+        install_event_streams(self)         # part two: Event streams
+        install_error_forms(self)           # part two: Errors in the form of other APIs
         install_heartbeats(self)            # part two: Heartbeats
         install_model_names(self)           # part two: Model names for the log
         install_token_counts(self)          # part two: Token counts
+        install_early_hints(self)           # part two: Early hints
         install_websocket(self)             # part two: WebSocket
         install_start_page(self)            # part two: Start page
 
     def render_error(self, error, record):
         """The body of an error response, in the form of the API that was called."""
-        form = self.error_form(record.path)
-        return json.dumps(form.body(error, record.id)).encode()
+        return json.dumps(self.error_body(record.path, error, record.id)).encode()
 
     def complete_headers(self, headers, request, request_id, is_open_ended=False):
         """`headers` with what every response gets. `request` is None if it could not be read."""
-        headers = headers + own_headers(headers, request_id, is_open_ended)
-        names = [name.lower() for name, _ in headers]
-        return headers + self.cors_headers(request, self.settings, names)
+        present = {name.lower(): value for name, value in headers}
+        headers = headers + own_headers(present, request_id, is_open_ended)
+        return headers + self.cors_headers(request, self.settings, present)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -448,11 +465,13 @@ class Server(http.server.ThreadingHTTPServer):
         # removing and copying are single steps of a dict, and the removal decides (mark_busy).
         self.idle = {}
 
-        self.capacity = raise_file_limit(settings.max_connections)
+        self.capacity = settings.max_connections
+        self.capacity = raise_file_limit(self.capacity)     # part two: Open files
         self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
+        self.log = QueuedLog(settings.log, settings.secrets)    # part two: Queued log
         self.relay_loop = RelayLoop(self.on_tick, self.log.warn)
-        self.body_budget = BodyBudget()
+        self.shared = {}            # what sections of part two keep whatever the service
         self.service = Service(settings, self)      # the one in force
         listener = listener or open_listener(settings)
         handler = settings.upstream.provider.handler or Handler
@@ -467,7 +486,7 @@ class Server(http.server.ThreadingHTTPServer):
         return self.service.settings
 
     def on_tick(self, now):
-        self.service.upstream_handler.pool.close_old(now)
+        self.service.on_tick(now)
 
     def get_request(self):
         try:
@@ -546,11 +565,7 @@ class Server(http.server.ThreadingHTTPServer):
             sock.setblocking(False)
             sock.send(head if record.method == "HEAD" else head + content)
             if not self.is_crowded():
-                self.linger(sock, network_of(record.client))
-
-    def linger(self, sock, address):
-        """Leave a connection that has been answered to a lingering close."""
-        self.take_over(LingeringClose(sock), address)
+                self.service.linger(sock, network_of(record.client))
 
     def take_over(self, job, address):
         """Leave a connection to a job of the relay loop; until the job's end it counts."""
@@ -663,6 +678,9 @@ class Server(http.server.ThreadingHTTPServer):
         return "%s://%s:%d" % (self.settings.scheme, host, port)
 
 
+def do_nothing(*arguments):
+    """Where a section of part two may do more."""
+
 def open_listener(settings):
     """The listening socket. CannotListen says why it cannot be had."""
     try:
@@ -689,21 +707,6 @@ def hang_up(sock):
     """End the connection of a socket that another thread is using."""
     # Not the method of the class for TLS: that thread would go on in plain text.
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-def raise_file_limit(wanted):
-    """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
-
-    Each client needs two: its own connection and its upstream's.
-    """
-    try:
-        import resource             # not on Windows
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        return wanted
-    if hard == resource.RLIM_INFINITY:
-        return wanted
-    return max(1, min(wanted, (hard - SPARE_FILES) // 2))
 
 @functools.lru_cache(1024)          # clients come again
 def network_of(address):
@@ -732,15 +735,12 @@ def is_loopback(address):
     """Is this an address or a name of this machine?"""
     return LOOPBACK.fullmatch(address) is not None
 
-def make_request_id():
-    return "req_%016x" % random.getrandbits(64)
-
 # ---- Handler: one request, top to bottom ---------------------------------------------------------
 
 class Request:
     """The values of one request: the checks are functions of this and the settings. No sockets."""
 
-    def __init__(self, first_line, headers, address):
+    def __init__(self, first_line, headers):
         method, path, query, self.major, minor = first_line
         self.method = method.decode()
         self.path = path.decode()           # it becomes the one that is sent up
@@ -748,11 +748,9 @@ class Request:
         self.headers = headers
         self.is_http10 = minor == b"0"
         self.is_read_only = self.method in ("GET", "HEAD")
-        self.caller = address               # whom rates count: a client key's name, or an address
         self.client_name = ""               # of the client key, once it has been checked
         self.model = ""                     # as the client named it, in the path or in the body
-        self.upgrade = b""                  # the protocol to change to, once that is sure
-        self.is_json = False                # have rules read the body, as JSON?
+        self.own_fields = {}                # ours for the upstream in place of the client's
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -803,7 +801,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 500, "internal_error", "The proxy failed on this request. Its log says where."))
         finally:
             if self.upload:
-                self.server.body_budget.let_go(self.upload)
+                self.service.on_body_gone(self.upload)
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
 
@@ -824,7 +822,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         skip_empty_lines(self.client, self.read_more_head)
         first_line, headers = read_head(self.client, REQUEST_LINE, self.read_more_head)
         self.use_current_settings()         # they may be others than before it was idle
-        self.request = Request(first_line, headers, self.address)
+        self.request = Request(first_line, headers)
         self.record.method = self.request.method
         self.record.path = self.request.path
 
@@ -851,23 +849,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self.request
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
-        if is_preflight(request) or is_probe(request):
+        if request.path == "*":                             # RFC 9110 section 9.3.7
             return self.send_response(204)
-        if request.is_read_only and request.path in ("/", "/health", "/healthz"):
-            return self.answer_about_us()
-        upgrade = self.find_upgrade()
+        if any(answer(self) for answer in self.service.free_answers):
+            return None
+        self.service.prepare_request(self)
         self.check_caller()                                 # 403 400 401
-        if settings.lists_models and is_model_list(request):
-            return self.send_json(find_model(request.path, self.list_models()))     # 429 502 404
+        if self.answer_ourselves():                         # 404 429 502
+            return None
         self.check_path()                                   # 404 405
-        if request.method == "OPTIONS" and settings.has_own_keys:
-            return self.send_response(204, [allow_header(request.path, settings)])
-        if upgrade:
-            upgrade.check(request, settings)                # 400 403
-        self.run_checks()                                   # 429 400 403
+        self.run_checks()                                   # 400 403 429
         body = self.read_body()                             # 408 413 415 503 400 403
-        if upgrade:
-            return upgrade.relay(self)                      # 502 504
         exchange = self.ask_upstream(body)                  # 502 504
         del body                # it has gone up: nothing of it stays while the response streams
         return self.relay(exchange)                         # 502
@@ -879,117 +871,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_duplicates(request.headers)                   # 400
         body = make_body(self.client, request.headers, request.is_http10)       # 400
         self.upload = Upload(self.client, body)
-        if b"x-forwarded-for" in request.headers:
-            self.record.client = find_client(self.record.client, request.headers,
-                                             self.service.is_trusted_proxy)
-            request.caller = network_of(self.record.client)
+        self.record.client = self.service.find_client(self.record.client, request.headers)
         check_host_field(request)                           # 400
         check_method(request, self.settings)                # 405 501
-        check_target(request, self.settings)                # 400
+        check_target(request, self.settings, self.service.normalize_path)    # 400
         self.record.path = request.path
         check_expectation(request)                          # 417
 
     def check_caller(self):
         """Its way to us, its page and its client key, whose name is for the log and the rates."""
-        check_host_allowed(self.request, self.settings)     # 403
-        check_origin(self.request, self.settings)           # 403
+        check_host_allowed(self.request, self.settings, self.service.asks_for_others)    # 403
+        self.service.check_origin(self.request, self.settings)       # 403
         check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
-            self.request.caller = self.request.client_name
 
-    def find_upgrade(self):
-        """What serves the protocol that the client wants to change to; None for plain HTTP."""
-        request = self.request
-        if request.method != "GET" or request.is_http10 or not self.upload.done:
-            return None
-        protocol = wanted_upgrade(request.headers)
-        upgrade = self.service.upgrades.get(protocol)
-        if upgrade:
-            request.upgrade = protocol
-            upgrade.prepare(request, self.settings)
-        return upgrade
+    def answer_ourselves(self):
+        """Is this answered without the upstream? See "Model list" and "Forgiving paths"."""
+        return any(answer(self) for answer in self.service.own_answers)
 
     def check_path(self):
         """A method, so that the handler of a translated API can serve other paths."""
-        check_path(self.request, self.settings)
+        check_path_allowed(self.request, self.settings, self.service.suggest_path)
 
     def run_checks(self):
         for check in self.service.checks:
             check(self)
 
-    # -- what we answer ourselves
-
-    def answer_about_us(self):
-        """/health and /: no key, no upstream call. Models are shown to those who may list them."""
-        wants_page = b"text/html" in self.request.headers.get(b"accept", b"")
-        if self.request.path == "/" and wants_page and self.service.start_page:
-            return self.send_response(200, *self.service.start_page(self.request))
-        if self.request.path == "/":
-            return self.send_json(describe_api(self.settings))
-        health = {"status": "healthy", "timestamp": int(time.time())}
-        if not self.server.relay_loop.is_working():
-            health["status"] = "unhealthy"
-            return self.send_json(health, 503)
-        with contextlib.suppress(ErrorResponse, ProtocolError):
-            self.check_caller()
-            health["models"] = self.settings.models_shown
-        return self.send_json(health)
-
-    def list_models(self):
-        """The items of the model list, in OpenAI's form."""
-        return [{"id": name, "object": "model", "created": self.server.started,
-                 "owned_by": "aiproxy"} for name in self.settings.models_shown]
-
     # -- the request's body
 
     def read_body(self):
         """What may go up of the body now: all of it if it is small or rules apply, else a part."""
-        request = self.request
+        body = self.service.read_whole_body(self)            # 415 413 408 503 400 403
+        if body is not None:
+            return body
+        self.observe_body()
+        self.start_body(self.settings.max_body if self.settings.has_own_keys else None)     # 413
+        return self.upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)                     # 408
+
+    def observe_body(self):
+        self.upload.observe = self.service.observe_request(self.record)
+
+    def start_body(self, limit):
+        """The body may come, up to `limit` bytes: tell so a client that waits to hear it."""
         upload = self.upload
-        is_inspected = needs_body_inspection(request, not upload.done, self.settings)
-        if is_inspected:
-            check_content_coding(request)                   # 415
-        if is_inspected or self.settings.has_own_keys:
-            upload.limit = self.settings.max_body
+        upload.limit = limit
         upload.check_limit()                                # 413
-        expects = b"expect" in request.headers and not request.is_http10
+        expects = b"expect" in self.request.headers and not self.request.is_http10
         if expects and not upload.done and not self.client.buffer:
             self.send_to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
-        is_whole = is_inspected or self.service.needs_whole_bodies
-        if not is_inspected:
-            upload.observe = self.service.observe_request(self.record)
-        if not is_whole:
-            return upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)
-        budget = self.server.body_budget
-        body = join_pieces(budget.count(upload, BODIES_HELD * self.settings.max_body))      # 503
-        if not is_inspected:
-            return body
-        with budget.one_at_a_time(len(body)):
-            return self.apply_body_rules(body)              # 400 403
-
-    def apply_body_rules(self, body):
-        """The body to send up: only what a setting changes differs."""
-        request = self.request
-        if not is_inference(request):
-            if not body:                    # a job is cancelled so
-                return body
-            if is_form(request.headers):
-                body = self.service.check_form(body, request, self.settings)
-                self.record.model = request.model
-                return body
-        return edit_members(body, self.check_body(body)[1])
-
-    def check_body(self, body):
-        """Its members, and the changes that the rules of part two want."""
-        request = self.request
-        request.is_json = True
-        members = parse_object(body)
-        changes = {}
-        for rule in self.service.body_rules:
-            changes.update(rule(members, request, self.settings))
-            self.record.model = request.model
-        return members, changes
 
     # -- to the upstream
 
@@ -1007,20 +937,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         exchange = self.service.use_key(send)
         if exchange.request_sent:
-            self.server.body_budget.let_go(self.upload)
+            self.service.on_body_gone(self.upload)
         return exchange
 
     def send_up(self, key_index, method, target, body, wait):
+        """One request with one of the keys. A method, so that an API may need more than a key."""
         settings = self.settings
-        headers = upstream_headers(self.request, settings)
-        headers = self.service.edit_upstream_headers(headers, settings)
-        headers += settings.key_fields[key_index:key_index + 1]
-        request = UpstreamRequest(settings.upstream.url + target, method, headers, body,
-                                  self.upload)
-        request.upgrade = self.request.upgrade
+        fields = self.service.edit_upstream_headers(
+            upstream_headers(self.request, settings), settings)
+        fields = fields + settings.key_fields[key_index:key_index + 1]
+        request = UpstreamRequest(settings.upstream.url + target, method, fields, body, self.upload)
         request.wait = wait
-        if not (settings.provider_keys or self.request.is_http10):
-            request.on_early_hints = self.send_early_hints
+        request.on_interim = functools.partial(self.service.on_interim, self)
         exchange = self.service.opener.open(request, timeout=settings.timeout)
         exchange.drop_fields_with(settings.field_secrets)
         self.record.upstream_status = exchange.status
@@ -1033,12 +961,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
+        if exchange.status == 101:
+            return self.service.switch_protocols(self, exchange)
         try:
-            secret_filter = check_for_key(exchange, self.settings)      # 502
+            secret_filter = self.service.check_for_key(exchange, self.settings)      # 502
             for check in self.service.response_checks:
                 check(self, exchange)                                   # 502
             is_chunked = exchange.body.length is None and not self.request.is_http10
-            job = ResponseJob(self, exchange, is_chunked, secret_filter)
+            job = self.service.make_job(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
             if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
@@ -1054,6 +984,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.outcome = job.outcome
         self.is_whole = job.outcome == "ok"
         self.close_connection = announced_close or self.must_close()
+        return None
 
     def must_close(self):
         """Must the client connection end with this response? After an error of ours, always."""
@@ -1077,10 +1008,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers += framing_headers(status, length, is_chunked, self.must_close())
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
-
-    def send_early_hints(self, headers):
-        fields = downstream_headers(headers, self.settings)
-        self.send_to_client(render_head(b"HTTP/1.1 103 Early Hints", fields))
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client takes nothing for too long, or too slowly."""
@@ -1130,11 +1057,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.record.method = first_line[1].decode()
             self.record.path = first_line[2].decode()
 
-    def render_error_event(self, error):
-        """The event that tells of an error in a stream that has begun."""
-        form = self.service.error_form(self.record.path)
-        return render_error_event(error, form, self.record.id)
-
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
         if self.ends_by_close and not self.is_whole:        # a cut has no other sign here
@@ -1150,7 +1072,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_whole:
             self.service.end_client(self)
         if must_linger:
-            self.server.linger(self.client.sock, self.address)
+            self.service.linger(self.client.sock, self.address)
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -1172,52 +1094,25 @@ def wait_for_upstream(client, connection, mask, seconds):
 def check_for_key(exchange, settings):
     """502 for an error that says that our key is bad, or repeats it: not the client's business.
 
-    Returns the filter for the rest of its body, None where there is nothing to look for.
+    Also for one that cannot be searched as a whole. What takes this one's place in "Keys in long
+    errors" returns a filter for those.
     """
     if not settings.provider_keys or exchange.status < 300:
         return None
-    if exchange.is_coded and not exchange.body.done and exchange.status != 401:
+    if exchange.status == 401:
+        raise rejected_key()
+    exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+    if holds_secret(exchange.prefetched, settings.upstream_secrets):
+        raise rejected_key()
+    if not exchange.body.done or (exchange.is_coded and exchange.prefetched):
         raise upstream_error("upstream_bad_response", "The upstream answered with status %d and a "
-                             "compressed body, although it was asked not to compress: it could "
-                             "not be searched for the proxy's key." % exchange.status)
-    secret_filter = SecretFilter(settings.upstream_secrets)
-    if exchange.status != 401:
-        exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-        if secret_filter.find(exchange.prefetched) < 0:
-            return secret_filter
-    raise upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
-                         "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
-
-def no_cors_headers(request, settings, names=()):
-    """No page may read a response. See "CORS"."""
-    return []
-
-def use_first_key(send):
-    """Send a request with the one provider key. See "Several provider keys" for more."""
-    return send(0)
-
-def keep_fields(fields, settings):
-    """Takes the place of `set_upstream_fields`."""
-    return fields
-
-def no_heartbeats(wait, send):
-    """A silent stream stays silent. See "Heartbeats"."""
-    return wait
-
-def do_nothing(whom):
-    """See "Heartbeats" and "HTTPS"."""
-
-def leave_plain(sock):
-    """Clients speak plain HTTP. See "HTTPS"."""
-    return sock
-
-def refuse_form(body, request, settings):
-    """No rule reads forms. See "Model rules"."""
-    raise ErrorResponse(400, "invalid_form", "The body must be JSON here.")
-
-def no_observer(record):
-    """No one looks at the bytes. See "Token counts" and "Model names for the log"."""
+                             "body that could not be searched for the proxy's key."
+                             % exchange.status)
     return None
+
+def rejected_key():
+    return upstream_error("upstream_credentials_rejected", "The upstream rejected the proxy's own "
+                          "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
 
 # ---- The checks ----------------------------------------------------------------------------------
 # Functions of a request and the settings, in the order in which they are made. Each returns, or
@@ -1249,7 +1144,7 @@ def check_method(request, settings):
     if settings.has_own_keys and request.method not in METHODS:
         raise ErrorResponse(501, "method_not_allowed", message)
 
-def check_target(request, settings):
+def check_target(request, settings, normalize_path):
     """400 unless the target is a plain path, or a whole URL of our own (RFC 9112 section 3.2.2)."""
     if request.path == "*" and request.method == "OPTIONS" and not request.query:
         return                              # asks about the server as a whole
@@ -1279,20 +1174,7 @@ def check_expectation(request):
 
 # -- who is calling, and from where
 
-def find_client(address, headers, is_trusted_proxy):
-    """Who asks: of X-Forwarded-For the rightmost address that is not a trusted proxy's.
-
-    `address` is the connection's. Each proxy adds on the right whom it was asked by; what stands
-    further left anybody may have made up.
-    """
-    for name in reversed(headers.elements(b"x-forwarded-for")):
-        named_address = plain_address(name.decode("latin-1"))
-        if not named_address or not is_trusted_proxy(address):
-            break
-        address = named_address
-    return address
-
-def check_host_allowed(request, settings):
+def check_host_allowed(request, settings, asks_for_others):
     """403 where others than this machine could reach what no key guards.
 
     That is DNS rebinding, where a web page has its own name lead to this machine; or a public
@@ -1301,57 +1183,29 @@ def check_host_allowed(request, settings):
     host = request.headers.get(b"host", b"")
     is_foreign = settings.wants_loopback_host and not is_loopback_host(host)
     if settings.is_guarded_by_loopback and not is_foreign:
-        is_foreign = not all(map(is_loopback, forwarded_clients(request.headers)))
+        is_foreign = asks_for_others(request.headers)
     if is_foreign:
         raise ErrorResponse(
             403, "host_not_allowed",
             "This proxy asks for no client key, so it serves this machine only, by its loopback "
             "names. To serve others, set AIPROXY_CLIENT_KEYS, or AIPROXY_OPEN=1 to serve anyone.")
 
-def forwarded_clients(headers):
-    """Everybody for whom a proxy in front says that it asks."""
-    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
-    for value in headers.get_all(b"forwarded"):
-        names += FORWARDED_FOR.findall(value)
-    texts = [name.decode("latin-1").strip('"') for name in names]
-    return [plain_address(text) or text for text in texts if text]
+def is_forwarded(headers):
+    """Does a proxy in front say for whom it asks? See "Trusted proxies"."""
+    return any(name in headers for name in FORWARDED_FIELDS)
 
 def is_loopback_host(host):
     """Is this the value of a Host field that leads to this machine?"""
     return LOOPBACK_HOST.fullmatch(host) is not None
 
-def check_origin(request, settings):
-    if not is_origin_allowed(request.headers, settings):
-        raise ErrorResponse(403, "origin_not_allowed", "Pages from this origin may not call this "
-                            "proxy. Add it to AIPROXY_ORIGINS to let them.")
-
-def is_origin_allowed(headers, settings):
-    """May this page call us?
+def refuse_pages(request, settings):
+    """403 for what a web page sends. See "CORS" to let some pages in.
 
     No Origin means no page, unless Sec-Fetch-Site says that another site's page is behind it.
     """
-    origin = headers.get(b"origin")
-    if settings.any_origin:
-        return True
-    if origin is None:
-        is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
-        return settings.is_guarded_by_keys or not is_foreign
-    if is_listed_origin(origin, settings):
-        return True
-    host = headers.get(b"host", b"")        # our own start page, on this machine
-    return origin == b"%b://%b" % (settings.scheme.encode(), host) and is_loopback_host(host)
-
-def is_listed_origin(origin, settings):
-    """Does it fit one that AIPROXY_ORIGINS names?"""
-    return settings.origin_pattern.fullmatch(canonical_origin(origin.decode("latin-1"))) is not None
-
-def canonical_origin(origin):
-    """As browsers send it: in lower case, without the scheme's own port."""
-    origin = origin.lower()
-    port = DEFAULT_PORTS.get(origin.partition("://")[0])
-    if port and origin.endswith(":%d" % port):
-        return origin.rpartition(":")[0]
-    return origin
+    is_foreign = request.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+    if is_foreign or b"origin" in request.headers:
+        raise ErrorResponse(403, "origin_not_allowed", "Web pages may not call this proxy.")
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
@@ -1401,78 +1255,24 @@ def carried_keys(headers):
     keys.discard(b"")
     return keys
 
-def is_preflight(request):
-    """A browser's question before the request itself (Fetch standard, section 4.8)."""
-    headers = request.headers
-    return (request.method == "OPTIONS" and b"origin" in headers
-            and b"access-control-request-method" in headers)
+# -- for what
 
-def is_probe(request):
-    """A balancer's question whether we are there, or what browsers ask every server for."""
-    if request.method == "OPTIONS":
-        return request.path in ("*", "/")
-    return request.is_read_only and request.path == "/favicon.ico"
-
-# -- for what: paths and models
-
-def normalize_path(path, rules):
-    """The path that a client with a slightly wrong base URL meant: /v1/v1/x, /x, //v1/x/ are /v1/x.
-
-    Only if that leads to something, and never for a path that AIPROXY_PATHS names as it is.
-    """
-    meant = re.sub("//+", "/", path)
-    meant = meant.rstrip("/") or "/"
-    if meant.startswith("/v1/v1/"):
-        meant = meant[len("/v1"):]
-    elif "/v1" + meant in INFERENCE_PATHS or meant == "/models":
-        meant = "/v1" + meant
-    if meant == path or any(path == pattern for _, pattern in rules):
-        return path
-    leads_to_something = meant.startswith("/v1/models") or allowed_methods(meant, rules)
-    return meant if leads_to_something else path
-
-def is_model_list(request):
-    return request.is_read_only and (request.path + "/").startswith("/v1/models/")
-
-def find_model(path, items):
-    """The whole list, or one entry of it. SDKs send the slashes of an id as %2F."""
-    wanted = urllib.parse.unquote(path[len("/v1/models/"):])
-    if not wanted:
-        return {"object": "list", "data": items}
-    for item in items:
-        if item["id"] == wanted:
-            return item
-    raise ErrorResponse(404, "model_not_found", "The model %s does not exist or you may not use it."
-                        % json.dumps(wanted[:200]), param="model")
-
-def describe_api(settings):
-    """What / answers to a program."""
-    return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
-            "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
-
-def check_path(request, settings):
+def check_path_allowed(request, settings, suggest_path):
     """404 and 405 unless AIPROXY_PATHS allows the path, exactly as it is sent up."""
     if settings.paths is not None and (request.method, request.path) not in settings.paths:
         methods = allowed_methods(request.path, settings.paths)
         if not methods:
-            raise ErrorResponse(404, "not_found", "There is nothing at this path. Did you mean %s? "
-                                "What may be called is set by AIPROXY_PATHS."
-                                % nearest(request.path, settings.paths))
-        answers_options = request.method == "OPTIONS" and settings.has_own_keys
+            raise ErrorResponse(404, "not_found", "There is nothing at this path.%s What may be "
+                                "called is set by AIPROXY_PATHS."
+                                % suggest_path(request.path, settings.paths))
         takes_any = methods == list(METHODS)        # without keys of ours also PROPFIND and others
-        if request.method not in methods and not (answers_options or takes_any):
+        if request.method not in methods and not takes_any:
             raise ErrorResponse(405, "method_not_allowed",
                                 "This path takes %s." % ", ".join(methods),
                                 headers=[allow_header(request.path, settings)])
     if settings.upstream.map_path(request.path) is None:
         raise ErrorResponse(404, "not_found",
                             "The upstream's base URL has a path, so only /v1/... can be called.")
-
-def nearest(path, rules):
-    """The path of the rules that is most like this one, for somebody who has mistyped it."""
-    def likeness(pattern):
-        return difflib.SequenceMatcher(None, pattern, path[:200]).ratio()
-    return max((pattern for _, pattern in rules), key=likeness)
 
 def allow_header(path, settings):
     return (b"Allow", ", ".join(allowed_methods(path, settings.paths)).encode())
@@ -1502,36 +1302,10 @@ def is_plain(text, pattern):
     except UnicodeDecodeError:
         return False
 
-def check_model(model, settings):
-    """The real name of a model. 403 unless it is on the list, or fits a pattern there."""
-    if settings.models and not settings.allows_model(model):
-        raise ErrorResponse(403, "model_not_allowed", "Model not allowed. Allowed models are: %s."
-                            % ", ".join(settings.models), param="model")
-    return settings.aliases.get(model, model)
-
 # -- the form of our own errors
 
-class OpenAIErrors:
-    """How our errors look in OpenAI's API. See "Errors in the form of other APIs" for more."""
-
-    def body(self, error, request_id):
-        """What the body of an error response is the JSON of."""
-        return {"error": error_object(error)}
-
-    def event(self, error, request_id):
-        """The data of the event that tells of a cut stream, and its name."""
-        return self.body(error, request_id), ""
-
-
-OPENAI_ERRORS = OpenAIErrors()
-
-def openai_form(path):
-    return OPENAI_ERRORS
-
-def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
-    return render_event(*form.event(error, request_id))
-
 def error_object(error):
+    """An error in OpenAI's API. See "Errors in the form of other APIs" for more."""
     kind = "invalid_request_error"
     if error.status == 429:
         kind = "rate_limit_error"
@@ -1539,9 +1313,7 @@ def error_object(error):
         kind = "server_error"
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
 
-# ---- The body's rules ----------------------------------------------------------------------------
-# A request's body on its way in, and what the settings make of it. What they do not change goes up
-# byte for byte.
+# ---- The request's body --------------------------------------------------------------------------
 
 class Upload:
     """A request's body as the client sends it: bounded by `limit`, not slower than BODY_RATE."""
@@ -1553,7 +1325,6 @@ class Upload:
         self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
-        self.held = 0                       # those that the BodyBudget counts
         self.waited = 0.0                   # seconds spent waiting for the client
         self.observe = None                 # called with each piece
 
@@ -1606,220 +1377,6 @@ class Upload:
                                 "The body came more slowly than %d bytes a second." % BODY_RATE)
 
 
-class BodyBudget:
-    """The memory of all bodies that are held as a whole, each until it has gone up."""
-
-    def __init__(self):
-        self.held = 0                       # bytes
-        self.lock = threading.Lock()        # guards it
-        self.parsing = threading.Lock()     # held while a large body is parsed
-
-    def count(self, upload, most):
-        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes.
-
-        A small one passes all the same: a few large ones that come slowly must not lock out chats.
-        """
-        for piece in read_pieces(upload, upload.wait, math.inf):
-            size = upload.held + len(piece)
-            with self.lock:
-                if self.held + len(piece) > most and size > most * SMALL_BODY:
-                    raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
-                                        "requests as it can. Try again.",
-                                        headers=[(b"Retry-After", b"1")])
-                self.held += len(piece)
-                upload.held = size
-            yield piece
-
-    def let_go(self, upload):
-        with self.lock:
-            self.held -= upload.held
-            upload.held = 0
-
-    def one_at_a_time(self, length):
-        """What to hold while a body is parsed: its values take several times its size."""
-        return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
-
-
-def needs_body_inspection(request, has_body, settings):
-    """Does a setting want the body looked into? The path decides, never the content type."""
-    if not settings.has_body_rules:
-        return False
-    return is_inference(request) or (has_body and settings.has_own_keys)
-
-def is_inference(request):
-    return request.method == "POST" and request.path in INFERENCE_PATHS
-
-def is_form(headers):
-    return headers.get(b"content-type", b"").lower().startswith(b"multipart/")
-
-def check_content_coding(request):
-    """415 for a body that we cannot read without decompressing it.
-
-    A misspelt field counts, too: CGI-like servers take `_` for `-`.
-    """
-    codings = [(name.lower(), value.lower()) for name, value in request.headers.fields
-               if name.lower().replace(b"_", b"-") == b"content-encoding"]
-    if codings and codings != [(b"content-encoding", b"identity")]:
-        raise ErrorResponse(415, "unsupported_encoding",
-                            "The body must not be compressed here: its model has to be read.",
-                            headers=[(b"Accept-Encoding", b"identity")])
-
-# -- strict JSON
-
-def parse_object(body):
-    """The members of a JSON object. ErrorResponse 400 for what could be read in two ways.
-
-    Strict where json is not: one encoding, no NaN, no infinite or absurd numbers, no name twice in
-    an object, bounded nesting. Otherwise our check could pass what the upstream reads differently.
-    """
-    try:
-        check_nesting(body)
-        members = STRICT_JSON.decode(body.decode("utf-8"))
-        if not isinstance(members, dict):
-            raise ValueError("it is not an object")
-        return members
-    except ValueError as error:         # UnicodeDecodeError is one, too
-        reason = str(error).partition(":")[0]
-        raise ErrorResponse(400, "invalid_json", "The body is not valid JSON: %s." % reason)
-
-NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
-
-def check_nesting(body):
-    """ValueError above MAX_DEPTH or MAX_VALUES, found without parsing.
-
-    A parser recurses, and a thread's stack is small. Without its strings a JSON text is little more
-    than its brackets and commas: they can be counted, in time proportional to its length.
-    """
-    may_be_deep = body.count(b"[") + body.count(b"{") > MAX_DEPTH
-    if not may_be_deep and len(body) <= 2 * MAX_VALUES:     # a value and its comma are 2 bytes
-        return
-    values = 0
-    depth = 0
-    for structure in json_structure(body):
-        values += sum(map(structure.count, (b",", b"[", b"{")))
-        if values > MAX_VALUES:
-            raise ValueError("it holds more than %d values" % MAX_VALUES)
-        for mark in structure.replace(b",", b""):
-            depth += 1 if mark in b"[{" else -1
-            if depth > MAX_DEPTH:
-                raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
-
-def json_structure(body):
-    """The brackets and commas outside of strings, a block at a time: memory is for few blocks."""
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    in_string = False
-    for start in range(0, len(unescaped), READ_SIZE):
-        parts = unescaped[start:start + READ_SIZE].split(b'"')
-        outside = parts[1::2] if in_string else parts[::2]
-        yield b"".join(outside).translate(None, NOT_STRUCTURE)
-        if len(parts) % 2 == 0:
-            in_string = not in_string
-
-def unique_members(pairs):
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        if [name for name, _ in pairs].count("model") > 1:
-            raise ErrorResponse(400, "invalid_model", "The body must hold `model` once.", "model")
-        raise ValueError("a name appears twice")
-    return members
-
-def parse_number(digits, kind):
-    value = kind(digits) if len(digits) <= MAX_DIGITS else math.inf
-    if value in (math.inf, -math.inf):
-        raise ValueError("a number is out of range")
-    return value
-
-def refuse_constant(name):
-    raise ValueError("%s is not JSON" % name)
-
-STRICT_JSON = json.JSONDecoder(
-    object_pairs_hook=unique_members, parse_constant=refuse_constant,
-    parse_int=functools.partial(parse_number, kind=int),
-    parse_float=functools.partial(parse_number, kind=float))
-
-def check_spelling(members, names):
-    """400 for `Model` and its like: some parsers would take it for the real one.
-
-    `names` has the right spellings, each by its own in lower case.
-    """
-    for name in members:
-        right = names.get(name.casefold(), name)
-        if name != right:
-            code = "invalid_model" if right == "model" else "invalid_parameter"
-            raise ErrorResponse(400, code, "`%s` must be written so." % right, right)
-
-# -- changing a body
-
-# A body that is edited has been parsed strictly before.
-JSON = json.JSONDecoder()
-# What stands between names and values: RFC 8259 section 2.
-JSON_GAP = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
-
-def find_values(text, start, wanted):
-    """Where wanted values stand in the array or object that begins at `start`; returns its end.
-
-    `wanted` has, by name or index, what to call a value, or a dict of the same kind for what is
-    inside it. Yields for each what it is called, where its name begins (in an array: the value),
-    where it begins and where it ends. Nothing is decoded twice.
-    """
-    has_names = text[start] == "{"
-    position = JSON_GAP.match(text, start + 1).end()
-    for name in itertools.count():
-        if text[position] in "]}":
-            return position + 1
-        name_start = position
-        if has_names:
-            name, name_end = JSON.raw_decode(text, position)
-            position = JSON_GAP.match(text, name_end).end()
-        called = wanted.get(name)
-        if isinstance(called, dict):
-            end = yield from find_values(text, position, called)
-        else:
-            _, end = JSON.raw_decode(text, position)
-            if called is not None:
-                yield called, name_start, position, end
-        position = JSON_GAP.match(text, end).end()
-
-def edit_members(body, changes, renames=None):
-    """A JSON object with other values for what `changes` names, new members put in front.
-
-    A key of `changes` is the name of a member, or the path to a value inside one: a tuple of names
-    and indexes. `renames` gives some of the changed members another name. No other byte differs.
-    """
-    if not changes:
-        return body
-    text = body.decode("latin-1")           # a byte a character: of an emoji, all would take four
-    added = dict(changes)
-    inside = text.index("{") + 1
-    copied = inside                         # up to here, `edited` has the text
-    edited = []
-    for key, name_start, start, end in find_values(text, inside - 1, as_tree(changes)):
-        label = text[name_start:start]
-        if renames and key in renames:
-            label = json.dumps(renames[key]) + label.rpartition('"')[2]
-        edited += [text[copied:name_start], label, json.dumps(added.pop(key))]
-        copied = end
-        if not added:
-            break
-
-    front = json.dumps(added)[1:-1]
-    is_empty = text[JSON_GAP.match(text, inside).end()] == "}"
-    if front and not is_empty:
-        front += ", "
-    pieces = [text[:inside], front] + edited + [text[copied:]]
-    return "".join(pieces).encode("latin-1")
-
-def as_tree(changes):
-    """The keys of `changes` as find_values wants them: ("a", 0) becomes {"a": {0: ("a", 0)}}."""
-    tree = {}
-    for key in changes:
-        *outer, last = key if isinstance(key, tuple) else (key,)
-        node = tree
-        for name in outer:
-            node = node.setdefault(name, {})
-        node[last] = key
-    return tree
-
 # ---- Header fields up and down -------------------------------------------------------------------
 
 def upstream_headers(request, settings):
@@ -1831,13 +1388,10 @@ def upstream_headers(request, settings):
     for name, value in request.headers.fields:
         if goes_up(name.lower(), request, settings):
             fields.append((name, value))
-    if request.is_json:
-        fields.append((b"Content-Type", b"application/json"))
+    fields += request.own_fields.values()
     if settings.has_own_keys:
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
-    if request.upgrade:
-        fields += [(b"Connection", b"Upgrade"), (b"Upgrade", request.upgrade)]
     return fields
 
 def goes_up(low, request, settings):
@@ -1845,15 +1399,9 @@ def goes_up(low, request, settings):
     name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
     if low in request.headers.connection or name in DROPPED_REQUEST_FIELDS:
         return False
-    if name.startswith(DROPPED_REQUEST_PREFIXES):
+    if name.startswith(DROPPED_REQUEST_PREFIXES) or name in request.own_fields:
         return False
-    if request.is_json and name == b"content-type":
-        return False                    # ours says that it is JSON
-    if not settings.has_own_keys:
-        return True
-    if name.startswith(b"sec-websocket-"):
-        return bool(request.upgrade)    # one of these may carry a client key: see "WebSocket"
-    return low in ALLOWED_REQUEST_FIELDS
+    return not settings.has_own_keys or low in ALLOWED_REQUEST_FIELDS
 
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
@@ -1866,9 +1414,11 @@ def downstream_headers(headers, settings):
             fields.append((name, value))
     return fields
 
-def own_headers(headers, request_id, is_open_ended):
-    """What every response gets where `headers` has none; more if its length is not declared."""
-    present = {name.lower(): value for name, value in headers}
+def own_headers(present, request_id, is_open_ended):
+    """What every response gets where it has none; more if its length is not declared.
+
+    `present` has its fields, by names in lower case.
+    """
     fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
     is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
@@ -1895,22 +1445,15 @@ def http_date(now):
     """A time as a Date field has it."""
     return email.utils.formatdate(now, usegmt=True).encode()
 
-def wanted_upgrade(headers):
-    """The one protocol that a peer wants to change to, in lower case; b"" for none."""
-    protocols = headers.elements(b"upgrade")
-    is_wanted = b"upgrade" in headers.connection and len(protocols) == 1
-    return protocols[0].lower() if is_wanted else b""
-
 # ---- The upstream --------------------------------------------------------------------------------
-# urllib.request is the way up: a Request, and an opener with one handler, ours, whose connections
-# are kept for the next request.
+# urllib.request is the way up: a Request, and an opener with one handler, ours.
 
 class UpstreamRequest(urllib.request.Request):
     """urllib's request, with what it has no place for: repeated fields, a body still coming.
 
     `upload` gives the rest of a body that begins with `prefix`. `wait(connection, mask, seconds)`
-    sleeps until the connection is ready, and may raise what ends the exchange. `on_early_hints`
-    is called with the Headers of a 103.
+    sleeps until the connection is ready, and may raise what ends the exchange.
+    `on_interim(status, headers)` is called for each 1xx response before the real one.
     """
 
     def __init__(self, url, method, fields, prefix, upload):
@@ -1919,11 +1462,9 @@ class UpstreamRequest(urllib.request.Request):
         self.fields = fields
         self.prefix = prefix
         self.upload = upload
-        self.upgrade = b""
         self.wait = None
-        self.on_early_hints = None
-        is_idempotent = any(name.lower() == b"idempotency-key" for name, _ in fields)
-        self.is_repeatable = upload.done and (is_idempotent or method in ("GET", "HEAD"))
+        self.on_interim = do_nothing
+        self.may_switch = any(name == b"Upgrade" for name, _ in fields)     # to a 101?
         length = len(prefix) if upload.done else upload.length
         self.is_chunked = length is None
         if self.is_chunked:
@@ -1939,51 +1480,38 @@ class UpstreamHandler(urllib.request.BaseHandler):
     """
 
     def __init__(self, settings):
-        self.pool = Pool(settings)
+        self.connector = Connector(settings)
+        # See "Kept connections".
+        self.try_kept = do_nothing          # (request): an exchange over such a one, or None
+        self.keep = lambda connection, headers: connection.close()      # it can be used again
 
     def http_open(self, request):
-        """Called by the opener: send the request and wait for the head of its response.
-
-        It is sent again, once, if a kept connection was closed under it: see `Unanswered`.
-        """
-        connection = self.pool.acquire()
-        if connection:
-            with contextlib.suppress(Unanswered):
-                return self.run_exchange(request, connection)
+        """Called by the opener: send the request and wait for the head of its response."""
+        exchange = self.try_kept(request)
+        if exchange:
+            return exchange
         try:
-            connection = self.pool.connect(request.wait)
+            connection = self.connector.connect(request.wait)
         except (OSError, ProtocolError, UnicodeError) as error:
             raise connect_error(error)
         try:
-            return self.run_exchange(request, connection)
-        except Unanswered:
-            raise response_error(ClosedEarly())
+            return self.run_exchange(Exchange(connection, request, self.keep))
+        except (OSError, ProtocolError) as error:
+            raise response_error(error)
 
     https_open = http_open
 
-    def run_exchange(self, request, connection):
-        exchange = Exchange(self.pool, connection, request)
+    def run_exchange(self, exchange):
         try:
             exchange.send_request()
             exchange.read_response_head()
             if exchange.request_sent:
-                request.prefix = b""        # not to be kept while the response streams
+                exchange.request.prefix = b""       # not to be kept while the response streams
             return exchange
-        except (OSError, ProtocolError) as error:
-            is_unanswered = exchange.is_unanswered(error)
-            exchange.close()
-            raise Unanswered() if is_unanswered else response_error(error)
-        except BaseException:               # whatever `wait` raises: the client has left, say
+        except BaseException:               # also whatever `wait` raises: the client has left, say
             exchange.close()
             raise
 
-
-class Unanswered(Exception):
-    """A connection was closed before any byte of a response, and the request may be sent again.
-
-    Either no byte of it had been taken, or it is one that may be carried out twice (RFC 9110
-    section 9.2.2): GET, HEAD, or any with an Idempotency-Key.
-    """
 
 def upstream_error(code, message, headers=()):
     """504 for a time-out, else 502."""
@@ -2014,8 +1542,8 @@ def connect_error(error):
     return upstream_error("upstream_unreachable", "The upstream cannot be reached: %s." % reason)
 
 
-class Pool:
-    """Connections to the upstream: the idle ones, and how a new one is made."""
+class Connector:
+    """How a new connection to the upstream is made."""
 
     def __init__(self, settings):
         upstream = settings.upstream
@@ -2025,33 +1553,6 @@ class Pool:
         self.server_name = upstream.server_name             # whose certificate it must be
         self.last_address = None            # the one that took the last connection
         self.connect_timeout = settings.connect_timeout
-        self.size = POOL_SIZE               # idle connections at most
-        self.idle = collections.deque()     # of (connection, until); the newest at the right
-
-    def acquire(self):
-        """An idle connection that is still good; None if there is none."""
-        while True:
-            try:
-                connection, until = self.idle.pop()
-            except IndexError:              # other threads take some, too
-                return None
-            if time.monotonic() < until and connection.is_silent():
-                return connection
-            connection.close()
-
-    def release(self, connection, seconds):
-        """Keep a connection for the next request, for `seconds`."""
-        self.idle.append((connection, time.monotonic() + seconds))
-        while len(self.idle) > self.size:
-            self.idle.popleft()[0].close()
-
-    def close_old(self, now):
-        """Close what has been idle too long; called by the relay loop twice a second."""
-        for entry in self.idle.copy():
-            if now >= entry[1]:
-                with contextlib.suppress(ValueError):       # it has just been taken
-                    self.idle.remove(entry)
-                    entry[0].close()
 
     def connect(self, wait):
         """A new connection. One deadline holds for all of it. Raises OSError, ProtocolError."""
@@ -2126,10 +1627,10 @@ class Exchange:
     `body` reads it; `prefetched` is what has been read of it before anybody asked.
     """
 
-    def __init__(self, pool, connection, request):
-        self.pool = pool
+    def __init__(self, connection, request, keep):
         self.connection = connection
         self.request = request
+        self.keep = keep                    # what to do with a connection that can be used again
         self.unsent = None                  # what comes next of the request, a memoryview,
         self.rest = b""                     # and what of its prefix comes behind that
         self.bytes_sent = 0
@@ -2146,7 +1647,7 @@ class Exchange:
     # -- up
 
     def send_request(self):
-        """Send head and body. A response that comes earlier ends this: see `ResponseJob.move_up`.
+        """Send head and body. A response that comes earlier ends this: see "Early responses".
 
         So does a hang-up: there may be a response in front of it.
         """
@@ -2214,12 +1715,6 @@ class Exchange:
             self.read_one_head()
         return bool(self.first_line) or not is_open or len(connection.buffer) > MAX_HEAD
 
-    def is_unanswered(self, error):
-        """See `Unanswered`: is this the hang-up of a connection that gave not one byte?"""
-        if isinstance(error, (socket.timeout, ProtocolError)) or self.connection.buffer:
-            return False
-        return not self.interim and (self.request.is_repeatable or not self.bytes_sent)
-
     # -- down
 
     def read_more(self):
@@ -2228,7 +1723,7 @@ class Exchange:
             raise ClosedEarly()
 
     def read_one_head(self):
-        """Read a head. Interim responses are counted, and dropped but for early hints."""
+        """Read a head. Interim responses are counted, and dropped."""
         first_line, self.headers = read_head(self.connection, STATUS_LINE, self.read_more)
         self.status = int(first_line[1])
         if self.status >= 200 or self.status == 101:
@@ -2237,15 +1732,13 @@ class Exchange:
         self.interim += 1
         if self.interim > MAX_INTERIM:
             raise ProtocolError("it sent interim responses only")
-        if self.status == 103 and self.request.on_early_hints:
-            self.request.on_early_hints(self.headers)
+        self.request.on_interim(self.status, self.headers)
 
     def read_response_head(self):
         """The head of the final response, and what it says of the body."""
         while not self.first_line:
             self.read_one_head()
-        upgrade = self.request.upgrade      # RFC 9110 section 7.8: only what was asked for
-        if self.status == 101 and not (upgrade and wanted_upgrade(self.headers) == upgrade):
+        if self.status == 101 and not self.request.may_switch:
             raise ProtocolError("it switched protocols unasked")
 
         is_http10 = self.first_line[0] == b"0"
@@ -2304,20 +1797,12 @@ class Exchange:
             return
         is_clean = self.request_sent and self.keep_alive and self.body.done
         if is_clean and not connection.ended and not connection.buffer:
-            self.pool.release(connection, self.idle_seconds())
+            self.keep(connection, self.headers)
         else:
             connection.close()
 
-    def idle_seconds(self):
-        """How long to keep the connection: a second less than the upstream says that it does."""
-        says = self.headers.get(b"keep-alive")
-        timeout = says and re.search(br"timeout *= *([0-9]{1,9})", says, re.I)
-        return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
-
-
-# How JSON may have a letter (RFC 8259 section 7), and such a thing cut off. A key is visible ASCII.
+# How JSON may have a letter (RFC 8259 section 7). A key is visible ASCII.
 JSON_ESCAPE = re.compile(br'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
-PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
 
 def unescape(data):
     return JSON_ESCAPE.sub(lambda match: match[2] or bytes.fromhex(match[1].decode()), data)
@@ -2330,57 +1815,6 @@ def holds_secret(data, secrets):
     if b"\\" in data:
         texts.append(unescape(data))
     return any(secret in text for secret in secrets for text in texts)
-
-def escaped_pattern(secret):
-    """What finds a secret, however JSON has it."""
-    letters = [br"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
-               for place in range(len(secret))]
-    return re.compile(b"".join(letters))
-
-
-class SecretFilter:
-    """Looks for secrets, as they are and as JSON may have them, in bytes as they pass."""
-
-    def __init__(self, secrets):
-        self.secrets = secrets
-        self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
-        first = b"|".join(re.escape(secret[:1]) for secret in secrets)
-        # A look ahead: what begins in the middle of another is not passed over.
-        self.beginning = re.compile(br"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
-        self.waiting = b""                  # the end of what came, if a secret may begin in it
-        self.found = False
-
-    def find(self, data):
-        """Where the first secret begins; -1 if there is none."""
-        starts = [data.index(secret) for secret in self.secrets if secret in data]
-        if b"\\" in data:
-            text = unescape(data)
-            starts += [escaped_pattern(secret).search(data).start()
-                       for secret in self.secrets if secret in text]
-        return min(starts, default=-1)
-
-    def feed(self, data, is_end=False):
-        """What may pass of `data` and of what was waiting. `found` is set at the first secret."""
-        data = self.waiting + data
-        self.waiting = b""
-        end = self.find(data)
-        if end >= 0:
-            self.found = True
-        elif is_end:
-            end = len(data)
-        else:
-            end = self.find_beginning(data)
-            self.waiting = data[end:]
-        return data[:end]
-
-    def find_beginning(self, data):
-        """Where the end of `data` could be the beginning of a secret; its length if nowhere."""
-        for match in self.beginning.finditer(data, max(0, len(data) - self.longest + 1)):
-            rest = data[match.start():]
-            text = unescape(PART_OF_ESCAPE.sub(b"", rest))
-            if any(secret.startswith((rest, text)) for secret in self.secrets):
-                return match.start()
-        return len(data)
 
 # ---- The relay loop ------------------------------------------------------------------------------
 
@@ -2471,12 +1905,6 @@ class RelayLoop(threading.Thread):
         self.now = time.monotonic()
         return []
 
-    def is_working(self):
-        """False too if it has done nothing but fail for a while. A busy one only takes longer."""
-        since = self.failing_since
-        is_failing = since is not None and time.monotonic() - since >= LOOP_SECONDS
-        return self.is_alive() and not is_failing
-
     def guard(self, step, *arguments):
         """Call a step of a job. A fault of ours ends the job, not the loop that all share."""
         try:
@@ -2565,7 +1993,7 @@ class Pace:
 
 
 class ResponseJob(Job):
-    """The body of one response on its way down, and what is left of the request's on its way up.
+    """The body of one response on its way down.
 
     RELAYING   the client has taken all there was: the upstream is read
     BLOCKED    the client is behind: the upstream is not read until `unsent` is gone. So the
@@ -2577,15 +2005,6 @@ class ResponseJob(Job):
     BLOCKED = "blocked"
     FLUSHING = "flushing"
 
-    CUT_REASONS = {     # other outcomes: the upstream has closed the connection
-        "upstream_timeout": "The upstream timed out",
-        "shutdown": "The proxy was stopped",
-        "request_timeout": "The request's body came too slowly",
-        "request_too_large": "The request's body is larger than allowed",
-        "bad_request": "The request's body is malformed",
-        "incomplete_body": "The request's body ended early",
-    }
-
     def __init__(self, handler, exchange, is_chunked, secret_filter):
         super().__init__(handler.client, exchange.connection)
         self.client = handler.client
@@ -2596,21 +2015,12 @@ class ResponseJob(Job):
         self.is_chunked = is_chunked
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.service.observe_response(handler.record)
-        self.render_error_event = handler.render_error_event
         self.on_silence = handler.service.on_silence
         self.unsent = b""
-        self.taken = 0.0                    # when the client last took something
+        self.last_taken = 0.0               # when the client last took something
         self.pace = None                    # of the client, while it is behind
         self.heard = 0.0                    # when the upstream last sent or took something
-        self.up_waits_for = None            # while a request's body goes up: see `move_up`
-        # An event of our own can tell of a cut if nothing says where the body would have ended,
-        # and only between two events: `tail` is the end of what went down.
-        self.can_tell_cut = (exchange.is_event_stream and not exchange.is_coded
-                             and exchange.length is None and secret_filter is None)
-        self.tail = EVENT_ENDS[0]
-        # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
-        is_in_doubt = self.upstream.is_tls and isinstance(exchange.body, UntilCloseBody)
-        self.last_event = LastEvent() if is_in_doubt and self.can_tell_cut else None
+        self.events = handler.service.follow_events(self, handler)
 
     # -- in the client thread, before the job is submitted
 
@@ -2625,11 +2035,7 @@ class ResponseJob(Job):
 
     def start(self):
         self.heard = self.loop.now
-        self.state = self.RELAYING
-        self.move_up()
-        if self.state == self.ENDED:
-            return
-        self.set_state(self.state)
+        self.set_state(self.RELAYING)
         if self.upstream.has_pending():
             self.on_upstream(READ)
 
@@ -2639,16 +2045,14 @@ class ResponseJob(Job):
         client_mask = READ if is_worth_watching(self.client) else 0
         if self.unsent:
             client_mask |= WRITE
-        upstream_mask = READ if state == self.RELAYING else 0
-        if self.up_waits_for is self.upstream and not self.outcome:
-            upstream_mask |= WRITE
         self.loop.watch(self.client, client_mask, self.on_client)
-        self.loop.watch(self.upstream, upstream_mask, self.on_upstream)
+        self.loop.watch(self.upstream, self.upstream_mask(), self.on_upstream)
+
+    def upstream_mask(self):
+        return READ if self.state == self.RELAYING else 0
 
     def on_upstream(self, mask):
         """Some of the body is here, or its end: relay it before more is read."""
-        if mask & WRITE:
-            self.move_up()
         while mask & READ and self.state == self.RELAYING:
             self.heard = self.loop.now
             self.send(self.next_bytes())
@@ -2656,13 +2060,11 @@ class ResponseJob(Job):
                 return
 
     def on_client(self, mask):
-        """The client can take more, has sent more of its body or its next request, or has left."""
+        """The client can take more, has sent more, or has left."""
         if self.state == self.ENDED:        # by an event of the same batch: nothing here is ours
             return None
         if mask & READ and has_disconnected(self.client):
             return self.finish("client_gone")
-        if self.up_waits_for is self.client:
-            self.move_up()
         if self.unsent:
             self.send(b"")
         if self.state == self.RELAYING and self.upstream.has_pending():
@@ -2670,28 +2072,13 @@ class ResponseJob(Job):
         if self.state != self.ENDED:
             self.set_state(self.state)
 
-    def move_up(self):
-        """The upstream has responded before the end of the request's body, which goes on."""
-        if self.outcome:                    # the response has ended, and with it the exchange
-            return None
-        sent = self.exchange.bytes_sent
-        try:
-            self.up_waits_for = self.exchange.send_more()
-        except ClientGone as gone:
-            return self.finish(gone.outcome)
-        except ErrorResponse as error:      # the body breaks a rule, or off
-            return self.end_early(error.code)
-        if self.exchange.bytes_sent > sent:
-            self.heard = self.loop.now
-        return self.set_state(self.state)
-
     def next_bytes(self):
         """The next bytes for the client, framed. Sets `outcome` when the body is over."""
         try:
             data = self.body.read()
         except (OSError, ProtocolError) as error:
-            is_end = isinstance(error, ClosedEarly) and self.last_event
-            if not (is_end and self.last_event.is_final()):
+            is_end = isinstance(error, ClosedEarly) and self.events and self.events.is_final()
+            if not is_end:
                 return self.cut("upstream_died")
             self.body.done = True
             data = b""
@@ -2711,24 +2098,14 @@ class ResponseJob(Job):
         if data and self.observe:
             self.observe(data)
         self.bytes += len(data)
-        if self.can_tell_cut:
-            self.tail = (self.tail + data[-4:])[-4:]
-        if self.last_event:
-            self.last_event.feed(data)
+        if self.events:
+            self.events.feed(data)
         return encode_chunk(data, self.is_chunked)
-
-    def is_between_events(self):
-        """Is this where an event of our own can go down?"""
-        return self.can_tell_cut and self.tail.endswith(EVENT_ENDS)
 
     def cut(self, outcome):
         """The body ends before its end. An event says so, if it can; never a last chunk."""
         self.outcome = outcome
-        if not self.is_between_events():
-            return b""
-        reason = self.CUT_REASONS.get(outcome, "The upstream closed the connection")
-        error = upstream_error(outcome, reason + " in the middle of this response.")
-        return self.frame(self.render_error_event(error))
+        return self.frame(self.events.tell_cut(outcome)) if self.events else b""
 
     def send(self, data):
         """Send at once what the client takes, and keep the rest: nothing is collected."""
@@ -2738,7 +2115,7 @@ class ResponseJob(Job):
         except OSError:
             return self.finish("client_gone")
         if sent:
-            self.taken = self.loop.now
+            self.last_taken = self.loop.now
         self.unsent = data[sent:]
         if self.unsent:
             self.pace = self.pace or Pace(self.loop.now)
@@ -2763,80 +2140,17 @@ class ResponseJob(Job):
         self.end_early("shutdown")
         self.finish("shutdown")
 
+    def is_stalled(self):
+        """Does the client take too little?"""
+        return self.pace is not None and self.pace.patience(self.loop.now) < 0
+
     def on_tick(self):
-        if self.pace and self.pace.patience(self.loop.now) < 0:
+        if self.is_stalled():
             self.finish("client_stalled")
-        elif self.up_waits_for is self.client:
-            try:
-                self.exchange.request.upload.add_wait(TICK_SECONDS)
-            except ErrorResponse as error:
-                self.end_early(error.code)
         elif self.state == self.RELAYING and self.loop.now - self.heard > self.timeout:
             self.end_early("upstream_timeout")
-        elif self.state == self.RELAYING and self.is_between_events():
+        elif self.state == self.RELAYING:
             self.on_silence(self)
-
-
-class LastEvent:
-    """The beginning of the last event of a stream, kept as it passes."""
-
-    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
-                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
-
-    def __init__(self):
-        self.event = b""
-
-    def feed(self, data):
-        data = (self.event + data).replace(b"\r\n", b"\n")
-        content = data.rstrip(b"\n")
-        line_ends = data[len(content):]
-        self.event = content.rpartition(b"\n\n")[2][:256] + line_ends[:2]
-
-    def is_final(self):
-        """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
-        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
-
-
-class LingeringClose(Job):
-    """A client that was answered may still be sending: read on for a while, so that it can read.
-
-    Closed with unread bytes, its connection would be reset, and the reset would eat our response
-    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it.
-    """
-
-    def __init__(self, sock):
-        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
-        super().__init__(self.client)
-        self.began = 0.0
-        self.heard = 0.0
-
-    def start(self):
-        self.state = "lingering"
-        self.began = self.loop.now
-        self.heard = self.loop.now
-        self.loop.watch(self.client, READ, self.on_client)
-        try:
-            self.client.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.finish("client_gone")
-
-    def on_client(self, mask):
-        self.heard = self.loop.now
-        try:
-            is_over = self.client.receive() == b""
-        except OSError:
-            is_over = True
-        if is_over:
-            self.finish("ok")
-
-    def on_tick(self):
-        silence = self.loop.now - self.heard
-        if silence > LINGER_SILENCE or self.loop.now - self.began > LINGER_SECONDS:
-            self.finish("timeout")
-
-    def finish(self, outcome):
-        super().finish(outcome)
-        self.client.sock.close()
 
 
 def is_worth_watching(client):
@@ -2950,14 +2264,6 @@ class BufferedSocket:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         return sent
-
-    def is_silent(self):
-        """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
-        try:
-            return self.receive() is None
-        except OSError:
-            return False
-
 
 def wait_ready(seconds, connection, mask, other=None):
     """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read.
@@ -3316,14 +2622,6 @@ def encode_chunk(data, is_chunked=True):
         return data
     return b"%x\r\n%b\r\n" % (len(data), data)
 
-def render_event(data, name=""):
-    """One event of a stream, in ASCII, because a delta may hold half a surrogate pair.
-
-    Never with `id:` or `retry:`, which openai-python stumbles over.
-    """
-    event = "data: %s\n\n" % json.dumps(data)
-    return ("event: %s\n%s" % (name, event) if name else event).encode()
-
 # ---- The log -------------------------------------------------------------------------------------
 
 def shorten(text, most):
@@ -3345,7 +2643,7 @@ class Record:
         self.bytes = 0
         self.count_tokens = None            # gives prompt and completion tokens, where they count
         self.outcome = ""                   # "ok", an error's code, or how it was cut
-        self.id = make_request_id()         # or the upstream's, if it sends one
+        self.id = "req_%016x" % random.getrandbits(64)      # or the upstream's, if it sends one
 
     def as_dict(self, redact=shorten):
         """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown.
@@ -3378,16 +2676,16 @@ class Log:
         self.secrets = []
         self.longest = 3                # characters that one may take, percent-encoded
         self.add_secrets(secrets)
-        streams = (sys.stdout, sys.stderr)
-        self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
 
     def add_secrets(self, secrets):
         self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
         self.secrets = self.secrets + [secret.decode() for secret in secrets]
 
     def start(self):
-        for writer in self.writers.values():
-            writer.start()
+        """See "Queued log"."""
+
+    def close(self, seconds):
+        """All lines are to be written within `seconds`."""
 
     def write(self, record):
         if self.format == "off":
@@ -3402,7 +2700,7 @@ class Log:
         self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
 
     def put(self, stream, line, end="\n"):
-        self.writers[stream].put(line + end)
+        write_all(stream, line + end)
 
     def redact(self, text, most):
         """At most so many characters of a text, without our keys, encoded or not.
@@ -3423,44 +2721,6 @@ class Log:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
-
-    def close(self, seconds):
-        """Wait until all lines are written, or for `seconds`."""
-        for writer in self.writers.values():    # stderr is the last: it tells what stdout lost
-            writer.queue.put(None)
-            writer.join(seconds / 2)
-
-
-class LogWriter(threading.Thread):
-    """Writes lines to one stream, so that a reader that stalls holds up nobody else."""
-
-    def __init__(self, stream, warn):
-        super().__init__(daemon=True, name="log")
-        self.stream = stream
-        self.warn = warn
-        self.queue = queue.SimpleQueue()    # of lines; None is the end
-        self.lost = 0                       # lines that nobody read in time
-
-    def put(self, line):
-        if self.queue.qsize() < MAX_LOG_LINES:
-            self.queue.put(line)
-        else:
-            self.lost += 1
-
-    def run(self):
-        ended = False
-        while not ended:
-            batch = [self.queue.get()]
-            while not self.queue.empty():
-                batch.append(self.queue.get())
-            ended = None in batch
-            write_all(self.stream, "".join(filter(None, batch)))
-            if self.lost:
-                self.warn("%d lines of the log were lost: nobody read them in time" % self.lost)
-                self.lost = 0
-            if not ended:
-                time.sleep(LOG_SECONDS)     # what comes meanwhile is one write
-
 
 def write_all(stream, text):
     """Write text to stdout or stderr, in whatever state it is: full, non-blocking or closed.
@@ -3500,14 +2760,14 @@ def printable(value):
     return json.dumps(value).replace(" ", "\\u0020")
 
 # A word that may be a key which we do not know: a caller's own.
-LIKE_A_KEY = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
+KEY_LIKE_WORD = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
 
 def format_traceback(error):
     """What a fault of ours is, and where, without what may be secret in its message."""
     places = ["%s:%d" % (frame.f_code.co_name, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]
     message = traceback.format_exception_only(type(error), error)[0].strip()
-    message = LIKE_A_KEY.sub("***", message[:1000])
+    message = KEY_LIKE_WORD.sub("***", message[:1000])
     return "%s at %s" % (message[:200], " > ".join(places))
 
 # ---- Reading the settings ------------------------------------------------------------------------
@@ -3594,11 +2854,6 @@ PLACEHOLDER = re.compile(
 LIKE_KEY = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
 VISIBLE = r"[\x21-\x7e]*"
-# RFC 6454 section 6.2, and a `*` where a list may have one. Only http and https have host names.
-WEB_ORIGIN = re.compile(
-    r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
-OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
-
 def clean(text):
     """Without the quotes around all of it: Docker's env files keep them."""
     text = text.strip()
@@ -3669,26 +2924,6 @@ def parse_client_keys(text):
         keys[name] = parse_key(key)
     return list(keys.items())
 
-def parse_model(text):
-    """The name of a model, of whatever script. A full-width comma would make one name of two."""
-    takes = "a model's name: printable characters but commas, '=' and white space"
-    if not text.isprintable():
-        raise ValueError(takes)
-    return match_all("[^\\s=,，]*", text, takes).group()
-
-def parse_models(text):
-    """Names and aliases, each with the model behind it, in the order of the list."""
-    models = {}
-    takes = ("names, comma-separated, each once: model, alias=model, or a pattern such as gpt-4o* "
-             "that is no alias")
-    for entry in parse_list(text):
-        name, equals, model = map(str.strip, entry.partition("="))
-        has_bad_alias = equals and (not model or "*" in entry)
-        if not name or name in models or has_bad_alias:
-            raise ValueError(takes)
-        models[parse_model(name)] = parse_model(model or name)
-    return models
-
 def parse_paths(text):
     """Pairs of a method, or *, and a path's pattern; None for no list."""
     rules = []
@@ -3701,55 +2936,9 @@ def parse_paths(text):
         rules.append((method, path))
     return tuple(rules) if rules else None
 
-def parse_origins(text):
-    return [parse_origin(item) for item in parse_list(text)]
-
-def parse_origin(text):
-    """An origin as browsers send it, perhaps with a `*` in the place of what may differ."""
-    takes = ("* or origins, comma-separated, as browsers send them, without a path: "
-             "https://app.example, https://*.app.example, http://localhost:*, chrome-extension://*")
-    text = text.lower()
-    if OTHER_ORIGIN.fullmatch(text):
-        return text
-    try:
-        ascii_text = re.sub(r"[^/:]*[^\0-\x7f][^/:]*", encode_host, text)
-        scheme, host, port, any_port = match_all(WEB_ORIGIN, ascii_text, takes).groups()
-        if int(port or 0) > 65535:
-            raise ValueError()
-        if host.startswith("["):
-            host = "[%s]" % ipaddress.IPv6Address(host[1:-1])
-        elif re.fullmatch(r"(.*\.)?[0-9]+\.?", host):
-            host = str(ipaddress.IPv4Address(host))
-    except ValueError:
-        raise ValueError(takes)
-    end = ":*" if any_port else ":%d" % int(port or DEFAULT_PORTS[scheme.partition(":")[0]])
-    return canonical_origin(scheme + host + end)
-
-def encode_host(match):
-    """A host name that is not ASCII, as it travels."""
-    return match.group().encode("idna").decode()
-
-def origin_pattern(origins):
-    """What fits one of these origins, as `canonical_origin` has it."""
-    patterns = []
-    for origin in origins:
-        pattern = re.escape(origin)
-        pattern = pattern.replace(r"//\*\.", r"//(?:[a-z0-9_-]+\.)+")
-        pattern = pattern.replace(r"//\*", r"//[^/:]+")
-        patterns.append(pattern.replace(r":\*", r"(?::[0-9]+)?"))
-    return re.compile("|".join(patterns) or "(?!)")
-
 def parse_switch(text):
     takes = "1, true, yes, on or 0, false, no, off"
     return bool(match_all("(1|true|yes|on)|0|false|no|off|", text.lower(), takes).group(1))
-
-def parse_rate(text):
-    """Requests and seconds; None for no limit."""
-    if not text:
-        return None
-    match = match_all(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text,
-                      "a rate such as 20/s, 60/min, 100/h or 1000/day")
-    return int(match.group(1)), {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)[0]]
 
 def parse_size(text):
     """Bytes. KB, MB and GB are powers of 1024."""
@@ -3777,19 +2966,9 @@ OPTIONS = (
            "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
-    Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
-           "models allowed, comma-separated; alias=model adds a short name; gpt-4o* allows all "
-           "that begin so; empty: all"),
-    Option("AIPROXY_DEFAULT_MODEL", AIPROXY_DEFAULT_MODEL, parse_model,
-           "the model of a request on an inference path that names none; empty: it is refused if "
-           "AIPROXY_MODELS is set"),
     Option("AIPROXY_PATHS", AIPROXY_PATHS, parse_paths,
            "what may be called: PATH (POST), METHOD PATH or * PATH; * is one segment or, alone, "
            "everything; empty: the inference paths with a hidden key, else everything"),
-    Option("AIPROXY_ORIGINS", AIPROXY_ORIGINS, parse_origins,
-           "browser origins allowed, comma-separated; * for any, or for a port, the labels in "
-           "front of a host, an extension's id; empty: any where callers must present a key, "
-           "else none"),
     Option("AIPROXY_OPEN", AIPROXY_OPEN, parse_switch,
            "1: serve a hidden key without client keys to more than this machine, knowingly"),
     Option("AIPROXY_HOST", AIPROXY_HOST, matching(VISIBLE, "an address or a host name"),
@@ -3797,15 +2976,6 @@ OPTIONS = (
     Option("AIPROXY_PORT", AIPROXY_PORT, number(int, 0, 65535, "a port number, 0 to 65535"),
            "port to listen on; where it is not set, PORT, FC_SERVER_PORT and FC_CUSTOM_LISTEN_PORT "
            "are understood"),
-    Option("AIPROXY_RATE", AIPROXY_RATE, parse_rate,
-           "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
-           "empty: no limit, or 60/min with AIPROXY_OPEN"),
-    Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
-           "most output tokens of a request, all its answers together: larger limits are lowered, "
-           "missing ones added; empty: no limit"),
-    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
-           "most characters of prompt text, a token number being four; 0: no limit; empty: 131072 "
-           "for workers-ai, else 0"),
     Option("AIPROXY_MAX_BODY", AIPROXY_MAX_BODY, parse_size,
            "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
@@ -3817,9 +2987,6 @@ OPTIONS = (
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
            "seconds of upstream silence, also between events; there is no limit in total"),
-    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT, number(float, 0, 86400, "seconds, 0 for none"),
-           "seconds between the comments that a silent event stream gets, so that no load balancer "
-           "cuts it; 0: none"),
     Option("AIPROXY_GRACE", AIPROXY_GRACE, number(float, 0, 86400, "seconds"),
            "seconds that running requests get at SIGTERM"),
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
@@ -3867,20 +3034,6 @@ def may_be_secret(option, text):
     return bool(option.parse in SECRET_PARSERS or has_user_info or LIKE_KEY.search(text))
 
 
-def fits(name, parts):
-    """Does a name consist of these parts, with anything between them? In linear time."""
-    first, *middle, last = parts
-    if not name.startswith(first):
-        return False
-    position = len(first)
-    for part in middle:
-        found = name.find(part, position)
-        if found < 0:
-            return False
-        position = found + len(part)
-    return name.endswith(last) and position + len(last) <= len(name)
-
-
 class Settings:
     """The settings in force, read from `environ` here and nowhere else. Raises SettingError."""
 
@@ -3900,19 +3053,16 @@ class Settings:
         self.scheme = "http"            # of our own URLs
         self.watched_files = []         # what may change while we run. See "Reload"
         self.hidden_words = []          # what no client may see, besides the provider keys
-        self.aliases = self.models      # name to model
-        self.needs_model = bool(self.models)
-        self.lists_models = bool(self.models)       # do we answer /v1/models?
-        self.has_body_rules = False     # does a setting want bodies looked into?
+        self.aliases = {}               # the names of models that clients may use, to models
+        self.models_shown = []          # those that clients get to see
         self.set_defaults()
         self.derive_keys()
-        self.derive_rules()
+        self.derive_default_path()
         self.derive_guards()
-        review_settings(self)           # part two: Review of the settings
-        self.check_safe()
-        self.check_consistent()
         for read_more in MORE_SETTINGS:
             read_more(self)
+        review_settings(self)           # part two: Review of the settings
+        self.check_safe()
 
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
@@ -3939,12 +3089,9 @@ class Settings:
         self.provider_keys = self.read(provider.key_variable)
         if provider.prepare:
             provider.prepare(self)
-        if self.open and not self.rate:
-            self.shown["AIPROXY_RATE"] = "60/min"
-            self.rate = parse_rate("60/min")
-        if not self.shown["AIPROXY_MAX_CHARS"]:
-            self.max_chars = provider.max_chars
-        # Client keys without a provider key guard an upstream that wants none in the same way.
+        # Is a key of ours at stake, one that is hidden or ones that were given out? Then only what
+        # is named goes up, paths and header fields. (Client keys without a provider key guard an
+        # upstream that wants none.)
         self.has_own_keys = bool(self.provider_keys or self.client_keys)
         if self.has_own_keys and self.paths is None:
             rules = [("POST", path) for path in provider.paths]
@@ -3967,13 +3114,8 @@ class Settings:
             names = ["%s=***" % name for name, _ in self.client_keys]
             self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
 
-    def derive_rules(self):
-        """What follows from the settings, worked out once."""
-        self.models_shown = [name for name in self.models if "*" not in name]
-        self.model_patterns = [name.split("*") for name in self.models if "*" in name]
-        if any((self.models, self.default_model, self.max_tokens, self.max_chars)):
-            self.has_body_rules = True
-
+    def derive_default_path(self):
+        """The path of the examples that we give."""
         paths = self.upstream.provider.paths + INFERENCE_PATHS
         allowed = [path for path in paths
                    if self.paths is None or "POST" in allowed_methods(path, self.paths)]
@@ -3990,14 +3132,6 @@ class Settings:
         is_unguarded = not (self.is_guarded_by_keys or self.open)
         self.is_guarded_by_loopback = is_unguarded and not is_transparent
         self.wants_loopback_host = is_unguarded and is_loopback(self.host)
-        if not self.origins and self.is_guarded_by_keys:
-            self.origins = ["*"]
-        self.any_origin = "*" in self.origins
-        self.origin_pattern = origin_pattern(self.origins)
-
-    def allows_model(self, name):
-        """Is it on the list of models, or does it fit a pattern there?"""
-        return name in self.models or any(fits(name, parts) for parts in self.model_patterns)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
@@ -4014,18 +3148,6 @@ class Settings:
                 "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
                 "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
                 "AIPROXY_CLIENT_KEYS empty")
-
-    def check_consistent(self):
-        """SettingError for settings that contradict each other."""
-        if any(client_key in self.provider_keys for _, client_key in self.client_keys):
-            raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
-                               "for the client")
-        if self.models and self.default_model and not self.allows_model(self.default_model):
-            raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
-                               % self.default_model)
-        if self.key_header.encode() in self.secrets:
-            raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
-                               "it")
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -4143,7 +3265,8 @@ def serve(settings, on_start):
 
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
-# entered: delete the section and the line that enters it, and the relay still works.
+# entered: delete the section and the line that enters it, and the relay still works. Some need
+# others, which they name: those cannot go without them.
 
 # ---- Env files -----------------------------------------------------------------------------------
 # Does: reads settings from the files that --env-file names.
@@ -4252,6 +3375,7 @@ ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
 def review_settings(settings):
     """SettingError for what is set and cannot be meant."""
     check_names(settings.environ)
+    check_keys(settings)
     check_upstream(settings)
     if settings.upstream.scheme == "https":
         check_certificates(settings.environ)
@@ -4270,6 +3394,15 @@ def check_names(environ):
             nearest = difflib.get_close_matches(wanted, names, 1, 0)
             raise SettingError("%s is not a setting; did you mean %s?"
                                % (printable(name[:64]), nearest[0]))
+
+def check_keys(settings):
+    """SettingError for a key in a place that is not its own."""
+    if any(client_key in settings.provider_keys for _, client_key in settings.client_keys):
+        raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
+                           "for the client")
+    if settings.key_header.encode() in settings.secrets:
+        raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
+                           "it")
 
 def check_upstream(settings):
     """SettingError for a base URL that goes too far, or comes back to us."""
@@ -4319,14 +3452,8 @@ def show_derived(settings):
     fields = [name.decode() for name, _ in settings.key_fields[:1]]
     in_force = {
         "AIPROXY_KEY_HEADER": "".join(fields) or "none",
-        "AIPROXY_MODELS": settings.shown["AIPROXY_MODELS"] or "all",
-        "AIPROXY_DEFAULT_MODEL": settings.default_model or "none",
         "AIPROXY_PATHS": ", ".join(paths) or "all",
-        "AIPROXY_ORIGINS": ", ".join(settings.origins) or "none",
         "AIPROXY_OPEN": str(int(settings.open)),
-        "AIPROXY_RATE": settings.shown["AIPROXY_RATE"] or "none",
-        "AIPROXY_MAX_TOKENS": str(settings.max_tokens or "none"),
-        "AIPROXY_MAX_CHARS": str(settings.max_chars or "none"),
     }
     settings.shown.update(in_force)
 
@@ -4451,10 +3578,9 @@ def replace_service(server, settings):
     """From now on requests get these settings. Old secrets are not to be shown either."""
     server.log.add_secrets(settings.secrets)
     server.log.format = settings.log
-    pool = server.service.upstream_handler.pool
+    old = server.service
     server.service = Service(settings, server)
-    pool.size = 0                               # running requests may still bring connections
-    pool.close_old(math.inf)
+    old.retire()
 
 # ---- HTTPS ---------------------------------------------------------------------------------------
 # Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
@@ -4582,16 +3708,162 @@ OPTIONS += (
            "PEM file with the private key; empty: it stands in the certificate's file"),
 )
 
+# ---- Health --------------------------------------------------------------------------------------
+# Does: answers /health, / and what balancers and browsers ask every server for.
+# Touches: nothing. No key is needed, and no upstream call.
+# Entered: `install_health` in Service.install_features adds an answer.
+
+LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
+PROBES = (("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
+
+def install_health(service):
+    service.free_answers.append(answer_about_us)
+
+def answer_about_us(handler):
+    request = handler.request
+    if (request.method, request.path) in PROBES:
+        handler.send_response(204)
+    elif not request.is_read_only:
+        return False
+    elif request.path == "/":
+        handler.send_json(describe_api(handler.settings))
+    elif request.path in ("/health", "/healthz"):
+        send_health(handler)
+    else:
+        return False
+    return True
+
+def send_health(handler):
+    """Are we able to serve? Models are shown to those who may list them."""
+    health = {"status": "healthy", "timestamp": int(time.time())}
+    if not is_working(handler.server.relay_loop):
+        health["status"] = "unhealthy"
+        return handler.send_json(health, 503)
+    with contextlib.suppress(ErrorResponse, ProtocolError):
+        handler.check_caller()
+        health["models"] = handler.settings.models_shown
+    return handler.send_json(health)
+
+def is_working(loop):
+    """False too if it has done nothing but fail for a while. A busy one only takes longer."""
+    since = loop.failing_since
+    is_failing = since is not None and time.monotonic() - since >= LOOP_SECONDS
+    return loop.is_alive() and not is_failing
+
+def describe_api(settings):
+    """What / answers to a program."""
+    return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
+            "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
+
+# ---- Forgiving paths -----------------------------------------------------------------------------
+# Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
+# a 404, and says to a plain OPTIONS what a path takes.
+# Touches: the path of a request, before it is checked.
+# Entered: `install_forgiving_paths` in Service.install_features.
+
+def install_forgiving_paths(service):
+    service.normalize_path = normalize_path
+    service.suggest_path = suggest_path
+    service.own_answers.append(answer_options)
+
+def normalize_path(path, rules):
+    """The path that a client with a slightly wrong base URL meant: /v1/v1/x, /x, //v1/x/ are /v1/x.
+
+    Only if that leads to something, and never for a path that AIPROXY_PATHS names as it is.
+    """
+    meant = re.sub("//+", "/", path)
+    meant = meant.rstrip("/") or "/"
+    if meant.startswith("/v1/v1/"):
+        meant = meant[len("/v1"):]
+    elif "/v1" + meant in INFERENCE_PATHS or meant == "/models":
+        meant = "/v1" + meant
+    if meant == path or any(path == pattern for _, pattern in rules):
+        return path
+    leads_to_something = meant.startswith("/v1/models") or allowed_methods(meant, rules)
+    return meant if leads_to_something else path
+
+def suggest_path(path, rules):
+    """Names the path of the rules that is most like this one, for somebody who has mistyped it."""
+    def likeness(pattern):
+        return difflib.SequenceMatcher(None, pattern, path[:200]).ratio()
+    return " Did you mean %s?" % max((pattern for _, pattern in rules), key=likeness)
+
+def answer_options(handler):
+    """A plain OPTIONS on a path that is allowed gets its methods. (Without keys it goes up.)"""
+    path = handler.request.path
+    settings = handler.settings
+    if handler.request.method != "OPTIONS" or not settings.has_own_keys:
+        return False
+    if not allowed_methods(path, settings.paths) or settings.upstream.map_path(path) is None:
+        return False
+    handler.send_response(204, [allow_header(path, settings)])
+    return True
+
 # ---- CORS ----------------------------------------------------------------------------------------
-# Does: lets the pages of allowed origins read every response, and answers their preflights.
-# Touches: nothing; it adds header fields. Which pages are refused is `check_origin`'s business.
-# Entered: `install_cors` in Service.install_features takes the place of `no_cors_headers`.
+# Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
+# Touches: which pages are refused; it adds header fields to responses.
+# Entered: `install_cors` in Service.install_features takes the place of `refuse_pages`, and adds
+# header fields.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
 EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
+# RFC 6454 section 6.2, and a `*` where a list may have one. Only http and https have host names.
+WEB_ORIGIN = re.compile(
+    r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
+OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
 
 def install_cors(service):
+    service.free_answers.append(answer_preflight)
+    service.check_origin = check_origin
     service.cors_headers = cors_headers
+    if service.settings.is_guarded_by_loopback and service.settings.any_origin:
+        service.warnings.append(
+            "AIPROXY_ORIGINS=*: any web page that you open can spend your key")
+
+def is_preflight(request):
+    """A browser's question before the request itself (Fetch standard, section 4.8)."""
+    headers = request.headers
+    return (request.method == "OPTIONS" and b"origin" in headers
+            and b"access-control-request-method" in headers)
+
+def answer_preflight(handler):
+    if not is_preflight(handler.request):
+        return False
+    handler.send_response(204)              # with the fields of cors_headers
+    return True
+
+def check_origin(request, settings):
+    if not is_origin_allowed(request.headers, settings):
+        raise ErrorResponse(403, "origin_not_allowed", "Pages from this origin may not call this "
+                            "proxy. Add it to AIPROXY_ORIGINS to let them.")
+
+def is_origin_allowed(headers, settings):
+    """May this page call us?
+
+    No Origin means no page, unless Sec-Fetch-Site says that another site's page is behind it.
+    """
+    origin = headers.get(b"origin")
+    if settings.any_origin:
+        return True
+    if origin is None:
+        is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+        return settings.is_guarded_by_keys or not is_foreign
+    if is_listed_origin(origin, settings):
+        return True
+    host = headers.get(b"host", b"")        # our own start page, on this machine
+    return origin == b"%b://%b" % (settings.scheme.encode(), host) and is_loopback_host(host)
+
+def is_listed_origin(origin, settings):
+    """Does it fit one that AIPROXY_ORIGINS names?"""
+    return settings.origin_pattern.fullmatch(canonical_origin(origin.decode("latin-1"))) is not None
+
+def canonical_origin(origin):
+    """As browsers send it: in lower case, without the scheme's own port."""
+    origin = origin.lower()
+    port = DEFAULT_PORTS.get(origin.partition("://")[0])
+    if port and origin.endswith(":%d" % port):
+        return origin.rpartition(":")[0]
+    return origin
 
 def cors_headers(request, settings, names=()):
     """The CORS fields of every response: the origin if it is allowed, and what scripts may read.
@@ -4627,70 +3899,116 @@ def preflight_headers(headers, settings):
         fields.append((b"Access-Control-Allow-Private-Network", b"true"))
     return fields
 
-# ---- Errors in the form of other APIs ------------------------------------------------------------
-# Does: gives our errors the form of the API that was called, so that its SDK can show them.
-# Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Service.install_features takes the place of `openai_form`.
+# -- the setting
 
-ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
-    504: "timeout_error"}
-GOOGLE_STATUSES = {     # google/rpc/code.proto; any other is UNAVAILABLE or INVALID_ARGUMENT
-    401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
-    408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 501: "UNIMPLEMENTED",
-    504: "DEADLINE_EXCEEDED"}
+def parse_origins(text):
+    return [parse_origin(item) for item in parse_list(text)]
 
+def parse_origin(text):
+    """An origin as browsers send it, perhaps with a `*` in the place of what may differ."""
+    takes = ("* or origins, comma-separated, as browsers send them, without a path: "
+             "https://app.example, https://*.app.example, http://localhost:*, chrome-extension://*")
+    text = text.lower()
+    if OTHER_ORIGIN.fullmatch(text):
+        return text
+    try:
+        ascii_text = re.sub(r"[^/:]*[^\0-\x7f][^/:]*", encode_host, text)
+        scheme, host, port, any_port = match_all(WEB_ORIGIN, ascii_text, takes).groups()
+        if int(port or 0) > 65535:
+            raise ValueError()
+        if host.startswith("["):
+            host = "[%s]" % ipaddress.IPv6Address(host[1:-1])
+        elif re.fullmatch(r"(.*\.)?[0-9]+\.?", host):
+            host = str(ipaddress.IPv4Address(host))
+    except ValueError:
+        raise ValueError(takes)
+    end = ":*" if any_port else ":%d" % int(port or DEFAULT_PORTS[scheme.partition(":")[0]])
+    return canonical_origin(scheme + host + end)
 
-class ResponsesErrors(OpenAIErrors):
-    """OpenAI's Responses API: its own kind of event, whose name says what it is.
+def encode_host(match):
+    """A host name that is not ASCII, as it travels."""
+    return match.group().encode("idna").decode()
 
-    `error` is what OpenAI's SDKs raise, the rest is what the API documents. Some clients pass over
-    an event without its number, which nobody here has counted.
-    """
+def origin_pattern(origins):
+    """What fits one of these origins, as `canonical_origin` has it."""
+    patterns = []
+    for origin in origins:
+        pattern = re.escape(origin)
+        pattern = pattern.replace(r"//\*\.", r"//(?:[a-z0-9_-]+\.)+")
+        pattern = pattern.replace(r"//\*", r"//[^/:]+")
+        patterns.append(pattern.replace(r":\*", r"(?::[0-9]+)?"))
+    return re.compile("|".join(patterns) or "(?!)")
 
-    def event(self, error, request_id):
-        details = error_object(error)
-        return dict(details, type="error", sequence_number=0, error=details), "error"
+def derive_origins(settings):
+    """Any page where nobody gets through without a key, else those that are named."""
+    if not settings.origins and settings.is_guarded_by_keys:
+        settings.origins = ["*"]
+    settings.any_origin = "*" in settings.origins
+    settings.origin_pattern = origin_pattern(settings.origins)
+    settings.shown["AIPROXY_ORIGINS"] = ", ".join(settings.origins) or "none"
 
-
-class AnthropicErrors(OpenAIErrors):
-    """The Messages API. Its SDKs pass over events without a name."""
-
-    def body(self, error, request_id):
-        kind = "api_error" if error.status >= 500 else "invalid_request_error"
-        details = {"type": ANTHROPIC_TYPES.get(error.status, kind), "message": error.message}
-        return {"type": "error", "error": details, "request_id": request_id}
-
-    def event(self, error, request_id):
-        return self.body(error, request_id), "error"
-
-
-class GoogleErrors(OpenAIErrors):
-    """Gemini's own API. Its SDKs compare `code` with numbers, in an event as well."""
-
-    def body(self, error, request_id):
-        status = "UNAVAILABLE" if error.status >= 500 else "INVALID_ARGUMENT"
-        return {"error": {"code": error.status, "message": error.message,
-                          "status": GOOGLE_STATUSES.get(error.status, status)}}
-
-
-ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
-    (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
-    (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
-    (re.compile("/+v1(?:alpha|beta)/"), GoogleErrors()),
-    # google-genai 3 calls /v1/models/MODEL:generateContent. OpenAI-style names have tags (m:8b).
-    (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
+MORE_SETTINGS.append(derive_origins)
+OPTIONS += (
+    Option("AIPROXY_ORIGINS", AIPROXY_ORIGINS, parse_origins,
+           "browser origins allowed, comma-separated; * for any, or for a port, the labels in "
+           "front of a host, an extension's id; empty: any where callers must present a key, "
+           "else none"),
 )
 
-def install_error_forms(service):
-    service.error_form = find_error_form
+# ---- Lingering close -----------------------------------------------------------------------------
+# Does: reads on for a while from a client that has been answered and may still be sending.
+# Touches: sockets after their last response, in the relay loop. They count as connections.
+# Entered: `install_lingering_close` in Service.install_features sets `linger`.
 
-def find_error_form(path):
-    for pattern, form in ERROR_FORMS:
-        if pattern.match(path):
-            return form
-    return OPENAI_ERRORS
+LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
+LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
+
+def install_lingering_close(service):
+    def linger(sock, address):
+        service.server.take_over(LingeringClose(sock), address)
+    service.linger = linger
+
+
+class LingeringClose(Job):
+    """A client that was answered may still be sending: read on for a while, so that it can read.
+
+    Closed with unread bytes, its connection would be reset, and the reset would eat our response
+    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it.
+    """
+
+    def __init__(self, sock):
+        self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
+        super().__init__(self.client)
+        self.began = 0.0
+        self.heard = 0.0
+
+    def start(self):
+        self.state = "lingering"
+        self.began = self.loop.now
+        self.heard = self.loop.now
+        self.loop.watch(self.client, READ, self.on_client)
+        try:
+            self.client.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.finish("client_gone")
+
+    def on_client(self, mask):
+        self.heard = self.loop.now
+        try:
+            is_over = self.client.receive() == b""
+        except OSError:
+            is_over = True
+        if is_over:
+            self.finish("ok")
+
+    def on_tick(self):
+        silence = self.loop.now - self.heard
+        if silence > LINGER_SILENCE or self.loop.now - self.began > LINGER_SECONDS:
+            self.finish("timeout")
+
+    def finish(self, outcome):
+        super().finish(outcome)
+        self.client.sock.close()
 
 # ---- Refusals in the right form ------------------------------------------------------------------
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
@@ -4732,7 +4050,7 @@ class RefusedClient(Job):
             return
         except (OSError, ProtocolError):
             return self.finish("server_busy")
-        self.request = Request(first_line, headers, self.record.client)
+        self.request = Request(first_line, headers)
         self.record.method = self.request.method
         self.record.path = self.request.path
         self.finish("server_busy")
@@ -4749,6 +4067,85 @@ class RefusedClient(Job):
         super().finish(outcome)
         self.send_busy(self.client.sock, self.record, self.request)
         self.client.close()                 # unless it lingers
+
+# ---- Keys in long errors -------------------------------------------------------------------------
+# Does: looks for the provider key in an error as it passes, so that a long one, or one that
+# trickles, is not withheld.
+# Touches: errors of the upstream, where a provider key is configured: they are cut where it begins.
+# Entered: `install_secret_filter` in Service.install_features takes the place of `check_for_key`.
+
+# A letter as JSON may have it, cut off.
+PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
+
+def install_secret_filter(service):
+    service.check_for_key = filter_error
+
+def filter_error(exchange, settings):
+    """The filter for an error's body. 502 if its beginning holds the key already."""
+    if not settings.provider_keys or exchange.status < 300:
+        return None
+    if exchange.status == 401:
+        raise rejected_key()
+    if exchange.is_coded and not exchange.body.done:
+        raise upstream_error("upstream_bad_response", "The upstream answered with status %d and a "
+                             "compressed body, although it was asked not to compress: it could "
+                             "not be searched for the proxy's key." % exchange.status)
+    secret_filter = SecretFilter(settings.upstream_secrets)
+    exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+    if secret_filter.find(exchange.prefetched) >= 0:
+        raise rejected_key()
+    return secret_filter
+
+def escaped_pattern(secret):
+    """What finds a secret, however JSON has it."""
+    letters = [br"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
+               for place in range(len(secret))]
+    return re.compile(b"".join(letters))
+
+
+class SecretFilter:
+    """Looks for secrets, as they are and as JSON may have them, in bytes as they pass."""
+
+    def __init__(self, secrets):
+        self.secrets = secrets
+        self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
+        first = b"|".join(re.escape(secret[:1]) for secret in secrets)
+        # A look ahead: what begins in the middle of another is not passed over.
+        self.beginning = re.compile(br"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
+        self.waiting = b""                  # the end of what came, if a secret may begin in it
+        self.found = False
+
+    def find(self, data):
+        """Where the first secret begins; -1 if there is none."""
+        starts = [data.index(secret) for secret in self.secrets if secret in data]
+        if b"\\" in data:
+            text = unescape(data)
+            starts += [escaped_pattern(secret).search(data).start()
+                       for secret in self.secrets if secret in text]
+        return min(starts, default=-1)
+
+    def feed(self, data, is_end=False):
+        """What may pass of `data` and of what was waiting. `found` is set at the first secret."""
+        data = self.waiting + data
+        self.waiting = b""
+        end = self.find(data)
+        if end >= 0:
+            self.found = True
+        elif is_end:
+            end = len(data)
+        else:
+            end = self.find_beginning(data)
+            self.waiting = data[end:]
+        return data[:end]
+
+    def find_beginning(self, data):
+        """Where the end of `data` could be the beginning of a secret; its length if nowhere."""
+        for match in self.beginning.finditer(data, max(0, len(data) - self.longest + 1)):
+            rest = data[match.start():]
+            text = unescape(PART_OF_ESCAPE.sub(b"", rest))
+            if any(secret.startswith((rest, text)) for secret in self.secrets):
+                return match.start()
+        return len(data)
 
 # ---- Redirects -----------------------------------------------------------------------------------
 # Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
@@ -4823,7 +4220,8 @@ class RateLimiter:
 
     def check(self, handler):
         """429 once the client has used up its rate; the fields are OpenAI's."""
-        refused = self.take(handler.request.caller, time.monotonic())
+        # The name of a client key, or an address.
+        refused = self.take(network_of(handler.record.client), time.monotonic())
         if not refused:
             return
         until_next, until_full, count = refused
@@ -4863,11 +4261,36 @@ def format_duration(seconds):
         return "%dm%ds" % (minutes, seconds)
     return "%ds" % seconds
 
+def parse_rate(text):
+    """Requests and seconds; None for no limit."""
+    if not text:
+        return None
+    match = match_all(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text,
+                      "a rate such as 20/s, 60/min, 100/h or 1000/day")
+    return int(match.group(1)), {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)[0]]
+
+def derive_rate(settings):
+    """Whoever serves anybody gets a rate."""
+    if settings.open and not settings.rate:
+        settings.shown["AIPROXY_RATE"] = "60/min"
+        settings.rate = parse_rate("60/min")
+    settings.shown["AIPROXY_RATE"] = settings.shown["AIPROXY_RATE"] or "none"
+
+MORE_SETTINGS.append(derive_rate)
+OPTIONS += (
+    Option("AIPROXY_RATE", AIPROXY_RATE, parse_rate,
+           "requests per client key, else per client address: 20/s, 60/min, 100/h, 1000/day; "
+           "empty: no limit, or 60/min with AIPROXY_OPEN"),
+)
+
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Service.install_features takes the place of `is_loopback`.
+# Entered: `install_trusted_proxies` in Service.install_features takes the places of `is_loopback`
+# and `is_forwarded`.
 
+# Where a client's address stands in Forwarded (RFC 7239 section 6).
+FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
 # RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
 NETWORK_WORDS = {
     "loopback": "127.0.0.0/8 ::1/128",
@@ -4885,6 +4308,35 @@ def install_trusted_proxies(service):
         return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
 
     service.is_trusted_proxy = is_trusted_proxy
+    service.find_client = functools.partial(find_client, is_trusted_proxy)
+    service.asks_for_others = asks_for_others
+
+def find_client(is_trusted_proxy, address, headers):
+    """Who asks: of X-Forwarded-For the rightmost address that is not a trusted proxy's.
+
+    `address` is the connection's. Each proxy adds on the right whom it was asked by; what stands
+    further left anybody may have made up.
+    """
+    if b"x-forwarded-for" not in headers:
+        return address
+    for name in reversed(headers.elements(b"x-forwarded-for")):
+        named_address = plain_address(name.decode("latin-1"))
+        if not named_address or not is_trusted_proxy(address):
+            break
+        address = named_address
+    return address
+
+def asks_for_others(headers):
+    """Does a proxy in front ask for anybody who is not on this machine?"""
+    return not all(map(is_loopback, forwarded_clients(headers)))
+
+def forwarded_clients(headers):
+    """Everybody for whom a proxy in front says that it asks."""
+    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
+    for value in headers.get_all(b"forwarded"):
+        names += FORWARDED_FOR.findall(value)
+    texts = [name.decode("latin-1").strip('"') for name in names]
+    return [plain_address(text) or text for text in texts if text]
 
 def parse_networks(text):
     """The networks of a list of addresses, networks and words."""
@@ -4904,10 +4356,299 @@ OPTIONS += (
            "comma-separated"),
 )
 
+# ---- Body rules ----------------------------------------------------------------------------------
+# Does: reads bodies as a whole where a setting wants them looked into, strictly, and edits them.
+# Touches: members that a rule changes; no other byte. Bodies are held until they have gone up.
+# Entered: `install_body_rules` in Service.install_features sets `read_whole_body`.
+
+MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
+MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
+MAX_DIGITS = 400        # of a number in a JSON body
+
+BODIES_HELD = 8         # times AIPROXY_MAX_BODY: all bodies that are held in memory together
+SMALL_BODY = 1 / 8192   # of that: a body that is never refused for the others' sake
+LARGE_BODY = 1 << 20    # bytes of a body; those above are parsed one at a time
+
+def install_body_rules(service):
+    service.body_budget = service.server.shared.setdefault("body budget", BodyBudget())
+    service.on_body_gone = service.body_budget.let_go
+    service.read_whole_body = read_whole_body
+    service.needs_whole_bodies = False   # must each be here before it goes up?
+    service.inspects_bodies = False      # does a setting want them looked into?
+    service.body_rules = []              # (members, request, settings): changes to the members
+    service.check_form = refuse_form     # (body, request, settings): the form to send up
+
+
+class BodyBudget:
+    """The memory of all bodies that are held as a whole, each until it has gone up."""
+
+    def __init__(self):
+        self.held = 0                       # bytes
+        self.sizes = {}                     # by Upload
+        self.lock = threading.Lock()        # guards it
+        self.parsing = threading.Lock()     # held while a large body is parsed
+
+    def count(self, upload, most):
+        """Yield the pieces of a body. ErrorResponse 503 once all bodies have `most` bytes.
+
+        A small one passes all the same: a few large ones that come slowly must not lock out chats.
+        """
+        for piece in read_pieces(upload, upload.wait, math.inf):
+            with self.lock:
+                size = self.sizes.get(upload, 0) + len(piece)
+                if self.held + len(piece) > most and size > most * SMALL_BODY:
+                    raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
+                                        "requests as it can. Try again.",
+                                        headers=[(b"Retry-After", b"1")])
+                self.held += len(piece)
+                self.sizes[upload] = size
+            yield piece
+
+    def let_go(self, upload):
+        with self.lock:
+            self.held -= self.sizes.pop(upload, 0)
+
+    def one_at_a_time(self, length):
+        """What to hold while a body is parsed: its values take several times its size."""
+        return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
+
+
+def read_whole_body(handler):
+    """A body that must be here before it goes up, as it is to go up; None for any other."""
+    if needs_body_inspection(handler):
+        return read_inspected_body(handler, apply_body_rules)
+    if not handler.service.needs_whole_bodies:
+        return None
+    handler.observe_body()
+    return hold_body(handler)
+
+def read_inspected_body(handler, edit):
+    """What `edit(handler, body)` makes of the body."""
+    check_content_coding(handler.request)                   # 415
+    body = hold_body(handler)
+    with handler.service.body_budget.one_at_a_time(len(body)):
+        return edit(handler, body)                          # 400 403
+
+def hold_body(handler):
+    most = handler.settings.max_body
+    handler.start_body(most)                                # 413
+    pieces = handler.service.body_budget.count(handler.upload, BODIES_HELD * most)
+    return join_pieces(pieces)                              # 408 503
+
+def needs_body_inspection(handler):
+    """Does a setting want the body looked into? The path decides, never the content type."""
+    if not handler.service.inspects_bodies:
+        return False
+    has_body = not handler.upload.done
+    return is_inference(handler.request) or (has_body and handler.settings.has_own_keys)
+
+def is_inference(request):
+    return request.method == "POST" and request.path in INFERENCE_PATHS
+
+def is_form(headers):
+    return headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+
+def check_content_coding(request):
+    """415 for a body that we cannot read without decompressing it.
+
+    A misspelt field counts, too: CGI-like servers take `_` for `-`.
+    """
+    codings = [(name.lower(), value.lower()) for name, value in request.headers.fields
+               if name.lower().replace(b"_", b"-") == b"content-encoding"]
+    if codings and codings != [(b"content-encoding", b"identity")]:
+        raise ErrorResponse(415, "unsupported_encoding",
+                            "The body must not be compressed here: its model has to be read.",
+                            headers=[(b"Accept-Encoding", b"identity")])
+
+def apply_body_rules(handler, body):
+    """The body to send up: only what a setting changes differs."""
+    request = handler.request
+    if not is_inference(request):
+        if not body:                        # a job is cancelled so
+            return body
+        if is_form(request.headers):
+            body = handler.service.check_form(body, request, handler.settings)
+            handler.record.model = request.model
+            return body
+    return edit_members(body, check_body(handler, body)[1])
+
+def check_body(handler, body):
+    """Its members, and the changes that the rules want."""
+    request = handler.request
+    # What it has been read as, whatever the client calls it.
+    request.own_fields[b"content-type"] = (b"Content-Type", b"application/json")
+    members = parse_object(body)
+    changes = {}
+    for rule in handler.service.body_rules:
+        changes.update(rule(members, request, handler.settings))
+        handler.record.model = request.model
+    return members, changes
+
+def refuse_form(body, request, settings):
+    """No rule reads forms. See "Model rules"."""
+    raise ErrorResponse(400, "invalid_form", "The body must be JSON here.")
+
+# -- strict JSON
+
+def parse_object(body):
+    """The members of a JSON object. ErrorResponse 400 for what could be read in two ways.
+
+    Strict where json is not: one encoding, no NaN, no infinite or absurd numbers, no name twice in
+    an object, bounded nesting. Otherwise our check could pass what the upstream reads differently.
+    """
+    try:
+        check_nesting(body)
+        members = STRICT_JSON.decode(body.decode("utf-8"))
+        if not isinstance(members, dict):
+            raise ValueError("it is not an object")
+        return members
+    except ValueError as error:         # UnicodeDecodeError is one, too
+        reason = str(error).partition(":")[0]
+        raise ErrorResponse(400, "invalid_json", "The body is not valid JSON: %s." % reason)
+
+NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
+
+def check_nesting(body):
+    """ValueError above MAX_DEPTH or MAX_VALUES, found without parsing.
+
+    A parser recurses, and a thread's stack is small. Without its strings a JSON text is little more
+    than its brackets and commas: they can be counted, in time proportional to its length.
+    """
+    may_be_deep = body.count(b"[") + body.count(b"{") > MAX_DEPTH
+    if not may_be_deep and len(body) <= 2 * MAX_VALUES:     # a value and its comma are 2 bytes
+        return
+    values = 0
+    depth = 0
+    for structure in json_structure(body):
+        values += sum(map(structure.count, (b",", b"[", b"{")))
+        if values > MAX_VALUES:
+            raise ValueError("it holds more than %d values" % MAX_VALUES)
+        for mark in structure.replace(b",", b""):
+            depth += 1 if mark in b"[{" else -1
+            if depth > MAX_DEPTH:
+                raise ValueError("it is nested more than %d levels deep" % MAX_DEPTH)
+
+def json_structure(body):
+    """The brackets and commas outside of strings, a block at a time: memory is for few blocks."""
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    in_string = False
+    for start in range(0, len(unescaped), READ_SIZE):
+        parts = unescaped[start:start + READ_SIZE].split(b'"')
+        outside = parts[1::2] if in_string else parts[::2]
+        yield b"".join(outside).translate(None, NOT_STRUCTURE)
+        if len(parts) % 2 == 0:
+            in_string = not in_string
+
+def unique_members(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        if [name for name, _ in pairs].count("model") > 1:
+            raise ErrorResponse(400, "invalid_model", "The body must hold `model` once.", "model")
+        raise ValueError("a name appears twice")
+    return members
+
+def parse_number(digits, kind):
+    value = kind(digits) if len(digits) <= MAX_DIGITS else math.inf
+    if value in (math.inf, -math.inf):
+        raise ValueError("a number is out of range")
+    return value
+
+def refuse_constant(name):
+    raise ValueError("%s is not JSON" % name)
+
+STRICT_JSON = json.JSONDecoder(
+    object_pairs_hook=unique_members, parse_constant=refuse_constant,
+    parse_int=functools.partial(parse_number, kind=int),
+    parse_float=functools.partial(parse_number, kind=float))
+
+def check_spelling(members, names):
+    """400 for `Model` and its like: some parsers would take it for the real one.
+
+    `names` has the right spellings, each by its own in lower case.
+    """
+    for name in members:
+        right = names.get(name.casefold(), name)
+        if name != right:
+            code = "invalid_model" if right == "model" else "invalid_parameter"
+            raise ErrorResponse(400, code, "`%s` must be written so." % right, right)
+
+# -- changing a body
+
+# A body that is edited has been parsed strictly before.
+JSON = json.JSONDecoder()
+# What stands between names and values: RFC 8259 section 2.
+JSON_GAP = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
+
+def find_values(text, start, wanted):
+    """Where wanted values stand in the array or object that begins at `start`; returns its end.
+
+    `wanted` has, by name or index, what to call a value, or a dict of the same kind for what is
+    inside it. Yields for each what it is called, where its name begins (in an array: the value),
+    where it begins and where it ends. Nothing is decoded twice.
+    """
+    has_names = text[start] == "{"
+    position = JSON_GAP.match(text, start + 1).end()
+    for name in itertools.count():
+        if text[position] in "]}":
+            return position + 1
+        name_start = position
+        if has_names:
+            name, name_end = JSON.raw_decode(text, position)
+            position = JSON_GAP.match(text, name_end).end()
+        called = wanted.get(name)
+        if isinstance(called, dict):
+            end = yield from find_values(text, position, called)
+        else:
+            _, end = JSON.raw_decode(text, position)
+            if called is not None:
+                yield called, name_start, position, end
+        position = JSON_GAP.match(text, end).end()
+
+def edit_members(body, changes, renames=None):
+    """A JSON object with other values for what `changes` names, new members put in front.
+
+    A key of `changes` is the name of a member, or the path to a value inside one: a tuple of names
+    and indexes. `renames` gives some of the changed members another name. No other byte differs.
+    """
+    if not changes:
+        return body
+    text = body.decode("latin-1")           # a byte a character: of an emoji, all would take four
+    added = dict(changes)
+    inside = text.index("{") + 1
+    copied = inside                         # up to here, `edited` has the text
+    edited = []
+    for key, name_start, start, end in find_values(text, inside - 1, as_tree(changes)):
+        label = text[name_start:start]
+        if renames and key in renames:
+            label = json.dumps(renames[key]) + label.rpartition('"')[2]
+        edited += [text[copied:name_start], label, json.dumps(added.pop(key))]
+        copied = end
+        if not added:
+            break
+
+    front = json.dumps(added)[1:-1]
+    is_empty = text[JSON_GAP.match(text, inside).end()] == "}"
+    if front and not is_empty:
+        front += ", "
+    pieces = [text[:inside], front] + edited + [text[copied:]]
+    return "".join(pieces).encode("latin-1")
+
+def as_tree(changes):
+    """The keys of `changes` as find_values wants them: ("a", 0) becomes {"a": {0: ("a", 0)}}."""
+    tree = {}
+    for key in changes:
+        *outer, last = key if isinstance(key, tuple) else (key,)
+        node = tree
+        for name in outer:
+            node = node.setdefault(name, {})
+        node[last] = key
+    return tree
+
 # ---- Model rules ---------------------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
 # Touches: the path, members of an inspected body, a form: aliases become the models behind them.
 # Entered: `install_model_rules` in Service.install_features adds checks and a rule.
+# Needs: Body rules.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
 # and what has a model of its own. (Below `messages` and `input` stands what a model has written.)
@@ -4934,6 +4675,8 @@ def install_model_rules(service):
     service.checks.append(check_named_model)
     service.body_rules.append(apply_model_rules)
     service.check_form = apply_form_rules
+    if service.settings.models or service.settings.default_model:
+        service.inspects_bodies = True
 
 def check_named_model(handler):
     """400 or 403 for the model that a path or a query names; an alias in the path is replaced.
@@ -4974,6 +4717,30 @@ def find_path_model(path):
             return path[:match.end()], name, mark + after
     return path, "", ""
 
+def check_model(model, settings):
+    """The real name of a model. 403 unless it is on the list, or fits a pattern there."""
+    if settings.models and not allows_model(model, settings):
+        raise ErrorResponse(403, "model_not_allowed", "Model not allowed. Allowed models are: %s."
+                            % ", ".join(settings.models), param="model")
+    return settings.aliases.get(model, model)
+
+def allows_model(name, settings):
+    """Is it on the list of models, or does it fit a pattern there?"""
+    return name in settings.models or any(fits(name, parts) for parts in settings.model_patterns)
+
+def fits(name, parts):
+    """Does a name consist of these parts, with anything between them? In linear time."""
+    first, *middle, last = parts
+    if not name.startswith(first):
+        return False
+    position = len(first)
+    for part in middle:
+        found = name.find(part, position)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return name.endswith(last) and position + len(last) <= len(name)
+
 # -- in JSON
 
 def apply_model_rules(members, request, settings):
@@ -5009,7 +4776,7 @@ def named_model(members, request, settings):
         return ""
     if settings.default_model and is_inference(request):
         return settings.default_model
-    if settings.needs_model:
+    if settings.aliases:
         raise missing_model()
     return ""
 
@@ -5059,7 +4826,7 @@ def apply_form_rules(body, request, settings):
     if len(models) > 1:
         raise invalid_model("must hold `model` once")
     if not models:
-        if settings.needs_model and not request.model:
+        if settings.aliases and not request.model:
             raise missing_model()
         return body
     _, start, end = models[0]
@@ -5136,10 +4903,93 @@ def check_model_part(name, filename, headers):
 def invalid_form(reason):
     return ErrorResponse(400, "invalid_form", "The form cannot be read: %s." % reason)
 
+# -- the settings
+
+def parse_model(text):
+    """The name of a model, of whatever script. A full-width comma would make one name of two."""
+    takes = "a model's name: printable characters but commas, '=' and white space"
+    if not text.isprintable():
+        raise ValueError(takes)
+    return match_all("[^\\s=,，]*", text, takes).group()
+
+def parse_models(text):
+    """Names and aliases, each with the model behind it, in the order of the list."""
+    models = {}
+    takes = ("names, comma-separated, each once: model, alias=model, or a pattern such as gpt-4o* "
+             "that is no alias")
+    for entry in parse_list(text):
+        name, equals, model = map(str.strip, entry.partition("="))
+        has_bad_alias = equals and (not model or "*" in entry)
+        if not name or name in models or has_bad_alias:
+            raise ValueError(takes)
+        models[parse_model(name)] = parse_model(model or name)
+    return models
+
+def derive_models(settings):
+    """What follows from the list of models. A provider may have set names that it replaces."""
+    settings.aliases = settings.models or settings.aliases
+    settings.models_shown = [name for name in settings.models if "*" not in name]
+    settings.model_patterns = [name.split("*") for name in settings.models if "*" in name]
+    default = settings.default_model
+    if settings.models and default and not allows_model(default, settings):
+        raise SettingError("AIPROXY_DEFAULT_MODEL: got %r; it takes a name on AIPROXY_MODELS"
+                           % default)
+    settings.shown["AIPROXY_MODELS"] = settings.shown["AIPROXY_MODELS"] or "all"
+    settings.shown["AIPROXY_DEFAULT_MODEL"] = default or "none"
+
+MORE_SETTINGS.append(derive_models)
+OPTIONS += (
+    Option("AIPROXY_MODELS", AIPROXY_MODELS, parse_models,
+           "models allowed, comma-separated; alias=model adds a short name; gpt-4o* allows all "
+           "that begin so; empty: all"),
+    Option("AIPROXY_DEFAULT_MODEL", AIPROXY_DEFAULT_MODEL, parse_model,
+           "the model of a request on an inference path that names none; empty: it is refused if "
+           "AIPROXY_MODELS is set"),
+)
+
+# ---- Model list ----------------------------------------------------------------------------------
+# Does: answers GET /v1/models where AIPROXY_MODELS names some.
+# Touches: nothing.
+# Entered: `install_model_list` in Service.install_features adds an answer.
+# Needs: Model rules.
+
+def install_model_list(service):
+    if service.settings.aliases:
+        service.own_answers.append(answer_model_list)
+
+def answer_model_list(handler):
+    if not is_model_list(handler.request):
+        return False
+    send_models(handler, list_models(handler.service))
+    return True
+
+def send_models(handler, items):
+    handler.send_json(find_model(handler.request.path, items))
+
+def list_models(service):
+    """The items of the model list, in OpenAI's form."""
+    return [{"id": name, "object": "model", "created": service.server.started,
+             "owned_by": "aiproxy"} for name in service.settings.models_shown]
+
+def is_model_list(request):
+    return request.is_read_only and (request.path + "/").startswith("/v1/models/")
+
+def find_model(path, items):
+    """The whole list, or one entry of it. SDKs send the slashes of an id as %2F."""
+    wanted = urllib.parse.unquote(path[len("/v1/models/"):])
+    if not wanted:
+        return {"object": "list", "data": items}
+    for item in items:
+        if item["id"] == wanted:
+            return item
+    raise ErrorResponse(404, "model_not_found", "The model %s does not exist or you may not use it."
+                        % json.dumps(wanted[:200]), param="model")
+
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
 # Entered: `install_limits` in Service.install_features adds a rule, and a warning for the banner.
+# Needs: Body rules.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
 # llama.cpp's, Ollama's, Hugging Face's, SGLang's, and Gemini's in both of its spellings.
@@ -5186,6 +5036,8 @@ ONE_TOKEN = "...."     # what a token number counts as
 def install_limits(service):
     service.body_rules.append(limit_body)
     settings = service.settings
+    if settings.max_tokens or settings.max_chars:
+        service.inspects_bodies = True
     if not settings.max_tokens or settings.paths is None:
         return
     paths = [path for method, path in settings.paths if method in ("POST", "PUT", "PATCH", "*")]
@@ -5328,10 +5180,27 @@ def is_text(name, value, siblings):
             return True
     return not MEDIA_DATA.fullmatch(value)
 
+def derive_limits(settings):
+    if not settings.shown["AIPROXY_MAX_CHARS"]:
+        settings.max_chars = settings.upstream.provider.max_chars
+    settings.shown["AIPROXY_MAX_TOKENS"] = str(settings.max_tokens or "none")
+    settings.shown["AIPROXY_MAX_CHARS"] = str(settings.max_chars or "none")
+
+MORE_SETTINGS.append(derive_limits)
+OPTIONS += (
+    Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
+           "most output tokens of a request, all its answers together: larger limits are lowered, "
+           "missing ones added; empty: no limit"),
+    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
+           "most characters of prompt text, a token number being four; 0: no limit; empty: 131072 "
+           "for workers-ai, else 0"),
+)
+
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Service.install_features takes the place of `use_first_key`.
+# Entered: `install_key_rotation` in Service.install_features sets `use_key`.
+# Needs: Body rules.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
 KEY_COOLDOWN = 60                           # seconds, after a status that names no time
@@ -5412,19 +5281,114 @@ def retry_after(value):
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
     return min(max(seconds, 0), MAX_COOLDOWN)
 
+# ---- Kept connections ----------------------------------------------------------------------------
+# Does: keeps connections to the upstream for the next request: a new one costs two round trips.
+# Touches: connections after the end of an exchange. A request is sent again at most once.
+# Entered: `install_kept_connections` in Service.install_features sets `try_kept` and `keep`.
+
+POOL_SIZE = 100         # idle upstream connections
+POOL_SECONDS = 30       # for each: providers close theirs after 60
+
+def install_kept_connections(service):
+    pool = Pool()
+    handler = service.upstream_handler
+    handler.pool = pool
+    handler.keep = pool.release
+    handler.try_kept = functools.partial(try_kept, handler)
+    service.on_tick = pool.close_old
+    service.retire = pool.retire
+
+def try_kept(handler, request):
+    """An exchange over a kept connection; None if there is none, or it was closed meanwhile.
+
+    A request may be sent again if such a connection was closed before any byte of a response.
+    Either no byte of it had been taken, or it is one that may be carried out twice (RFC 9110
+    section 9.2.2): GET, HEAD, or any with an Idempotency-Key.
+    """
+    connection = handler.pool.acquire()
+    if connection is None:
+        return None
+    may_repeat = is_repeatable(request)
+    exchange = Exchange(connection, request, handler.keep)
+    try:
+        return handler.run_exchange(exchange)
+    except (OSError, ProtocolError) as error:
+        is_answered = isinstance(error, ProtocolError) or connection.buffer or exchange.interim
+        is_taken = exchange.bytes_sent and not may_repeat
+        if is_answered or is_taken or isinstance(error, socket.timeout):
+            raise response_error(error)
+    return None
+
+def is_repeatable(request):
+    """May it be carried out twice, and is all of it here?"""
+    is_idempotent = any(name.lower() == b"idempotency-key" for name, _ in request.fields)
+    return request.upload.done and (is_idempotent or request.method in ("GET", "HEAD"))
+
+
+class Pool:
+    """The idle connections to the upstream."""
+
+    def __init__(self):
+        self.size = POOL_SIZE               # connections at most
+        self.idle = collections.deque()     # of (connection, until); the newest at the right
+
+    def acquire(self):
+        """An idle connection that is still good; None if there is none."""
+        while True:
+            try:
+                connection, until = self.idle.pop()
+            except IndexError:              # other threads take some, too
+                return None
+            if time.monotonic() < until and is_silent(connection):
+                return connection
+            connection.close()
+
+    def release(self, connection, headers):
+        """Keep a connection whose last response had these headers."""
+        self.idle.append((connection, time.monotonic() + idle_seconds(headers)))
+        while len(self.idle) > self.size:
+            self.idle.popleft()[0].close()
+
+    def retire(self):
+        """Keep no more: running requests may still bring some."""
+        self.size = 0
+        self.close_old(math.inf)
+
+    def close_old(self, now):
+        """Close what has been idle too long; called by the relay loop twice a second."""
+        for entry in self.idle.copy():
+            if now >= entry[1]:
+                with contextlib.suppress(ValueError):       # it has just been taken
+                    self.idle.remove(entry)
+                    entry[0].close()
+
+
+def idle_seconds(headers):
+    """How long to keep the connection: a second less than the upstream says that it does."""
+    says = headers.get(b"keep-alive")
+    timeout = says and re.search(br"timeout *= *([0-9]{1,9})", says, re.I)
+    return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
+
+def is_silent(connection):
+    """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
+    try:
+        return connection.receive() is None
+    except OSError:
+        return False
+
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
-# Touches: the address that the pool connects to; a connection before its TLS; plain requests.
-# Entered: `install_upstream_proxy` in Service.install_features changes the pool or the opener.
+# Touches: the address that is connected to; a connection before its TLS; plain requests.
+# Entered: `install_upstream_proxy` in Service.install_features changes the connector or the opener.
 
 def install_upstream_proxy(service):
     proxy = service.settings.proxy
     if not proxy:
         return
     service.proxy = proxy.netloc
-    service.upstream_handler.pool.address = proxy.address
+    service.upstream_handler.connector.address = proxy.address
     if service.settings.upstream.scheme == "https":
-        service.upstream_handler.pool.open_tunnel = proxy.open_tunnel
+        service.upstream_handler.connector.open_tunnel = proxy.open_tunnel
     else:
         service.opener.add_handler(proxy)
 
@@ -5505,7 +5469,8 @@ class UpstreamProxy(urllib.request.BaseHandler):
 # ---- Fields for the upstream ---------------------------------------------------------------------
 # Does: adds the header fields of AIPROXY_UPSTREAM_HEADERS to every request to the upstream.
 # Touches: the fields of the request; the responses, in which their values must not come down.
-# Entered: `install_upstream_fields` in Service.install_features takes the place of `keep_fields`.
+# Entered: `install_upstream_fields` in Service.install_features sets `edit_upstream_headers`.
+# Needs: Keys in long errors.
 
 # Host, framing, and what speaks of the body, the connection or one request: ours to write.
 RESERVED_FIELDS = HOP_BY_HOP | frozenset(
@@ -5625,11 +5590,257 @@ OPTIONS += (
            "';'; they replace the client's, and their values are secret"),
 )
 
+# ---- Early responses -----------------------------------------------------------------------------
+# Does: lets a request's body go on up while the response that came before its end goes down. (Part
+# one ends such an upload, and with it both connections.)
+# Touches: both connections, in the relay loop.
+# Entered: `install_early_responses` in Service.install_features sets `make_job`.
+
+def install_early_responses(service):
+    service.make_job = make_job
+
+def make_job(handler, exchange, is_chunked, secret_filter):
+    kind = ResponseJob if exchange.request_sent else TwoWayJob
+    return kind(handler, exchange, is_chunked, secret_filter)
+
+
+class TwoWayJob(ResponseJob):
+    """The body of a response on its way down, and the rest of the request's on its way up."""
+
+    up_waits_for = None                     # the side that what goes up waits for
+
+    def start(self):
+        super().start()
+        if self.state != self.ENDED:
+            self.move_up()
+
+    def move_up(self):
+        """The upstream has responded before the end of the request's body, which goes on."""
+        if self.outcome:                    # the response has ended, and with it the exchange
+            return None
+        sent = self.exchange.bytes_sent
+        try:
+            self.up_waits_for = self.exchange.send_more()
+        except ClientGone as gone:
+            return self.finish(gone.outcome)
+        except ErrorResponse as error:      # the body breaks a rule, or off
+            return self.end_early(error.code)
+        if self.exchange.bytes_sent > sent:
+            self.heard = self.loop.now
+        return self.set_state(self.state)
+
+    def upstream_mask(self):
+        goes_up = self.up_waits_for is self.upstream and not self.outcome
+        return super().upstream_mask() | (WRITE if goes_up else 0)
+
+    def on_upstream(self, mask):
+        if mask & WRITE:
+            self.move_up()
+        super().on_upstream(mask)
+
+    def on_client(self, mask):
+        super().on_client(mask)
+        if self.state != self.ENDED and self.up_waits_for is self.client:
+            self.move_up()
+
+    def on_tick(self):
+        """As long as the body's next bytes are the client's to send, its pace counts."""
+        if self.up_waits_for is not self.client or self.is_stalled():
+            super().on_tick()
+            return
+        try:
+            self.exchange.request.upload.add_wait(TICK_SECONDS)
+        except ErrorResponse as error:
+            self.end_early(error.code)
+
+# ---- Event streams -------------------------------------------------------------------------------
+# Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
+# for the end where TLS ends without close_notify.
+# Touches: event streams, between two events; what counts as a cut.
+# Entered: `install_event_streams` in Service.install_features sets `follow_events`.
+
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+def install_event_streams(service):
+    service.follow_events = follow_events
+    service.error_form = lambda path: OPENAI_ERRORS      # of the events of the API there
+
+def follow_events(job, handler):
+    """What follows the events of a response; None where no event of ours can go down."""
+    exchange = job.exchange
+    # A length, or a filter, says by itself where the body would have ended.
+    is_open_ended = exchange.length is None and job.secret_filter is None
+    if not exchange.is_event_stream or exchange.is_coded or not is_open_ended:
+        return None
+    # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
+    is_in_doubt = job.upstream.is_tls and isinstance(job.body, UntilCloseBody)
+    last_event = LastEvent() if is_in_doubt else None
+    return EventStream(last_event, functools.partial(error_event, handler))
+
+
+class OpenAIErrors:
+    """How our errors look in OpenAI's API."""
+
+    def body(self, error, request_id):
+        """What the body of an error response is the JSON of."""
+        return {"error": error_object(error)}
+
+    def event(self, error, request_id):
+        """The data of the event that tells of a cut stream, and its name."""
+        return self.body(error, request_id), ""
+
+
+OPENAI_ERRORS = OpenAIErrors()
+
+def error_event(handler, error):
+    """The event that tells of an error in a stream that has begun."""
+    form = handler.service.error_form(handler.record.path)
+    return render_error_event(error, form, handler.record.id)
+
+def render_error_event(error, form=OPENAI_ERRORS, request_id=""):
+    return render_event(*form.event(error, request_id))
+
+def render_event(data, name=""):
+    """One event of a stream, in ASCII, because a delta may hold half a surrogate pair.
+
+    Never with `id:` or `retry:`, which openai-python stumbles over.
+    """
+    event = "data: %s\n\n" % json.dumps(data)
+    return ("event: %s\n%s" % (name, event) if name else event).encode()
+
+
+class EventStream:
+    """Where a stream of events stands: an event of our own can only go between two events."""
+
+    CUT_REASONS = {     # other outcomes: the upstream has closed the connection
+        "upstream_timeout": "The upstream timed out",
+        "shutdown": "The proxy was stopped",
+        "request_timeout": "The request's body came too slowly",
+        "request_too_large": "The request's body is larger than allowed",
+        "bad_request": "The request's body is malformed",
+        "incomplete_body": "The request's body ended early",
+    }
+
+    def __init__(self, last_event, render_error):
+        self.last_event = last_event
+        self.render_error = render_error
+        self.tail = EVENT_ENDS[0]           # the end of what went down
+
+    def feed(self, data):
+        self.tail = (self.tail + data[-4:])[-4:]
+        if self.last_event:
+            self.last_event.feed(data)
+
+    def is_between_events(self):
+        return self.tail.endswith(EVENT_ENDS)
+
+    def is_final(self):
+        """Is this the API's own end, where nothing else tells?"""
+        return self.last_event is not None and self.last_event.is_final()
+
+    def tell_cut(self, outcome):
+        """The event for it, if one can go down."""
+        if not self.is_between_events():
+            return b""
+        reason = self.CUT_REASONS.get(outcome, "The upstream closed the connection")
+        return self.render_error(upstream_error(
+            outcome, reason + " in the middle of this response."))
+
+
+class LastEvent:
+    """The beginning of the last event of a stream, kept as it passes."""
+
+    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
+                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
+
+    def __init__(self):
+        self.event = b""
+
+    def feed(self, data):
+        data = (self.event + data).replace(b"\r\n", b"\n")
+        content = data.rstrip(b"\n")
+        line_ends = data[len(content):]
+        self.event = content.rpartition(b"\n\n")[2][:256] + line_ends[:2]
+
+    def is_final(self):
+        """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
+        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
+
+# ---- Errors in the form of other APIs ------------------------------------------------------------
+# Does: gives our errors the form of the API that was called, so that its SDK can show them.
+# Touches: nothing; it makes other objects of the same errors.
+# Entered: `install_error_forms` in Service.install_features finds the form by the path.
+# Needs: Event streams.
+
+ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error"}
+GOOGLE_STATUSES = {     # google/rpc/code.proto; any other is UNAVAILABLE or INVALID_ARGUMENT
+    401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
+    408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 501: "UNIMPLEMENTED",
+    504: "DEADLINE_EXCEEDED"}
+
+
+class ResponsesErrors(OpenAIErrors):
+    """OpenAI's Responses API: its own kind of event, whose name says what it is.
+
+    `error` is what OpenAI's SDKs raise, the rest is what the API documents. Some clients pass over
+    an event without its number, which nobody here has counted.
+    """
+
+    def event(self, error, request_id):
+        details = error_object(error)
+        return dict(details, type="error", sequence_number=0, error=details), "error"
+
+
+class AnthropicErrors(OpenAIErrors):
+    """The Messages API. Its SDKs pass over events without a name."""
+
+    def body(self, error, request_id):
+        kind = "api_error" if error.status >= 500 else "invalid_request_error"
+        details = {"type": ANTHROPIC_TYPES.get(error.status, kind), "message": error.message}
+        return {"type": "error", "error": details, "request_id": request_id}
+
+    def event(self, error, request_id):
+        return self.body(error, request_id), "error"
+
+
+class GoogleErrors(OpenAIErrors):
+    """Gemini's own API. Its SDKs compare `code` with numbers, in an event as well."""
+
+    def body(self, error, request_id):
+        status = "UNAVAILABLE" if error.status >= 500 else "INVALID_ARGUMENT"
+        return {"error": {"code": error.status, "message": error.message,
+                          "status": GOOGLE_STATUSES.get(error.status, status)}}
+
+
+ERROR_FORMS = (     # by the path, also as a client with a slightly wrong base URL has it
+    (re.compile("(?:/+v1)*/+messages(?:/|$)"), AnthropicErrors()),
+    (re.compile("(?:/+v1)*/+responses(?:/|$)"), ResponsesErrors()),
+    (re.compile("/+v1(?:alpha|beta)/"), GoogleErrors()),
+    # google-genai 3 calls /v1/models/MODEL:generateContent. OpenAI-style names have tags (m:8b).
+    (re.compile("/+v1/+models/[^/]+:[a-z]+[A-Z][A-Za-z]+$"), GoogleErrors()),
+)
+
+def install_error_forms(service):
+    service.error_form = find_error_form
+    service.error_body = error_body
+
+def error_body(path, error, request_id):
+    return find_error_form(path).body(error, request_id)
+
+def find_error_form(path):
+    for pattern, form in ERROR_FORMS:
+        if pattern.match(path):
+            return form
+    return OPENAI_ERRORS
+
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
-# Entered: `install_heartbeats` in Service.install_features takes the places of functions that do
-# nothing.
+# Entered: `install_heartbeats` in Service.install_features sets `on_silence`, `add_heartbeats`.
+# Needs: Event streams.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
 
@@ -5641,7 +5852,9 @@ def install_heartbeats(service):
 
 def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
-    if job.loop.now - max(job.heard, job.taken) >= seconds:
+    if not job.events or not job.events.is_between_events():
+        return
+    if job.loop.now - max(job.heard, job.last_taken) >= seconds:
         job.bytes += len(HEARTBEAT)
         job.send(encode_chunk(HEARTBEAT, job.is_chunked))
 
@@ -5659,10 +5872,77 @@ def wait_with_heartbeats(seconds, wait, send):
                 send(HEARTBEAT)
     return wait_in_parts
 
+OPTIONS += (
+    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT, number(float, 0, 86400, "seconds, 0 for none"),
+           "seconds between the comments that a silent event stream gets, so that no load balancer "
+           "cuts it; 0: none"),
+)
+
+# ---- Queued log ----------------------------------------------------------------------------------
+# Does: has a thread for each of stdout and stderr write the log, so that a reader that stalls holds
+# up no client.
+# Touches: nothing but the log; lines that nobody reads in time are dropped and counted.
+# Entered: `QueuedLog` in Server takes the place of `Log`.
+
+LOG_SECONDS = 0.05      # between two writes of the log: many lines are one write
+MAX_LOG_LINES = 10000   # that wait to be written
+
+
+class QueuedLog(Log):
+
+    def __init__(self, format, secrets):
+        super().__init__(format, secrets)
+        streams = (sys.stdout, sys.stderr)
+        self.writers = {stream: LogWriter(stream, self.warn) for stream in streams}
+
+    def start(self):
+        for writer in self.writers.values():
+            writer.start()
+
+    def put(self, stream, line, end="\n"):
+        self.writers[stream].put(line + end)
+
+    def close(self, seconds):
+        """Wait until all lines are written, or for `seconds`."""
+        for writer in self.writers.values():    # stderr is the last: it tells what stdout lost
+            writer.queue.put(None)
+            writer.join(seconds / 2)
+
+
+class LogWriter(threading.Thread):
+    """Writes lines to one stream, so that a reader that stalls holds up nobody else."""
+
+    def __init__(self, stream, warn):
+        super().__init__(daemon=True, name="log")
+        self.stream = stream
+        self.warn = warn
+        self.queue = queue.SimpleQueue()    # of lines; None is the end
+        self.lost = 0                       # lines that nobody read in time
+
+    def put(self, line):
+        if self.queue.qsize() < MAX_LOG_LINES:
+            self.queue.put(line)
+        else:
+            self.lost += 1
+
+    def run(self):
+        ended = False
+        while not ended:
+            batch = [self.queue.get()]
+            while not self.queue.empty():
+                batch.append(self.queue.get())
+            ended = None in batch
+            write_all(self.stream, "".join(filter(None, batch)))
+            if self.lost:
+                self.warn("%d lines of the log were lost: nobody read them in time" % self.lost)
+                self.lost = 0
+            if not ended:
+                time.sleep(LOG_SECONDS)     # what comes meanwhile is one write
+
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
-# Entered: `install_model_names` in Service.install_features takes the place of `no_observer`.
+# Entered: `install_model_names` in Service.install_features sets `observe_request`.
 
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
@@ -5711,10 +5991,11 @@ class ModelFinder:
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Service.install_features takes the place of `no_observer`.
+# Entered: `install_token_counts` in Service.install_features sets `observe_response`.
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
+MAX_USAGE_DEPTH = 100   # objects and arrays in it: a parser recurses, and a stack is small
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
 def install_token_counts(service):
@@ -5766,92 +6047,132 @@ class TokenCounter:
 
     def parse(self, part):
         """The object that `part` begins with; {} if it is none."""
+        if part.count(b"[") + part.count(b"{") > MAX_USAGE_DEPTH:
+            return {}
         try:
-            check_nesting(part)
             return json.JSONDecoder().raw_decode(part.decode("utf-8", "replace"))[0]
         except ValueError:
             return {}
 
+# ---- Early hints ---------------------------------------------------------------------------------
+# Does: passes a 103 (RFC 8297) on where no key is hidden, so that a page may begin to load.
+# Touches: nothing; it sends a head of its own.
+# Entered: `install_early_hints` in Service.install_features sets `on_interim`.
+
+def install_early_hints(service):
+    if not service.settings.provider_keys:
+        service.on_interim = pass_early_hints
+
+def pass_early_hints(handler, status, headers):
+    if status == 103 and not handler.request.is_http10:
+        fields = downstream_headers(headers, handler.settings)
+        handler.send_to_client(render_head(b"HTTP/1.1 103 Early Hints", fields))
+
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Service.install_features adds an upgrade.
+# Entered: `install_websocket` in Service.install_features adds a check, and what follows a 101.
+# Needs: Model rules, Token and prompt limits.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
 UNTOLD_SECONDS = 2      # where the other side cannot be told that it has
 KEY_PROTOCOL = b"openai-insecure-api-key."      # how a browser's WebSocket carries a key
 
 def install_websocket(service):
-    service.upgrades[b"websocket"] = WebSocketUpgrade()
+    service.prepare_request = prepare_websocket
+    service.checks.insert(0, check_websocket)
+    service.switch_protocols = relay_websocket
 
+def prepare_websocket(handler):
+    """Let the fields of an upgrade go up, and none that carries a client key."""
+    request = handler.request
+    settings = handler.settings
+    is_plain = request.method != "GET" or request.is_http10 or not handler.upload.done
+    if is_plain or wanted_upgrade(request.headers) != b"websocket":
+        return
+    if settings.client_keys or settings.provider_keys:
+        take_key_protocol(request)
+    if settings.has_own_keys:
+        request.own_fields.update(websocket_fields(request.headers))
+    request.own_fields[b"connection"] = (b"Connection", b"Upgrade")
+    request.own_fields[b"upgrade"] = (b"Upgrade", b"websocket")
 
-class WebSocketUpgrade:
-    """What serves a WebSocket. `prepare` and `check` look at values only."""
+def wanted_upgrade(headers):
+    """The one protocol that a peer wants to change to, in lower case; b"" for none."""
+    protocols = headers.elements(b"upgrade")
+    is_wanted = b"upgrade" in headers.connection and len(protocols) == 1
+    return protocols[0].lower() if is_wanted else b""
 
-    def prepare(self, request, settings):
-        """Turn the key in Sec-WebSocket-Protocol into the header field that it stands for.
+def websocket_fields(headers):
+    """By names in lower case the fields that are WebSocket's own, each once."""
+    return {name.lower(): (name, b", ".join(headers.get_all(name.lower())))
+            for name, _ in headers.fields
+            if name.lower().startswith(b"sec-websocket-")
+            and name.lower() not in headers.connection}
 
-        Browsers cannot set one here. Our own key must not go up, but a caller's own key may.
-        """
-        if not (settings.client_keys or settings.provider_keys):
-            return
-        fields = []
-        for name, value in request.headers.fields:
-            if name.lower().replace(b"_", b"-") == b"sec-websocket-protocol":
-                protocols = [one.strip() for one in value.split(b",")]
-                fields += [(b"x-api-key", one[len(KEY_PROTOCOL):]) for one in protocols
-                           if one.startswith(KEY_PROTOCOL)]
-                value = b", ".join(one for one in protocols if not one.startswith(KEY_PROTOCOL))
-                if not value:
-                    continue
-            fields.append((name, value))
-        request.headers = Headers(fields)
+def take_key_protocol(request):
+    """Turn the key in Sec-WebSocket-Protocol into the header field that it stands for.
 
-    def check(self, request, settings):
-        """The model stands in the query, at one path for all of the connection. Else 400 or 403."""
-        reads_frames = settings.models or settings.max_tokens or settings.max_chars
-        if reads_frames and request.path != "/v1/realtime":
-            raise ErrorResponse(403, "websocket_not_allowed", "AIPROXY_MODELS, AIPROXY_MAX_TOKENS "
-                                "and AIPROXY_MAX_CHARS cannot hold in a WebSocket here.")
-        pairs = urllib.parse.parse_qsl(request.query[1:])
-        models = [value for name, value in pairs if name.casefold() == "model"]
-        request.model = ",".join(models)
-        if not settings.models:
-            return
-        if len(models) != 1:
-            code = "invalid_model" if models else "missing_model"
-            raise ErrorResponse(400, code, "The query must hold `model` once.", param="model")
-        model = check_model(request.model, settings)
-        request.query = "?" + "&".join(
-            self.replace_model(part, model)
-            for part in request.query[1:].split("&"))
+    Browsers cannot set one here. Our own key must not go up, but a caller's own key may.
+    """
+    fields = []
+    for name, value in request.headers.fields:
+        if name.lower().replace(b"_", b"-") == b"sec-websocket-protocol":
+            protocols = [one.strip() for one in value.split(b",")]
+            fields += [(b"x-api-key", one[len(KEY_PROTOCOL):]) for one in protocols
+                       if one.startswith(KEY_PROTOCOL)]
+            value = b", ".join(one for one in protocols if not one.startswith(KEY_PROTOCOL))
+            if not value:
+                continue
+        fields.append((name, value))
+    request.headers = Headers(fields)
 
-    def replace_model(self, part, model):
-        """One part of a query, with the real name of the model."""
-        name, equals, _ = part.partition("=")
-        if equals and urllib.parse.unquote_plus(name).casefold() == "model":
-            return "model=" + urllib.parse.quote(model, "")
-        return part
+def check_websocket(handler):
+    """The model stands in the query, at one path for all of the connection. Else 400 or 403."""
+    request = handler.request
+    settings = handler.settings
+    if b"upgrade" not in request.own_fields:
+        return
+    reads_frames = settings.models or settings.max_tokens or settings.max_chars
+    if reads_frames and request.path != "/v1/realtime":
+        raise ErrorResponse(403, "websocket_not_allowed", "AIPROXY_MODELS, AIPROXY_MAX_TOKENS "
+                            "and AIPROXY_MAX_CHARS cannot hold in a WebSocket here.")
+    pairs = urllib.parse.parse_qsl(request.query[1:])
+    models = [value for name, value in pairs if name.casefold() == "model"]
+    request.model = ",".join(models)
+    handler.record.model = request.model
+    if not settings.models:
+        return
+    if len(models) != 1:
+        code = "invalid_model" if models else "missing_model"
+        raise ErrorResponse(400, code, "The query must hold `model` once.", param="model")
+    model = check_model(request.model, settings)
+    request.query = "?" + "&".join(
+        replace_model(part, model) for part in request.query[1:].split("&"))
 
-    def relay(self, handler):
-        """Ask the upstream; after a 101 the relay loop moves bytes both ways."""
-        handler.record.model = handler.request.model
-        exchange = handler.ask_upstream(b"")
-        if exchange.status != 101:
-            return handler.relay(exchange)
-        settings = handler.settings
+def replace_model(part, model):
+    """One part of a query, with the real name of the model."""
+    name, equals, _ = part.partition("=")
+    if equals and urllib.parse.unquote_plus(name).casefold() == "model":
+        return "model=" + urllib.parse.quote(model, "")
+    return part
+
+def relay_websocket(handler, exchange):
+    """The relay loop moves bytes both ways."""
+    settings = handler.settings
+    tunnel = Tunnel(handler.client, exchange.connection, settings.timeout)
+    try:
+        if wanted_upgrade(exchange.headers) != b"websocket":    # RFC 9110 section 7.8
+            raise response_error(ProtocolError("it switched protocols unasked"))
         headers = downstream_headers(exchange.headers, settings)
         headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-        tunnel = Tunnel(handler.client, exchange.connection, settings.timeout)
-        try:
-            handler.start_response(101, exchange.reason, headers)
-            handler.server.relay_loop.run_and_wait(tunnel)
-        finally:
-            exchange.close()
-        handler.record.outcome = tunnel.outcome
-        handler.is_whole = tunnel.outcome == "ok"
-        handler.record.bytes = tunnel.bytes
-        return None
+        handler.start_response(101, exchange.reason, headers)
+        handler.server.relay_loop.run_and_wait(tunnel)
+    finally:
+        exchange.close()
+    handler.record.outcome = tunnel.outcome
+    handler.is_whole = tunnel.outcome == "ok"
+    handler.record.bytes = tunnel.bytes
 
 
 class Tunnel(Job):
@@ -6009,14 +6330,14 @@ PROVIDER_HOSTS.append((AZURE_HOST, Provider("", "api-key")))
 def print_banner(server):
     settings = server.settings
     client_names = [name for name, _ in settings.client_keys]
-    shown = settings.shown
-    origins = ["any"] if settings.any_origin else settings.origins
+    shown = collections.defaultdict(lambda: "none", settings.shown)
+    origins = shown["AIPROXY_ORIGINS"]
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
         "models       " + (", ".join(settings.models) or "all"),
         "paths        " + shown["AIPROXY_PATHS"],
-        "origins      " + (", ".join(origins) or "none: browsers are refused"),
+        "origins      " + {"*": "any", "none": "none: browsers are refused"}.get(origins, origins),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
             shown["AIPROXY_RATE"], shown["AIPROXY_MAX_TOKENS"], shown["AIPROXY_MAX_CHARS"],
             settings.max_body),
@@ -6046,7 +6367,7 @@ def describe_upstream(server):
 
 def all_rates(server):
     """The rate of all processes together, each of which counts for itself."""
-    number, _, unit = server.settings.shown["AIPROXY_RATE"].partition("/")
+    number, _, unit = server.settings.shown.get("AIPROXY_RATE", "").partition("/")
     return " and %d/%s" % (server.processes * int(number), unit) if unit else ""
 
 def warnings(server):
@@ -6057,8 +6378,6 @@ def warnings(server):
                % (server.capacity, settings.max_connections))
     if settings.provider_keys and settings.open and not settings.client_keys:
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
-    if settings.is_guarded_by_loopback and settings.any_origin:
-        yield "AIPROXY_ORIGINS=*: any web page that you open can spend your key"
     for name, (ours, is_set) in others_names(settings).items():
         if settings.environ.get(name) and not is_set:
             yield "%s is not read; the name here is %s" % (name, ours)
@@ -6072,7 +6391,7 @@ def others_names(settings):
     return {
         "VALID_API_KEYS": ("AIPROXY_CLIENT_KEYS", settings.client_keys),
         "API_KEY": (key_variable, settings.provider_keys),
-        "MODELS": ("AIPROXY_MODELS", settings.models),
+        "MODELS": ("AIPROXY_MODELS", settings.shown.get("AIPROXY_MODELS") != "all"),
     }
 
 def curl_command(server):
@@ -6170,7 +6489,7 @@ def ask_for_models(server, index):
               (b"User-Agent", b"aiproxy/%b" % __version__.encode())]
     if "/v1/messages" in upstream.provider.paths:
         fields.append((b"anthropic-version", b"2023-06-01"))
-    request = Request((b"GET", b"/v1/models", None, b"1", b"1"), Headers(fields), "")
+    request = Request((b"GET", b"/v1/models", None, b"1", b"1"), Headers(fields))
     fields = server.service.edit_upstream_headers(upstream_headers(request, settings), settings)
 
     target = upstream.map_path("/v1/models")
@@ -6440,6 +6759,26 @@ def tune_malloc():
             libc.mallopt(option, value)
         libc.malloc_trim(0)
 
+# ---- Open files ----------------------------------------------------------------------------------
+# Does: raises the limit of open files, and serves as many clients as it leaves room for.
+# Touches: the process's limit.
+# Entered: `raise_file_limit` in Server.
+
+def raise_file_limit(wanted):
+    """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
+
+    Each client needs two: its own connection and its upstream's.
+    """
+    try:
+        import resource             # not on Windows
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, ValueError, OSError):
+        return wanted
+    if hard == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, (hard - SPARE_FILES) // 2))
+
 # ---- Responses made of chat ----------------------------------------------------------------------
 # Does: makes chat requests of those of OpenAI's Responses API, and its responses of chat's deltas.
 # Touches: nothing; values in, values out.
@@ -6649,6 +6988,7 @@ class ResponseEvents:
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
+# Needs: Body rules, Model rules, Model list, Event streams.
 #
 # Follow translate_request, then translate_response or StreamTranslator, or translate_error.
 # [O] official, [T] told by others: how far a fact can be trusted.
@@ -7303,9 +7643,9 @@ def prepare_workers(settings):
     accounts = settings.read("CLOUDFLARE_ACCOUNT_ID")
     keys = settings.provider_keys
     if not keys or len(accounts) not in (1, len(keys)):
-        raise SettingError("workers-ai needs CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN, a token "
-                           "with Workers AI Read and Edit: one account for all tokens, or as many "
-                           "accounts as tokens, in their order")
+        raise SettingError("workers-ai needs CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN, a "
+                           "token with Workers AI Read and Edit: one account for all tokens, or "
+                           "as many accounts as tokens, in their order")
     provider = settings.upstream.provider
     settings.upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     settings.upstream.provider = provider
@@ -7313,9 +7653,6 @@ def prepare_workers(settings):
     settings.account_paths = paths * (len(keys) // len(accounts))       # by the key's index
     settings.hidden_words = [account.encode() for account in accounts]
     settings.workers_secrets = accounts + [key.decode() for key in keys]
-    settings.needs_model = True
-    settings.lists_models = True
-    settings.has_body_rules = True
     if settings.models.get("short") == "short":
         del settings.models["short"]
         settings.models.update(WORKERS_ALIASES)
@@ -7382,6 +7719,12 @@ class WorkersHandler(Handler):
             raise ErrorResponse(404, "not_found", "Workers AI has POST %s and GET /v1/models."
                                 % ", ".join(WORKERS_PATHS))
 
+    def answer_ourselves(self):
+        if not is_model_list(self.request):
+            return super().answer_ourselves()
+        send_models(self, self.list_models())
+        return True
+
     def list_models(self):
         self.run_checks()               # the list may cost a call
         catalogue = self.settings.catalogue
@@ -7420,8 +7763,11 @@ class WorkersHandler(Handler):
             items += page
         return items
 
-    def apply_body_rules(self, body):
-        members, changes = self.check_body(body)
+    def read_body(self):
+        return read_inspected_body(self, WorkersHandler.translate_body)
+
+    def translate_body(self, body):
+        members, changes = check_body(self, body)
         settings = self.settings
         shown = self.request.model
         model = settings.aliases.get(shown, shown)
@@ -7449,7 +7795,7 @@ class WorkersHandler(Handler):
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
         call = self.call
-        translator = StreamTranslator(call, self.render_error_event)
+        translator = StreamTranslator(call, functools.partial(error_event, self))
         try:
             if exchange.status != 200:
                 raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
@@ -7767,7 +8113,15 @@ PAGE_RULES = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 def install_start_page(service):
-    service.start_page = start_page
+    service.free_answers.insert(0, answer_with_page)
+
+def answer_with_page(handler):
+    request = handler.request
+    wants_page = b"text/html" in request.headers.get(b"accept", b"")
+    if request.path != "/" or not wants_page or not request.is_read_only:
+        return False
+    handler.send_response(200, *start_page(request))
+    return True
 
 def start_page(request):
     """The headers and the content of the page, as bytes.
@@ -7851,11 +8205,12 @@ class DemoProvider(http.server.BaseHTTPRequestHandler):
         return self.send_failure(401, "invalid_api_key", "Incorrect API key.")
 
     def send_event(self, data):
-        self.wfile.write(encode_chunk(render_event(data)))
+        event = "data: %s\n\n" % json.dumps(data)
+        self.wfile.write(encode_chunk(event.encode()))
 
     def send_failure(self, status, code, message):
         error = ErrorResponse(status, code, message)
-        self.send_json(status, OPENAI_ERRORS.body(error, ""))
+        self.send_json(status, {"error": error_object(error)})
 
     def send_json(self, status, data):
         body = json.dumps(data).encode()

@@ -368,14 +368,17 @@ class Client:
             lines.append("Content-Length: %d" % len(body))
         self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
 
-    def more(self):
-        """Read the next bytes; False at the end."""
+    def receive(self):
         try:
-            piece = self.sock.recv(65536)
+            return self.sock.recv(65536)
         except ssl.SSLEOFError:
             raise ConnectionAbortedError("without close_notify")
         except ssl.SSLZeroReturnError:
-            piece = b""
+            return b""
+
+    def more(self):
+        """Read the next bytes; False at the end."""
+        piece = self.receive()
         self.data += piece
         return bool(piece)
 
@@ -392,7 +395,7 @@ class Client:
         missing = count - len(self.data)
         try:
             while missing > 0:
-                piece = self.sock.recv(65536)
+                piece = self.receive()
                 if not piece:
                     return False
                 pieces.append(piece)

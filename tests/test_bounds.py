@@ -254,7 +254,7 @@ def test_a_thread_serves_one_client_after_the_other(relay):
 
 def test_log_lines_that_cannot_be_written_are_dropped_and_counted():
     # its thread does not run, as if stdout were blocked
-    log = aiproxy.Log("text", [])
+    log = aiproxy.QueuedLog("text", [])
     for _ in range(aiproxy.MAX_LOG_LINES + 5):
         log.write(aiproxy.Record("192.0.2.1"))
 
@@ -404,7 +404,7 @@ def test_nothing_of_a_body_is_kept_while_its_response_streams(
         assert client.read_chunk()
         upstream.all_bytes = b""
         assert allocated() < 4 * MEGABYTE
-        assert running.server.body_budget.held == 0
+        assert running.server.service.body_budget.held == 0
         gate.set()
 
 
@@ -436,7 +436,7 @@ def test_nothing_of_a_refused_body_is_kept(relay, allocated, send):
 
     wait_until_no_client(running)
     assert allocated() < 4 * MEGABYTE
-    assert running.server.body_budget.held == 0
+    assert running.server.service.body_budget.held == 0
 
 
 @pytest.mark.parametrize("settings", [
@@ -454,7 +454,7 @@ def test_all_bodies_that_are_held_share_one_budget(upstream, relay, settings):
             client = running.client()
             clients.append(client)
             client.request("POST", CHAT, body[:half], [("Content-Length", str(len(body)))])
-        budget = running.server.body_budget
+        budget = running.server.service.body_budget
         while budget.held < 16 * half:
             threading.Event().wait(0.01)
 
@@ -498,7 +498,7 @@ def test_large_bodies_are_parsed_one_at_a_time(relay, monkeypatch):
         for client in (first, second):
             client.request("POST", CHAT, large_body(2))
         assert inside.acquire(timeout=PATIENCE)
-        while running.server.body_budget.held < 4 * MEGABYTE:
+        while running.server.service.body_budget.held < 4 * MEGABYTE:
             threading.Event().wait(0.01)
 
         # small ones do not wait

@@ -386,7 +386,7 @@ def test_the_key_may_stand_in_the_certificates_file(client_certificate, tmp_path
 
 def test_an_encrypted_key_is_an_error_and_no_prompt(client_certificate, tmp_path):
     locked = tmp_path / "locked.key"
-    command = ["openssl", "rsa", "-aes128", "-passout", "pass:secret-word"]
+    command = ["openssl", "pkey", "-aes128", "-passout", "pass:secret-word"]
     command += ["-in", client_certificate["TLS_KEY"], "-out", str(locked)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     environ = {"AIPROXY_TLS_CERT": client_certificate["TLS_CERT"], "AIPROXY_TLS_KEY": str(locked)}

@@ -289,7 +289,7 @@ def test_the_client_is_the_last_address_that_is_not_a_trusted_proxy(
     aiproxy.install_trusted_proxies(service)
     headers = aiproxy.Headers([(b"X-Forwarded-For", forwarded_for.encode())])
 
-    assert aiproxy.find_client(address, headers, service.is_trusted_proxy) == client
+    assert service.find_client(address, headers) == client
 
 
 def test_a_trusted_proxy_decides_whom_the_rate_counts(relay, monkeypatch):

@@ -565,7 +565,8 @@ def test_what_no_key_guards_is_served_to_this_machine_only(settings, by_name, by
     def is_served(host, *fields):
         headers = aiproxy.Headers([(b"Host", host), *fields])
         try:
-            aiproxy.check_host_allowed(types.SimpleNamespace(headers=headers), in_force)
+            request = types.SimpleNamespace(headers=headers)
+            aiproxy.check_host_allowed(request, in_force, aiproxy.asks_for_others)
         except aiproxy.ErrorResponse as error:
             assert (error.status, error.code) == (403, "host_not_allowed")
             return False
