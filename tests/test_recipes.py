@@ -506,10 +506,14 @@ def test_the_worker_tells_its_health_and_its_models(workers):
 def test_each_key_of_cf_ai_endpoint_may_ask_for_a_listed_model(endpoint, cloudflare):
     model = "@cf/meta/llama-4-scout-17b-16e-instruct"
     for key in ("ck-alice-0123", "ck-bob-0123"):
-        reply = endpoint.chat(key, ABOUT_THE_CALLER, model=model, top_k=77)
+        reply = endpoint.chat(key, ABOUT_THE_CALLER, model=model, top_k=50)
         assert (reply.status, reply.json["model"]) == (200, model)
         assert refuses_nothing_of_a_page(reply)
-        assert asked_of(cloudflare)["top_k"] == 77
+        assert asked_of(cloudflare)["top_k"] == 50
+
+    # Out of range is what Cloudflare says is so.
+    reply = endpoint.chat(key, model=model, top_k=77)
+    assert (reply.status, reply.code) == (400, "invalid_request")
 
     assert endpoint.chat("ck-carol-0123", model=model).status == 401
 
