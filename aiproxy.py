@@ -693,8 +693,10 @@ def open_listener(settings):
         return listener
     except (OSError, UnicodeError) as error:
         host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
-        raise CannotListen("cannot listen on %s port %d: %s" % (
-            host, settings.port, getattr(error, "strerror", None) or error))
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            reason += " (AIPROXY_PORT sets another)"
+        raise CannotListen("cannot listen on %s port %d: %s" % (host, settings.port, reason))
 
 def has_nothing_to_say(client):
     """Is an idle client silent, or has it hung up? False if its next request has come."""
@@ -2084,6 +2086,8 @@ class ResponseJob(Job):
             data = b""
         framed = self.frame(data)
         if self.body.done and not self.outcome:
+            if self.events and self.events.is_broken_off():
+                return framed + self.cut("upstream_died")
             self.outcome = "ok"
             if self.is_chunked:
                 framed += LAST_CHUNK
@@ -2896,8 +2900,9 @@ def parse_list(text):
 def parse_key(text):
     if PLACEHOLDER.fullmatch(text):
         raise ValueError("a real key: this one looks like a placeholder from an example")
-    return match_all(r"[\x21-\x7e]+", text, "keys of visible ASCII characters: look for spaces, "
-                                            "line ends and typographic quotes").group().encode()
+    takes = ("keys of visible ASCII characters, separated by ',' and not by '\uff0c': look for "
+             "spaces, line ends and typographic quotes, too")
+    return match_all(r"[\x21-\x7e]+", text, takes).group().encode()
 
 def parse_key_header(text):
     takes = "a header field's name, such as x-api-key"
@@ -2913,6 +2918,8 @@ def parse_client_keys(text):
     keys = {}
     for index, entry in enumerate(parse_list(text), 1):
         name, equals, key = entry.partition("=")
+        if not equals and ":" in entry:
+            raise ValueError("name=key, with '=' and not ':', also for a key that itself holds ':'")
         if not equals:
             name, key = "client%d" % index, entry
         if not key.strip("="):
@@ -3384,6 +3391,11 @@ def review_settings(settings):
 def check_names(environ):
     """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
     names = [option.name for option in OPTIONS]
+    constants = [name for name in globals() if name.startswith("AIPROXY_") and name not in names]
+    for name in constants:                  # somebody has added it at the top
+        for nearest in difflib.get_close_matches(name, names, 1, 0.9):
+            raise SettingError("%s in this file is not a setting; did you mean %s?"
+                               % (name, nearest))
     names += itertools.chain.from_iterable(OTHER_VARIABLES.values())
     for name in environ:
         # Docker takes the byte order mark of an env file for a part of the first name.
@@ -3514,6 +3526,11 @@ class Reloader:
 
     def reload(self, server, environ=None):
         """Read everything again, or only what the settings in `environ` name."""
+        if not (self.options.env_file or server.settings.watched_files
+                or server.settings.file_values):
+            server.log.warn("there is no file to read settings from again (--env-file names one): "
+                            "a restart takes new ones")
+            return
         # Before they are read: what changes meanwhile is seen the next time.
         stamps = file_stamps(server.settings.watched_files)
         before = dict(os.environ)
@@ -3829,13 +3846,16 @@ def is_preflight(request):
 def answer_preflight(handler):
     if not is_preflight(handler.request):
         return False
+    if not is_origin_allowed(handler.request.headers, handler.settings):
+        handler.record.outcome = "origin_not_allowed"   # for the log: a browser says no more
     handler.send_response(204)              # with the fields of cors_headers
     return True
 
 def check_origin(request, settings):
     if not is_origin_allowed(request.headers, settings):
-        raise ErrorResponse(403, "origin_not_allowed", "Pages from this origin may not call this "
-                            "proxy. Add it to AIPROXY_ORIGINS to let them.")
+        origin = request.headers.get(b"origin", b"another site").decode("latin-1")[:200]
+        raise ErrorResponse(403, "origin_not_allowed", "Pages from %s may not call this proxy. "
+                            "Its operator can add that origin to AIPROXY_ORIGINS." % origin)
 
 def is_origin_allowed(headers, settings):
     """May this page call us?
@@ -4467,9 +4487,10 @@ def apply_body_rules(handler, body):
         if not body:                        # a job is cancelled so
             return body
         if is_form(request.headers):
-            body = handler.service.check_form(body, request, handler.settings)
-            handler.record.model = request.model
-            return body
+            try:
+                return handler.service.check_form(body, request, handler.settings)
+            finally:                        # the log also names a model that is refused
+                handler.record.model = request.model
     return edit_members(body, check_body(handler, body)[1])
 
 def check_body(handler, body):
@@ -4479,8 +4500,10 @@ def check_body(handler, body):
     request.own_fields[b"content-type"] = (b"Content-Type", b"application/json")
     members = parse_object(body)
     changes = {}
-    for rule in handler.service.body_rules:
-        changes.update(rule(members, request, handler.settings))
+    try:
+        for rule in handler.service.body_rules:
+            changes.update(rule(members, request, handler.settings))
+    finally:
         handler.record.model = request.model
     return members, changes
 
@@ -4697,9 +4720,9 @@ def check_named_model(handler):
     before, name, after = find_path_model(path)
     if not name:
         return
-    model = check_model(name, settings)
     request.model = name
     handler.record.model = name
+    model = check_model(name, settings)
     if model != name:
         before = urllib.parse.quote(before, "/:@")
         after = urllib.parse.quote(after, "/:@")
@@ -4834,8 +4857,8 @@ def apply_form_rules(body, request, settings):
         name = body[start:end].decode()
     except UnicodeDecodeError:
         raise invalid_model("must hold `model` in UTF-8")
-    model = check_model(name, settings)
     request.model = request.model or name
+    model = check_model(name, settings)
     if model == name:
         return body
     return body[:start] + model.encode() + body[end:]
@@ -4907,7 +4930,8 @@ def invalid_form(reason):
 
 def parse_model(text):
     """The name of a model, of whatever script. A full-width comma would make one name of two."""
-    takes = "a model's name: printable characters but commas, '=' and white space"
+    takes = ("a model's name: printable characters but commas, '=' and white space; a list is "
+             "separated by ',' and not by '\uff0c'")
     if not text.isprintable():
         raise ValueError(takes)
     return match_all("[^\\s=,，]*", text, takes).group()
@@ -5672,10 +5696,10 @@ def follow_events(job, handler):
     is_open_ended = exchange.length is None and job.secret_filter is None
     if not exchange.is_event_stream or exchange.is_coded or not is_open_ended:
         return None
+    ends_by_close = isinstance(job.body, UntilCloseBody)
     # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
-    is_in_doubt = job.upstream.is_tls and isinstance(job.body, UntilCloseBody)
-    last_event = LastEvent() if is_in_doubt else None
-    return EventStream(last_event, functools.partial(error_event, handler))
+    last_event = LastEvent() if ends_by_close and job.upstream.is_tls else None
+    return EventStream(ends_by_close, last_event, functools.partial(error_event, handler))
 
 
 class OpenAIErrors:
@@ -5721,7 +5745,8 @@ class EventStream:
         "incomplete_body": "The request's body ended early",
     }
 
-    def __init__(self, last_event, render_error):
+    def __init__(self, ends_by_close, last_event, render_error):
+        self.ends_by_close = ends_by_close  # does only the connection's end end it?
         self.last_event = last_event
         self.render_error = render_error
         self.tail = EVENT_ENDS[0]           # the end of what went down
@@ -5733,6 +5758,10 @@ class EventStream:
 
     def is_between_events(self):
         return self.tail.endswith(EVENT_ENDS)
+
+    def is_broken_off(self):
+        """Has it ended inside a line? A process that dies ends its connections cleanly."""
+        return self.ends_by_close and not self.tail.endswith((b"\n", b"\r"))
 
     def is_final(self):
         """Is this the API's own end, where nothing else tells?"""
@@ -6378,26 +6407,29 @@ def warnings(server):
                % (server.capacity, settings.max_connections))
     if settings.provider_keys and settings.open and not settings.client_keys:
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
-    for name, (ours, is_set) in others_names(settings).items():
-        if settings.environ.get(name) and not is_set:
-            yield "%s is not read; the name here is %s" % (name, ours)
+    yield from warn_of_others_names(settings)
+    if "CLOUDFLARE_API_TOKEN" in settings.environ and not settings.upstream.provider.handler:
+        yield "CLOUDFLARE_API_TOKEN is not used: AIPROXY_UPSTREAM is not workers-ai"
     is_on_platform = any(name in settings.environ for name in PORT_VARIABLES)
     if is_loopback(settings.host) and is_on_platform:
         yield "on this platform AIPROXY_HOST=0.0.0.0 is needed to be reached"
 
-def others_names(settings):
-    """By variables of similar programs, ours, and whether that is set."""
-    key_variable = settings.upstream.provider.key_variable
-    return {
-        "VALID_API_KEYS": ("AIPROXY_CLIENT_KEYS", settings.client_keys),
-        "API_KEY": (key_variable, settings.provider_keys),
-        "MODELS": ("AIPROXY_MODELS", settings.shown.get("AIPROXY_MODELS") != "all"),
-    }
+def warn_of_others_names(settings):
+    """Variables of similar programs, where ours is not set."""
+    names = (
+        ("VALID_API_KEYS", "AIPROXY_CLIENT_KEYS", settings.client_keys),
+        ("API_KEY", settings.upstream.provider.key_variable, settings.provider_keys),
+        ("MODELS", "AIPROXY_MODELS", settings.shown.get("AIPROXY_MODELS") != "all"),
+    )
+    for name, ours, is_set in names:
+        if settings.environ.get(name) and not is_set:
+            yield "%s is not read; the name here is %s" % (name, ours)
 
 def curl_command(server):
     """A command to paste that asks this server for something."""
     settings = server.settings
-    model = (settings.models_shown or list(settings.aliases) or ["MODEL"])[0]
+    default = settings.environ.get("AIPROXY_DEFAULT_MODEL", "MODEL")
+    model = (settings.models_shown or list(settings.aliases) or [default])[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
     fields = ["Content-Type: application/json"]
     key_field = "Authorization: Bearer YOUR_KEY"
@@ -6408,8 +6440,10 @@ def curl_command(server):
     if settings.callers_need_key:
         fields.append(key_field)
     options = " ".join("-H '%s'" % field for field in fields)
-    return "curl -N %s%s %s \\\n  -d '%s'" % (
-        server.url(), settings.default_path, options, json.dumps(body))
+    # No certificate is for the address that we name here.
+    curl = "curl -kN" if settings.scheme == "https" else "curl -N"
+    return "%s %s%s %s \\\n  -d '%s'" % (
+        curl, server.url(), settings.default_path, options, json.dumps(body))
 
 # ---- A live check --------------------------------------------------------------------------------
 # Does: `--check --live` asks the upstream for its model list with each provider key, and says
@@ -8263,7 +8297,7 @@ def show_demo(server):
             for choice in json.loads(line[len("data: "):])["choices"]:
                 show(choice["delta"].get("content", ""))
     show("\n\nFirst event after %.0f ms. " % (delay * 1000))
-    show("Now it serves: try the command above.\n\n")
+    show("Now it serves until Ctrl+C: try the command above.\n\n")
 
 def connect_to(server):
     """A connection to ourselves: whose certificate it is needs no proof."""

@@ -237,3 +237,16 @@ def test_with_a_provider_key_a_plain_options_lists_the_methods(upstream, hidden)
     assert reply.status == 204
     assert reply.get("allow").startswith("POST")
     assert not upstream.received
+
+
+def test_the_log_tells_of_a_page_that_may_not_call_us(upstream, relay):
+    """A browser only says that CORS failed: the preflight's line in the log has the reason."""
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice", ORIGINS="https://app.example")
+    fields = [("Origin", "https://other.example"), ("Access-Control-Request-Method", "POST")]
+
+    assert running.ask("OPTIONS", CHAT, fields=fields).status == 204
+    assert running.wait_for_record()["outcome"] == "origin_not_allowed"
+
+    reply = running.ask("POST", CHAT, b"{}", [("Origin", "https://other.example")])
+    assert (reply.status, reply.code) == (403, "origin_not_allowed")
+    assert "https://other.example" in reply.json["error"]["message"]

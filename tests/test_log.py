@@ -329,3 +329,15 @@ def test_a_line_is_flushed_at_once_even_into_a_pipe(upstream):
     with Program(env={"AIPROXY_UPSTREAM": upstream.url, "PYTHONUNBUFFERED": ""}) as program:
         assert ask(program).status == 200
         program.wait_for_line(program.lines, "POST " + CHAT)
+
+
+@pytest.mark.parametrize("path,body", [
+    (CHAT, b'{"model":"refused"}'),
+    ("/openai/deployments/refused/chat/completions", b"{}"),
+])
+def test_the_log_names_a_model_that_is_refused(upstream, relay, path, body):
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice", MODELS="m", PATHS="*")
+    reply = running.ask("POST", path, body, [("Authorization", "Bearer ck-alice")])
+
+    assert reply.status == 403
+    assert running.wait_for_record()["model"] == "refused"

@@ -121,7 +121,7 @@ def test_SIGHUP_revokes_a_client_key_while_a_stream_runs_and_a_wrong_file_change
 def test_SIGHUP_ends_no_program_that_has_no_env_file(upstream):
     with Program(env={"AIPROXY_UPSTREAM": upstream.url}) as program:
         program.process.send_signal(signal.SIGHUP)
-        program.wait_for_line(program.errors, "are in force")
+        program.wait_for_line(program.errors, "there is no file to read settings from again")
         assert program.stop() == 0
 
 

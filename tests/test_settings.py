@@ -884,3 +884,10 @@ def test_the_variables_of_the_openai_sdk_are_ignored():
 
     assert not settings.provider_keys
     assert settings.upstream.url == "https://api.openai.com"
+
+
+def test_a_misspelt_constant_in_the_file_stops_the_start(monkeypatch):
+    monkeypatch.setattr(aiproxy, "AIPROXY_MODEL", "only-this", raising=False)
+
+    with pytest.raises(aiproxy.SettingError, match="AIPROXY_MODEL .*did you mean AIPROXY_MODELS"):
+        aiproxy.Settings({"AIPROXY_KEY": "sk-1"})

@@ -275,3 +275,21 @@ def test_a_slow_client_slows_its_upstream_down_and_loses_nothing(upstream, hidde
         client.read_body(reply)
         assert reply.body == body
         assert reply.complete
+
+
+@pytest.mark.parametrize("end,is_whole", [
+    (b"", True), (b"data: [DONE]\n", True), (b'data: {"delta":"hel', False)])
+def test_a_stream_that_its_connection_ends_inside_a_line_is_cut(upstream, hidden, end, is_whole):
+    """An upstream process that dies closes its connections as cleanly as one that is done."""
+    head = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+    def answer(received):
+        received.send(head + event("1") + end)
+        received.close()
+
+    upstream.answer = answer
+    reply = hidden.chat()
+
+    assert reply.body == event("1") + end
+    assert reply.complete == is_whole
+    assert hidden.wait_for_record()["outcome"] == ("ok" if is_whole else "upstream_died")
