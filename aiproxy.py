@@ -285,11 +285,13 @@ LOOPBACK = re.compile(
 LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
 # A client's address as proxies write it, with brackets, port and zone or without; and where it
-# stands in Forwarded (RFC 7239 section 6).
+# stands: in Forwarded (RFC 7239 section 6), and elsewhere. In CDN-Loop a CDN names itself.
 NAMED_ADDRESS = re.compile(
     r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
     r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
 FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
+FORWARDING_FIELDS = (b"x-forwarded-for", b"x-real-ip", b"x-client-ip", b"true-client-ip",
+                     b"cf-connecting-ip", b"cdn-loop")
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -1297,7 +1299,9 @@ def check_host_allowed(request, settings):
 
 def forwarded_clients(headers):
     """Everybody for whom a proxy in front says that it asks."""
-    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
+    names = []
+    for field in FORWARDING_FIELDS:
+        names += headers.elements(field)
     for value in headers.get_all(b"forwarded"):
         names += FORWARDED_FOR.findall(value)
     texts = [name.decode("latin-1").strip('"') for name in names]
