@@ -7,13 +7,11 @@ the loopback guard, and connections that stay open while nobody asks.
 import concurrent.futures
 import contextlib
 import http.client
-import http.server
 import json
 import os
 import re
 import select
 import socket
-import ssl
 import subprocess
 import tempfile
 import threading
@@ -39,7 +37,8 @@ LONG_SILENCE = 8        # seconds
 TOO_LARGE = 40 << 20    # bytes of a body
 VISITOR = "203.0.113.9"     # whom the tunnel brings
 
-# What the README does not have (yet).
+# `abortonclose` must stand where the frontend sees it, too: in the backend alone it does not notice
+# a client that leaves before the first byte, nor, without it, one that leaves a silent stream.
 HAPROXY = """
 defaults
     mode http
