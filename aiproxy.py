@@ -279,8 +279,9 @@ NAMED_ADDRESS = re.compile(
     r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
     r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
 
-# Where a proxy in front tells for whom it asks.
-FORWARDED_FIELDS = (b"x-forwarded-for", b"x-real-ip", b"forwarded")
+# Where a proxy in front tells for whom it asks; in CDN-Loop a CDN names itself.
+FORWARDED_FIELDS = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"x-client-ip",
+                    b"true-client-ip", b"cf-connecting-ip", b"cdn-loop")
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -4352,7 +4353,9 @@ def asks_for_others(headers):
 
 def forwarded_clients(headers):
     """Everybody for whom a proxy in front says that it asks."""
-    names = headers.elements(b"x-forwarded-for") + headers.elements(b"x-real-ip")
+    names = []
+    for field in FORWARDED_FIELDS[1:]:
+        names += headers.elements(field)
     for value in headers.get_all(b"forwarded"):
         names += FORWARDED_FOR.findall(value)
     texts = [name.decode("latin-1").strip('"') for name in names]

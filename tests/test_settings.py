@@ -481,6 +481,7 @@ def test_a_base_url_with_an_endpoint_is_an_error_that_shows_the_right_one(base, 
 
 
 NOT_OURS = ["203.0.113.9", "203.0.113.9:4711", "[2001:db8::1]:4711", "10.0.0.1", "unknown"]
+BY_TUNNELS = ["CF-Connecting-IP", "True-Client-IP", "X-Client-IP"]
 OURS = ["127.0.0.1", "127.0.0.1:4711", "::1", "[::1]:4711", "::ffff:127.0.0.1", "localhost", ""]
 
 
@@ -523,6 +524,9 @@ def test_a_base_url_typed_by_hand_finds_the_row_of_its_provider(name):
     ("Forwarded", "proto=https; For = 203.0.113.9", 403),
     ("Forwarded", "for=127.0.0.1, for=_hidden", 403),
     ("Forwarded", 'for="127.0.0.1, 203.0.113.9"', 403),
+    *[(name, "203.0.113.9", 403) for name in BY_TUNNELS],
+    *[(name, "127.0.0.1", 200) for name in BY_TUNNELS],
+    ("CDN-Loop", "cloudflare; loops=1", 403),
     *[(name, value, 200) for name in ("X-Forwarded-For", "X-Real-IP") for value in OURS],
     *[("Forwarded", 'for="%s";host=localhost' % value, 200) for value in OURS],
     ("Forwarded", "proto=https", 200),

@@ -56,13 +56,17 @@ def write(folder, name, text):
 
 
 class Front:
-    """A server in front of the relay, until it is left."""
+    """A server in front of the relay, until it is left.
 
-    def __init__(self, folder, command, port, environ=None):
+    `authority`: the file with the certificate to trust; None for plain HTTP.
+    """
+
+    def __init__(self, folder, command, port, environ=None, authority=None):
         self.output = open(os.path.join(folder, "output"), "w+", encoding="utf-8")
         self.process = subprocess.Popen(
             command, stdout=self.output, stderr=self.output, env={**os.environ, **(environ or {})})
         self.port = port
+        self.authority = authority
 
     def __enter__(self):
         deadline = time.monotonic() + PATIENCE
@@ -82,9 +86,9 @@ class Front:
         self.output.close()
 
 
-def nginx(folder, relay_port):
+def nginx(folder, location, more=""):
+    """nginx with a `location`, and with `more` outside of its server."""
     port = free_port()
-    location = recipe("nginx").replace("127.0.0.1:8000", "127.0.0.1:%d" % relay_port)
     config = write(folder, "nginx.conf", """
         daemon off; master_process off; pid %(folder)s/pid; error_log stderr;
         events {}
@@ -93,21 +97,22 @@ def nginx(folder, relay_port):
             client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy;
             fastcgi_temp_path %(folder)s/fastcgi; uwsgi_temp_path %(folder)s/uwsgi;
             scgi_temp_path %(folder)s/scgi;
-            server { listen 127.0.0.1:%(port)d; %(location)s }
-        }""" % {"folder": folder, "port": port, "location": location})
+            %(more)s
+            server { listen %(port)d; %(location)s }
+        }""" % {"folder": folder, "port": port, "location": location, "more": more})
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     return Front(folder, [program, "-p", folder, "-e", "stderr", "-c", config], port)
 
 
-def caddy(folder, relay_port):
+def caddy(folder, site):
     """Caddy with a certificate of its own making, for there is nobody to ask for a real one."""
     port = free_port()
     options = "{\n admin off\n local_certs\n skip_install_trust\n http_port %d\n https_port %d\n}\n"
-    site = recipe("Caddy").replace("127.0.0.1:8000", "127.0.0.1:%d" % relay_port)
     config = write(folder, "Caddyfile", options % (free_port(), port) + site)
     environ = {"XDG_DATA_HOME": folder, "XDG_CONFIG_HOME": folder, "HOME": folder}
     command = ["caddy", "run", "--adapter", "caddyfile", "--config", config]
-    return Front(folder, command, port, environ)
+    authority = folder + "/caddy/pki/authorities/local/root.crt"
+    return Front(folder, command, port, environ, authority)
 
 
 def https(folder, upstream):
@@ -128,43 +133,55 @@ def https(folder, upstream):
     ):
         command, count = re.subn(theirs, ours, command)
         assert count == 1, theirs
-    return Front(folder, ["bash", "-c", command], port)
+    return Front(folder, ["bash", "-c", command], port, authority=certificate)
 
 
-class NamedConnection(http.client.HTTPSConnection):
-    """To relay.example, which is here; it trusts the certificate in the file `authority` alone."""
+class Connection(http.client.HTTPConnection):
+    """To a front as relay.example, by one of this machine's addresses: that is who it comes from.
 
-    authority = None
+    It trusts the front's own certificate alone.
+    """
+
+    def __init__(self, front, address="127.0.0.1"):
+        super().__init__("relay.example", front.port, timeout=PATIENCE)
+        self.authority = front.authority
+        self.address = address
 
     def connect(self):
+        plain = socket.create_connection((self.address, self.port), PATIENCE)
+        if not self.authority:
+            self.sock = plain
+            return
         deadline = time.monotonic() + PATIENCE
         while not os.path.exists(self.authority) and time.monotonic() < deadline:
             time.sleep(0.05)
         context = ssl.create_default_context(cafile=self.authority)
-        plain = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
         self.sock = context.wrap_socket(plain, server_hostname="relay.example")
 
 
-def check_front(checks, name, connect, upstream):
-    """Events one by one, a client that leaves, and a body of 2 MB, through a front."""
+def check_front(checks, name, front, upstream):
+    """Events one by one, clients that leave, and a body of 2 MB, through a front."""
     gate = threading.Event()
+    sent = []
 
     def stream(received):
+        sent.append(time.monotonic())
         received.send(EVENT_HEAD + chunk(event("first")))
         assert gate.wait(PATIENCE)
         received.send(chunk(event("second")) + b"0\r\n\r\n")
 
     with checks(name + ": the first event is here before the second is sent"):
         upstream.answer = stream
-        connection = connect()
+        connection = Connection(front)
         connection.request("POST", CHAT, b'{"model":"m","stream":true}', FIELDS)
         response = connection.getresponse()
         assert response.status == 200, response.read()
         assert response.read1(65536) == event("first")
+        print("       after %.1f ms" % ((time.monotonic() - sent[0]) * 1000))
         gate.set()
         assert response.read() == event("second")
         connection.close()
-    with checks(name + ": a client that leaves ends its upstream connection"):
+    with checks(name + ": a client that leaves in the middle ends its upstream connection"):
         left = threading.Event()
 
         def endless(received):
@@ -173,17 +190,32 @@ def check_front(checks, name, connect, upstream):
                 left.set()
 
         upstream.answer = endless
-        connection = connect()
+        connection = Connection(front)
         connection.request("POST", CHAT, b'{"model":"m","stream":true}', FIELDS)
         response = connection.getresponse()
         response.read1(65536)
         response.close()
         connection.close()
         assert left.wait(PATIENCE)
+    with checks(name + ": so does one that leaves before the first byte"):
+        asked = threading.Event()
+        given_up = threading.Event()
+
+        def silent(received):
+            asked.set()
+            if received.wait_closed() is not None:
+                given_up.set()
+
+        upstream.answer = silent
+        connection = Connection(front)
+        connection.request("POST", CHAT, b'{"model":"m"}', FIELDS)
+        assert asked.wait(PATIENCE)
+        connection.close()
+        assert given_up.wait(PATIENCE)
     with checks(name + ": a body of 2 MB goes up"):
         upstream.answer = OK
         body = b'{"model":"m","x":"%b"}' % (b"x" * (2 << 20))
-        connection = connect()
+        connection = Connection(front)
         connection.request("POST", CHAT, body, FIELDS)
         assert connection.getresponse().read() == b'{"ok":true}'
         assert upstream.received[-1].body == body
@@ -227,22 +259,13 @@ def main():
     checks = Checks()
     settings = {name.replace("AIPROXY_", ""): value for name, value in KEYS.items()}
     with Upstream() as upstream, start(upstream.url, **settings) as relay:
-        relay_port = relay.address[1]
-        with tempfile.TemporaryDirectory() as folder, nginx(folder, relay_port) as front:
-            def connect():
-                return http.client.HTTPConnection("127.0.0.1", front.port, timeout=PATIENCE)
-
-            check_front(checks, "nginx", connect, upstream)
-        with tempfile.TemporaryDirectory() as folder, caddy(folder, relay_port) as front:
-            NamedConnection.authority = folder + "/caddy/pki/authorities/local/root.crt"
-
-            def connect():
-                return NamedConnection("relay.example", front.port, timeout=PATIENCE)
-
-            check_front(checks, "Caddy", connect, upstream)
+        here = "127.0.0.1:%d" % relay.address[1]
+        for name, make in (("nginx", nginx), ("Caddy", caddy)):
+            lines = recipe(name).replace("127.0.0.1:8000", here)
+            with tempfile.TemporaryDirectory() as folder, make(folder, lines) as front:
+                check_front(checks, name, front, upstream)
         with tempfile.TemporaryDirectory() as folder, https(folder, upstream) as front:
-            NamedConnection.authority = os.path.join(folder, "good.pem")
-            check_front(checks, "HTTPS", connect, upstream)
+            check_front(checks, "HTTPS", front, upstream)
         check_container(checks, upstream)
     with tempfile.TemporaryDirectory() as folder:
         check_unit(checks, folder)
