@@ -6530,8 +6530,9 @@ def ask_for_models(server, index):
     fields = server.service.edit_upstream_headers(upstream_headers(request, settings), settings)
 
     target = upstream.map_path("/v1/models")
-    if upstream.provider.handler:
-        target = upstream.provider.handler.models_path(settings, index)
+    accounts = getattr(settings, "account_paths", None)     # see "Workers AI"
+    if accounts:
+        target = accounts[index % len(accounts)] + "/ai/models/search?per_page=1"
     url = upstream.url + target
     no_body = Upload(None, ContentLengthBody(None, 0))
     request = UpstreamRequest(url, "GET", fields + settings.key_fields[index:index + 1], b"",
@@ -7026,7 +7027,6 @@ class ResponseEvents:
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
 # Needs: Body rules, Model rules, Model list, Event streams.
-#
 # Follow translate_request, then translate_response or StreamTranslator, or translate_error.
 # [O] official, [T] told by others: how far a fact can be trusted.
 
@@ -7250,8 +7250,7 @@ def read_choice(choice, position, beside):
     members = {
         # gemma-4 uses the short name
         "reasoning_content": as_text(message.get("reasoning_content") or message.get("reasoning")),
-        "refusal": as_text(message.get("refusal")),
-        "content": as_text(content),
+        "refusal": as_text(message.get("refusal")), "content": as_text(content),
         "tool_calls": dicts(message.get("tool_calls") or beside.get("tool_calls")),
     }
     message = {name: value for name, value in members.items() if value}
@@ -7680,9 +7679,8 @@ def prepare_workers(settings):
     accounts = settings.read("CLOUDFLARE_ACCOUNT_ID")
     keys = settings.provider_keys
     if not keys or len(accounts) not in (1, len(keys)):
-        raise SettingError("workers-ai needs CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN, a "
-                           "token with Workers AI Read and Edit: one account for all tokens, or "
-                           "as many accounts as tokens, in their order")
+        raise SettingError("workers-ai needs CLOUDFLARE_API_TOKEN (Workers AI Read and Edit) and "
+                           "CLOUDFLARE_ACCOUNT_ID: one for all tokens, or one for each, in order")
     provider = settings.upstream.provider
     settings.upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     settings.upstream.provider = provider
@@ -7744,10 +7742,6 @@ class Catalogue:
 
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
-
-    def models_path(settings, index):       # called of the class, by the live check
-        path = settings.account_paths[index % len(settings.account_paths)]
-        return path + "/ai/models/search?per_page=1"
 
     def check_path(self):
         super().check_path()
