@@ -873,18 +873,20 @@ def test_a_client_is_served_or_refused_and_never_both(relay, monkeypatch):
     """The executor keeps the call for which it could start no thread; a busy one may take it."""
     running = relay()
     start = threading.Thread.start
+    taken = threading.Event()
     served = []
     serve = running.server.process_request_thread
 
     def fail_late(thread):
-        if not thread.name.startswith("client"):
-            return start(thread)
-        # the kept call is carried out before anybody learns that no thread could be started
-        running.server.threads._work_queue.get().run()
-        raise RuntimeError("can't start new thread")
+        start(thread)
+        if thread.name.startswith("client"):
+            # the kept call is taken before anybody learns that no thread could be started
+            assert taken.wait(PATIENCE)
+            raise RuntimeError("can't start new thread")
 
     def process_request_thread(request, client_address):
         served.append(request)
+        taken.set()
         return serve(request, client_address)
 
     monkeypatch.setattr(running.server, "process_request_thread", process_request_thread)
