@@ -382,10 +382,12 @@ class Client:
         """Read the next bytes; False at the end."""
         try:
             piece = self.sock.recv(65536)
-        except ssl.SSLEOFError:
-            raise ConnectionAbortedError("without close_notify")
         except ssl.SSLZeroReturnError:
             piece = b""
+        except ssl.SSLError as error:       # PyPy has no class of its own for it
+            if isinstance(error, ssl.SSLEOFError) or "UNEXPECTED_EOF" in (error.reason or ""):
+                raise ConnectionAbortedError("without close_notify")
+            raise
         self.data += piece
         return bool(piece)
 
