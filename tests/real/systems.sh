@@ -69,7 +69,7 @@ test_newest() {
   fetch_newest </dev/null >"$work/fetch.log" 2>&1 && "$work/newest/usr/bin/python3" --version ||
     { skip "newest CPython" "Debian's unstable cannot be had: $(tail -n 1 "$work/fetch.log")"; return; }
   check "newest CPython, the core" env PYTHONPATH="$work/pytest" "$work/newest/usr/bin/python3" \
-    -X dev -W error -W ignore::ResourceWarning -m pytest -q -p no:cacheprovider "${core[@]}" tests/test_program.py
+    -X dev -W error -W ignore::ResourceWarning -m pytest -q -p no:cacheprovider "${core[@]}"
   from_outside "newest CPython" "$work/newest/usr/bin/python3"
 }
 
