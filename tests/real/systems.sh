@@ -86,7 +86,8 @@ test_wine() {
   printf 'python313.zip\n.\n../../pytest\n' >"$work/windows/cp313/python313._pth"
   # The server outlives its programs, or each start would wait for a new one; wineboot's own
   # programs must not hold our pipes open.
-  { timeout 120 wine wineboot -i; wineserver -p600; } </dev/null >"$work/wine.log" 2>&1
+  mkdir "$WINEPREFIX"
+  { wineserver -p600; timeout 120 wine wineboot -i; } </dev/null >"$work/wine.log" 2>&1
   timeout 60 wine "$python" --version </dev/null 2>&1 | cat | grep Python ||
     { skip Wine "Windows' CPython does not start under it"; wineserver -k; return; }
   check "Windows' CPython under Wine, the core" wine_pytest "$python"
