@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -88,10 +87,11 @@ def check_refusals(upstream, program):
 
 
 def check_big_bodies(upstream, program):
-    upstream.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (20 << 20) + bytes(20 << 20)
+    size = 20 << 20
+    upstream.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
     body = b'{"model":"m","text":"%b"}' % (b"x" * 1900000)
     reply = ask(program, body)
-    assert reply.complete and len(reply.body) == 20 << 20
+    assert reply.complete and len(reply.body) == size
     assert upstream.received[-1].body == body
 
 
@@ -167,19 +167,6 @@ def check_end(checks, number):
                 while end:      # the error event
                     end = client.read_chunk()
                 assert end is None, "the cut looks like an end"
-
-
-def check_taken_port(program):
-    other = Program.__new__(Program)
-    settings = {"AIPROXY_PORT": str(program.address[1])}
-    try:
-        other.__init__(env=settings)
-    except AssertionError:
-        pass                # no banner, but one sentence
-    with other:
-        said = other.wait_for_line(other.errors, "cannot listen on .*")
-        assert "Traceback" not in said.string
-        assert other.process.wait(10) == 1
 
 
 if __name__ == "__main__":
