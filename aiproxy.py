@@ -3607,6 +3607,7 @@ def replace_service(server, settings):
 # nothing.
 
 TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
+OP_NO_RENEGOTIATION = 1 << 30   # OpenSSL's number; PyPy's ssl module does not name it
 TLS_REFUSALS = 10           # clients a second that get a 503, and for it a handshake by the loop
 
 def install_https(service):
@@ -3714,7 +3715,7 @@ def make_server_context():
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    context.options |= ssl.OP_NO_RENEGOTIATION      # a write would have to wait for a read
+    context.options |= OP_NO_RENEGOTIATION          # a write would have to wait for a read
     if ssl.OPENSSL_VERSION_INFO >= (3,):            # see make_tls_context
         context.options &= ~OP_IGNORE_UNEXPECTED_EOF
     return context

@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import aiproxy  # noqa: E402
-from support import Relay, Upstream, make_certificate  # noqa: E402
+from support import OTHER_PYTHON, Upstream, make_certificate, start_relay  # noqa: E402
 
 PROXY_AND_PLATFORM_VARIABLES = {
     "http_proxy",
@@ -25,12 +25,14 @@ PROXY_AND_PLATFORM_VARIABLES = {
 
 
 @pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch):
+def no_settings_from_outside():
     """The machine's own environment must not change what a test sees."""
-    for name in list(os.environ):
-        is_setting = name.startswith(("AIPROXY_", "CLOUDFLARE_"))
-        if is_setting or name.lower() in PROXY_AND_PLATFORM_VARIABLES:
-            monkeypatch.delenv(name)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            is_setting = name.startswith(("AIPROXY_", "CLOUDFLARE_"))
+            if is_setting or name.lower() in PROXY_AND_PLATFORM_VARIABLES:
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +50,18 @@ def upstream():
 
 
 @pytest.fixture
-def relay(upstream):
+def relay(upstream, request):
     """start(**settings) returns a running relay in front of `upstream`.
 
     The names of the settings go without their AIPROXY_ prefix.
     """
     running = []
+    if OTHER_PYTHON and {"monkeypatch", "capsys"} & set(request.fixturenames):
+        pytest.skip("changes or reads this process")
 
     def start(**settings):
         settings.setdefault("UPSTREAM", upstream.url)
-        running.append(Relay(**settings))
+        running.append(start_relay(**settings))
         return running[-1]
 
     yield start

@@ -393,3 +393,9 @@ def test_an_encrypted_key_is_an_error_and_no_prompt(client_certificate, tmp_path
     done = run_program("--check", env=environ)
     assert done.returncode == 2
     assert "AIPROXY_TLS_KEY: the private key is encrypted" in done.stderr
+
+
+def test_an_option_that_pypy_does_not_name_is_set(client_certificate, monkeypatch):
+    monkeypatch.delattr(ssl, "OP_NO_RENEGOTIATION", raising=False)
+    files = {"AIPROXY_" + name: path for name, path in client_certificate.items()}
+    assert aiproxy.Settings(files).tls.options & 1 << 30
