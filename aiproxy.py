@@ -630,7 +630,8 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + self.settings.grace
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
-            while True:             # whoever is in the listener's queue counts as accepted
+            # Whoever is in the listener's queue counts as accepted, not whoever still comes.
+            for _ in range(LISTEN_QUEUE):
                 self.process_request(*self.get_request())
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
@@ -6231,7 +6232,7 @@ class Worker(Server):
     def get_request(self):
         self.client_numbers[self.index] = len(self.clients)
         lead = len(self.clients) - min(self.client_numbers)
-        if lead > 0:
+        if lead > 0 and not self.closing:
             time.sleep(min(lead * HAND_OVER_SECONDS, MAX_HAND_OVER))
         return super().get_request()        # BlockingIOError, an OSError: another has taken it
 
