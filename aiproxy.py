@@ -3381,7 +3381,8 @@ class Log:
 
     def add_secrets(self, secrets):
         self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
-        self.secrets = self.secrets + [secret.decode() for secret in secrets]
+        words = [secret.decode() for secret in secrets]
+        self.secrets = self.secrets + [word for word in words if word not in self.secrets]
 
     def start(self):
         for writer in self.writers.values():
