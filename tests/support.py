@@ -342,9 +342,14 @@ class Client:
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls:
-            self.sock = client_tls().wrap_socket(self.sock, suppress_ragged_eofs=False)
         self.data = b""
+        # Over TLS: has the other side said that nothing is missing?
+        self.got_close_notify = False
+        if tls:
+            self.start_tls()
+
+    def start_tls(self):
+        self.sock = client_tls().wrap_socket(self.sock, suppress_ragged_eofs=False)
 
     def __enter__(self):
         return self
@@ -368,14 +373,21 @@ class Client:
             lines.append("Content-Length: %d" % len(body))
         self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
 
-    def more(self):
-        """Read the next bytes; False at the end."""
+    def receive(self, most=65536):
+        """The next bytes, b"" at the end."""
         try:
-            piece = self.sock.recv(65536)
+            piece = self.sock.recv(most)
         except ssl.SSLEOFError:
             raise ConnectionAbortedError("without close_notify")
         except ssl.SSLZeroReturnError:
             piece = b""
+        if not piece:
+            self.got_close_notify = True
+        return piece
+
+    def more(self):
+        """Read the next bytes; False at the end."""
+        piece = self.receive()
         self.data += piece
         return bool(piece)
 
@@ -392,7 +404,7 @@ class Client:
         missing = count - len(self.data)
         try:
             while missing > 0:
-                piece = self.sock.recv(65536)
+                piece = self.receive()
                 if not piece:
                     return False
                 pieces.append(piece)
@@ -567,6 +579,35 @@ class Program:
     def __exit__(self, *exc):
         self.process.kill()
         self.process.wait()
+
+
+def children(process):
+    """The ids of its child processes, the oldest first."""
+    with open("/proc/%d/task/%d/children" % (process, process)) as file:
+        return [int(word) for word in file.read().split()]
+
+
+def process_state(process):
+    """Its letter in proc(5): T is stopped, Z has ended; None if there is none."""
+    try:
+        with open("/proc/%d/stat" % process) as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
+def sockets_of(process):
+    """The inodes of the sockets that it has open."""
+    folder = "/proc/%d/fd/" % process
+    inodes = set()
+    for name in os.listdir(folder):
+        try:
+            target = os.readlink(folder + name)
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[len("socket:["):-1])
+    return inodes
 
 
 def make_certificate(folder, name="localhost", days=1, ip="127.0.0.1", key="good"):

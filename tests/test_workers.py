@@ -12,15 +12,11 @@ import pytest
 
 import aiproxy
 from byhand import ByHand
-from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, chunk, event
+from support import (
+    CHAT, EVENT_HEAD, PATIENCE, Client, Program, children, chunk, event, process_state,
+    sockets_of)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks into /proc")
-
-
-def children(process):
-    """The process ids of its workers."""
-    with open("/proc/%d/task/%d/children" % (process, process)) as file:
-        return [int(word) for word in file.read().split()]
 
 
 def wait_until(holds, what):
@@ -31,25 +27,7 @@ def wait_until(holds, what):
 
 
 def is_running(process):
-    try:
-        with open("/proc/%d/stat" % process) as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def sockets_of(process):
-    """The inodes of the sockets that it has open."""
-    folder = "/proc/%d/fd/" % process
-    inodes = set()
-    for name in os.listdir(folder):
-        try:
-            target = os.readlink(folder + name)
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[len("socket:["):-1])
-    return inodes
+    return process_state(process) not in (None, "Z")
 
 
 def workers_of(clients, processes):
