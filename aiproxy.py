@@ -4117,7 +4117,7 @@ def serve(settings, on_start):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
-        make_server = start_workers(settings)           # part two: Several processes
+        make_server = start_workers(settings, on_start)     # part two: Several processes
         tune_process()                                  # part two: Tuning of the process
         # musl's 128 KiB is too little for JSON; more is never used.
         threading.stack_size(1 << 20)
@@ -4346,7 +4346,7 @@ def prepare_reload(options, environ):
     # Also under nohup, which ignores it: a terminal that goes away then only costs a reload.
     if hasattr(signal, "SIGHUP"):       # not on Windows
         signal.signal(signal.SIGHUP, lambda number, frame: reloader.signals.put(number))
-    return [reloader.run]
+    return [reloader]
 
 
 class Reloader:
@@ -4362,8 +4362,14 @@ class Reloader:
         self.has_terminal = os.isatty(0)        # on stdin, which nohup and services do not have
         self.stamps = None                      # of the watched files, when they were last read
 
-    def run(self, server):
-        self.stamps = file_stamps(server.settings.watched_files)
+    def begin(self, settings):
+        """From now on it is seen when a file of theirs changes."""
+        if self.stamps is None:
+            self.stamps = file_stamps(settings.watched_files)
+
+    def __call__(self, server):
+        """Serves as a thread."""
+        self.begin(server.settings)
         while True:
             try:
                 self.wait(server)
@@ -4385,9 +4391,22 @@ class Reloader:
             self.reload(server, environ)
 
     def reload(self, server, environ=None):
-        """Read everything again, or only what the settings in `environ` name."""
+        """Put in force what is read anew: everything, or what the settings in `environ` name."""
+        try:
+            settings, fixed = self.read(server.settings, environ)
+        except SettingError as error:
+            server.log.warn("nothing has changed, because the new settings cannot be used: %s"
+                            % error)
+            return
+        replace_service(server, settings)
+        server.log.warn("the settings have been read again and are in force")
+        if fixed:
+            server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
+
+    def read(self, old, environ=None):
+        """As read_new_settings. A SettingError leaves the environment as it was."""
         # Before they are read: what changes meanwhile is seen the next time.
-        stamps = file_stamps(server.settings.watched_files)
+        stamps = file_stamps(old.watched_files)
         before = dict(os.environ)
         reads_all = environ is None
         try:
@@ -4395,19 +4414,14 @@ class Reloader:
                 environ = dict(self.given)
                 read_environment(self.options, environ)
             replace_environment(environ)        # urllib and OpenSSL read it, too
-            settings, fixed = read_new_settings(environ, server.settings)
-        except SettingError as error:
+            found = read_new_settings(environ, old)
+        except SettingError:
             replace_environment(before)
-            server.log.warn("nothing has changed, because the new settings cannot be used: %s"
-                            % error)
             if not reads_all:                   # else it may be good without the env files
                 self.stamps = stamps
-            return
-        replace_service(server, settings)
+            raise
         self.stamps = stamps
-        server.log.warn("the settings have been read again and are in force")
-        if fixed:
-            server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
+        return found
 
 
 def file_stamps(paths):
@@ -6199,23 +6213,23 @@ HAND_OVER_SECONDS = 0.002       # for a worker that has fewer clients to take a 
 MAX_HAND_OVER = 0.1             # that it has fewer, and at most
 NO_CLIENTS_WANTED = 0xFFFFFFFF  # the count of a worker that does not run
 
-def start_workers(settings):
+def start_workers(settings, on_start):
     """What makes the server, in each worker. SystemExit in the parent, when all of them have ended.
     """
     if settings.workers == 1:
         return Server
-    return Crew(settings).run()
+    return Crew(settings, on_start).run()
 
 
 class Worker(Server):
     """A Server that leaves new clients to those workers that have fewer."""
 
-    def __init__(self, crew, index, announces, settings):
+    def __init__(self, crew, index, announces, first_settings):
         self.processes = crew.count
         self.announces = announces
         self.client_numbers = crew.client_numbers
         self.index = index
-        super().__init__(settings, crew.listener)
+        super().__init__(crew.settings, crew.listener)
         self.client_numbers[index] = 0
         # The parent ends us, however often somebody tells us to: a service manager tells both.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -6241,7 +6255,12 @@ class Worker(Server):
 class Crew:
     """The parent's side: which workers run, and when the others are to be started again."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, on_start):
+        self.settings = settings            # in force: what the next worker begins with
+        self.must_read = False              # have they been read again by the workers?
+        self.readers = [each for each in on_start if hasattr(each, "read")]
+        for reader in self.readers:
+            reader.begin(settings)
         self.count = settings.workers
         self.listener = open_listener(settings)
         self.listener.setblocking(False)    # who comes second must not wait for the next client
@@ -6265,8 +6284,10 @@ class Crew:
         self.handle(signal.SIGTERM, self.on_stop)
         self.handle(signal.SIGHUP, self.on_reload)
         while self.running or not self.closing:
+            if self.must_read:
+                self.read_settings()
             for index, when in list(self.due.items()):
-                if when <= time.monotonic() and not self.closing and self.fork(index):
+                if when <= time.monotonic() and self.fork(index):
                     is_first = self.starts <= self.count
                     return functools.partial(Worker, self, index, is_first and index == 0)
             self.reap()
@@ -6288,6 +6309,7 @@ class Crew:
     def on_reload(self, number, frame):
         is_window_closed = self.has_terminal and not os.isatty(0)
         if not is_window_closed:
+            self.must_read = True
             self.pass_on(number)
         elif not self.closing:
             self.on_stop(number, frame)
@@ -6297,8 +6319,24 @@ class Crew:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
+    def read_settings(self):
+        self.must_read = False
+        for reader in self.readers:
+            # Whatever is wrong, each worker says it, and goes on with what it has. So do we.
+            with contextlib.suppress(Exception):
+                self.settings = reader.read(self.settings)[0]
+
     def fork(self, index):
         """Start a worker. True in the worker."""
+        # Else a signal that comes now might be lost, or be passed on by the wrong process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.former_handlers)
+        try:
+            is_in_time = not self.closing and not self.must_read
+            return is_in_time and self.fork_undisturbed(index)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.former_handlers)
+
+    def fork_undisturbed(self, index):
         del self.due[index]
         self.starts += 1
         try:
@@ -6315,10 +6353,6 @@ class Crew:
         if self.cpus:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, {self.cpus[index % len(self.cpus)]})
-        # The files with the settings may be newer than what the parent has read.
-        is_late = self.starts > self.count
-        if is_late and callable(self.former_handlers[signal.SIGHUP]):
-            os.kill(os.getpid(), signal.SIGHUP)
         return True
 
     def reap(self):

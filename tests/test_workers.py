@@ -197,17 +197,25 @@ def test_workers_whose_parent_was_killed_end(by_hand, workers):
     wait_until(lambda: not any(map(is_running, running.pids)), "a worker is left")
 
 
-def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers, tmp_path):
+@pytest.mark.parametrize("last", ["", "sk-hidden-0123"], ids=["once", "then a wrong file"])
+def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers, tmp_path, last):
     """Each reads the settings again: the client key that was revoked is refused by all."""
     path = tmp_path / "keys"
     path.write_text("ck-old-0123456789")
     running = workers(by_hand, KEY="sk-hidden-0123", CLIENT_KEYS_FILE=str(path))
+    errors = running.program.errors
 
     path.write_text("ck-new-0123456789")
     os.kill(running.process, signal.SIGHUP)
-    wait_until(lambda: "".join(running.program.errors).count("are in force") == 2, "not reloaded")
-    os.kill(running.pids[0], signal.SIGKILL)
-    wait_until(lambda: "".join(running.program.errors).count("are in force") == 3, "not reloaded")
+    wait_until(lambda: "".join(errors).count("are in force") == 2, "not reloaded")
+    if last:
+        path.write_text(last)
+        os.kill(running.process, signal.SIGHUP)
+        wait_until(lambda: "".join(errors).count("nothing has changed") == 2, "not looked at")
+    dying = running.pids[0]
+    os.kill(dying, signal.SIGKILL)
+    wait_until(lambda: dying not in children(running.process), "it lives")
+    wait_until(lambda: len(children(running.process)) == 2, "no worker has come in its place")
     running.pids = children(running.process)
 
     for process in running.pids:
