@@ -366,7 +366,7 @@ Usage = collections.namedtuple("Usage", "memory threads descriptors blocks")  # 
 class Relay:
     """aiproxy.py as a process, what it prints, and what it uses."""
 
-    def __init__(self, name, real_limits, env_file=None, **settings):
+    def __init__(self, name, real_limits, env_file=None, spared=0, **settings):
         self.name = name
         self.env_file = env_file
         self.has_provider_key = "KEY" in settings
@@ -384,11 +384,11 @@ class Relay:
         self.address = self.read_address()
         for read in (self.read_errors, self.read_log):
             threading.Thread(target=read, daemon=True).start()
-        # The process that is measured: a worker that nobody kills, if there are several.
+        # The process that is measured. Of several workers it is the one that nobody kills.
         self.pid = self.process.pid
         if self.workers > 1:
             self.wait_for_workers()
-            self.pid = self.worker_pids()[0]
+            self.pid = self.worker_pids()[spared]
 
     def start(self, real_limits, settings):
         settings = dict(settings, PORT=0, LOG="json", GRACE=GRACE)
@@ -807,7 +807,8 @@ class Visitor(threading.Thread):
                     client.sock.recv(self.dice.choice((1, 500, 65536)))
             except OSError:
                 pass
-            if self.chance(0.5):
+            has_socket = client.sock.fileno() >= 0      # else it ended in the handshake
+            if has_socket and self.chance(0.5):
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self.report.count("clients that vanished")
 
@@ -970,38 +971,51 @@ class Chaos(Visitor):
         self.number = 0                     # of the reload
         self.in_force = 0                   # the number of the settings that must be in force
         self.kills = 0
+        self.answer = ""                    # what each worker says to the last reload
 
     def run(self):
-        while not self.stopping.wait(RELOAD_SECONDS):
+        begin = time.monotonic()
+        while not self.stopping.wait(begin + (self.number + 1) * RELOAD_SECONDS - time.monotonic()):
             self.number += 1
             for self.relay in self.relays:
                 try:
-                    self.reload()
-                    if self.number % 2 == 0:
-                        self.kill()
+                    self.disturb()
                 except Exception as error:      # nothing may end it unseen
                     self.report_error(error)
+
+    def disturb(self):
+        """Reload, or kill a worker and reload when the next one is about to start, or has."""
+        kills = self.number % 2 == 0
+        if kills:
+            self.kill()
+            time.sleep(self.dice.random() * 0.5)
+        before = self.reload()
+        self.relay.wait_for_workers()
+        wanted = 1 if kills else self.relay.workers
+        heard = self.relay.wait_for_lines(self.answer, before + wanted)
+        self.report.check(heard, "%s: a worker has not read the settings again" % self.relay.name)
+        if not self.relay.has_provider_key:
+            return
+        if kills:
+            time.sleep(0.5)             # the new worker reads them, too, if it is older than they
+        self.probe(seconds=1)
 
     def reload(self):
         """SIGHUP with new settings, every third time with wrong ones."""
         relay = self.relay
         settings = good_settings(relay.name, self.number)
         is_wrong = self.number % 3 == 0
-        said = "are in force"
         if is_wrong:
             settings["MAX_TOKENS"] = "many"
-            said = "nothing has changed"
-        elif relay.has_provider_key:
+        else:
             self.in_force = self.number
         write_settings(relay.env_file, settings)
-
-        before = relay.count_lines(said)
-        relay.process.send_signal(signal.SIGHUP)
-        heard = relay.wait_for_lines(said, before + len(relay.worker_pids()))
-        self.report.check(heard, "%s: a worker has not read the settings again" % relay.name)
+        self.answer = "nothing has changed" if is_wrong else "are in force"
         self.report.count("wrong reloads" if is_wrong else "reloads")
-        if relay.has_provider_key:
-            self.probe(seconds=0.5)
+
+        before = relay.count_lines(self.answer)
+        relay.process.send_signal(signal.SIGHUP)
+        return before
 
     def kill(self):
         """SIGKILL to the worker that is not measured, with whatever clients it has."""
@@ -1018,9 +1032,6 @@ class Chaos(Visitor):
             os.kill(victim, signal.SIGKILL)
             self.kills += 1
             self.report.count("killed workers")
-        if relay.has_provider_key:
-            self.probe(seconds=1)
-        relay.wait_for_workers()
 
     def probe(self, seconds):
         """For so long new clients must find the key of the settings in force, and no other."""
@@ -1090,10 +1101,10 @@ def start_chaos_relays(url, real_limits, folder):
     certificate, private = make_certificate(folder)
     several = {"UPSTREAM": url, "WORKERS": 2, "TLS_CERT": certificate, "TLS_KEY": private}
     relays = []
-    for name, settings in (("gated", GATED), ("transparent", {})):
+    for spared, (name, settings) in enumerate((("gated", GATED), ("transparent", {}))):
         env_file = os.path.join(folder, name + ".env")
         write_settings(env_file, good_settings(name, 0))
-        relays.append(Relay(name, real_limits, env_file, **settings, **several))
+        relays.append(Relay(name, real_limits, env_file, spared, **settings, **several))
     return relays
 
 
@@ -1169,7 +1180,7 @@ def check_workers(relay, parent, kills, report):
                  "%s: %d workers died, we killed %d" % (relay.name, deaths, kills))
 
     spared = relay.usage()
-    newest = relay.usage(relay.worker_pids()[-1])
+    newest = relay.usage([pid for pid in relay.worker_pids() if pid != relay.pid][-1])
     report.check(newest.descriptors <= spared.descriptors, "%s: the newest worker has %d "
                  "descriptors, the spared one %d"
                  % (relay.name, newest.descriptors, spared.descriptors))
