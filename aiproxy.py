@@ -6375,8 +6375,11 @@ class Crew:
 
     def plan(self, index, pause, reason):
         self.due[index] = time.monotonic() + pause
-        write_all(sys.stderr, "aiproxy: worker %d has ended (%s); another one starts in %gs\n"
-                  % (index + 1, reason, pause))
+        # If nobody reads stderr the line is lost: this thread must not wait.
+        with contextlib.suppress(OSError, ValueError):      # it is closed
+            if select.select([], [sys.stderr], [], 0)[1]:
+                write_all(sys.stderr, "aiproxy: worker %d has ended (%s); another one starts in "
+                          "%gs\n" % (index + 1, reason, pause))
 
 
 def describe_end(status):

@@ -1050,8 +1050,9 @@ class Chaos(Visitor):
             return client.read_reply()
 
         response = self.visit(exchange)
-        self.report.check(response.status == status, "%s: with the key of reload %d, where %d is in "
-                          "force: %d" % (self.relay.name, number, self.in_force, response.status))
+        self.report.check(
+            response.status == status, "%s: with the key of reload %d, where %d is in force: %d"
+            % (self.relay.name, number, self.in_force, response.status))
         self.report.count("probes")
 
 

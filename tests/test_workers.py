@@ -4,6 +4,7 @@ The parent serves nobody. It passes signals on and ends when all workers have en
 """
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,8 +14,8 @@ import pytest
 import aiproxy
 from byhand import ByHand
 from support import (
-    CHAT, EVENT_HEAD, PATIENCE, Client, Program, children, chunk, event, process_state,
-    sockets_of)
+    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, Program, children, chunk, clean_environ, event,
+    process_state, sockets_of)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks into /proc")
 
@@ -222,6 +223,40 @@ def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers,
         with running.one_of(process) as client:
             client.request("POST", CHAT, b"{}", [("Authorization", "Bearer ck-old-0123456789")])
             assert client.read_reply().status == 401
+
+
+def test_a_reader_of_stderr_that_stalls_does_not_hold_up_the_parent(by_hand):
+    environ = clean_environ({
+        "AIPROXY_PORT": "0", "AIPROXY_UPSTREAM": by_hand.url, "AIPROXY_WORKERS": "2"})
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: len(children(process.pid)) == 2, "there are no two workers")
+        fill(process.stderr.fileno())
+        dying = children(process.pid)[0]
+        os.kill(dying, signal.SIGKILL)
+        wait_until(lambda: dying not in children(process.pid), "it is a zombie")
+
+        wait_until(lambda: len(children(process.pid)) == 2, "no worker has come in its place")
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def fill(pipe):
+    """Fill a pipe, of which we have the reading side."""
+    writer = os.open("/proc/self/fd/%d" % pipe, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        while os.write(writer, bytes(1 << 12)):
+            pass
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(writer)
 
 
 def test_whole_lines_are_written_by_all_workers(by_hand, workers):
