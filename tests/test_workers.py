@@ -225,6 +225,29 @@ def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers,
             assert client.read_reply().status == 401
 
 
+def test_a_signal_that_comes_while_a_worker_is_started_reaches_it(monkeypatch):
+    settings = aiproxy.Settings({
+        "AIPROXY_PORT": "0", "AIPROXY_WORKERS": "2", "AIPROXY_UPSTREAM": "http://127.0.0.1:9"})
+    crew = aiproxy.Crew(settings, [])
+    told = []
+
+    def fork():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0)                   # here a handler would run
+        return 12345
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(crew, "pass_on", lambda number: told.extend(crew.running))
+    crew.handle(signal.SIGHUP, crew.on_reload)
+    try:
+        crew.fork(0)
+    finally:
+        signal.signal(signal.SIGHUP, crew.former_handlers[signal.SIGHUP])
+        crew.listener.close()
+
+    assert told == [12345]
+
+
 def test_a_reader_of_stderr_that_stalls_does_not_hold_up_the_parent(by_hand):
     environ = clean_environ({
         "AIPROXY_PORT": "0", "AIPROXY_UPSTREAM": by_hand.url, "AIPROXY_WORKERS": "2"})
