@@ -6209,6 +6209,7 @@ WORKER_PAUSE = 0.1      # seconds until a worker that has died is started again:
 MAX_WORKER_PAUSE = 30   # each time that it dies soon, up to so many
 SETTLED_SECONDS = 60    # soon: before it has run for so long
 WATCH_SECONDS = 0.1     # between two looks of the parent
+LATE_SECONDS = 1        # for a worker to end after what it may take: then it is stuck
 HAND_OVER_SECONDS = 0.002       # for a worker that has fewer clients to take a new one: for each
 MAX_HAND_OVER = 0.1             # that it has fewer, and at most
 NO_CLIENTS_WANTED = 0xFFFFFFFF  # the count of a worker that does not run
@@ -6275,6 +6276,7 @@ class Crew:
         self.pauses = [WORKER_PAUSE] * self.count
         self.starts = 0
         self.closing = False
+        self.deadline = math.inf            # for all workers to have ended
         self.has_terminal = os.isatty(0)
         self.former_handlers = {}           # of signals: a worker has them again
 
@@ -6291,6 +6293,8 @@ class Crew:
                     is_first = self.starts <= self.count
                     return functools.partial(Worker, self, index, is_first and index == 0)
             self.reap()
+            if time.monotonic() > self.deadline:
+                self.pass_on(signal.SIGKILL)
             time.sleep(WATCH_SECONDS)
         sys.exit(0)
 
@@ -6303,6 +6307,8 @@ class Crew:
             self.pass_on(signal.SIGKILL)
             os._exit(0)
         self.closing = True
+        longest = self.settings.grace + SHUTDOWN_SECONDS
+        self.deadline = time.monotonic() + longest + LATE_SECONDS
         self.listener.close()
         os.close(self.lifeline_writer)
 

@@ -190,6 +190,16 @@ def test_a_second_SIGTERM_ends_all_at_once(by_hand, workers):
     wait_until(lambda: not any(map(is_running, running.pids)), "a worker is left")
 
 
+def test_a_worker_that_is_stuck_does_not_hold_up_the_end(by_hand, workers):
+    running = workers(by_hand, GRACE="0")
+    os.kill(running.pids[0], signal.SIGSTOP)
+
+    os.kill(running.process, signal.SIGTERM)
+
+    assert running.program.process.wait(PATIENCE) == 0
+    assert not any(is_running(process) for process in running.pids)
+
+
 def test_workers_whose_parent_was_killed_end(by_hand, workers):
     running = workers(by_hand)
 
