@@ -6223,7 +6223,10 @@ def start_workers(settings, on_start):
 
 
 class Worker(Server):
-    """A Server that leaves new clients to those workers that have fewer."""
+    """A Server that leaves new clients to those workers that have fewer.
+
+    It begins with the crew's settings, which may be newer than those of the start.
+    """
 
     def __init__(self, crew, index, announces, first_settings):
         self.processes = crew.count
