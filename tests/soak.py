@@ -1208,7 +1208,8 @@ def read_options():
     parser.add_argument(
         "--real-limits", action="store_true", help="leave the limits in aiproxy.py as they are")
     parser.add_argument(
-        "--chaos", action="store_true", help="TLS, two workers, reloads, kills, an end under load")
+        "--chaos", action="store_true",
+        help="TLS, two workers, reloads, kills, an end under load; needs /proc")
     parser.add_argument("--upstream", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     return parser.parse_args()
@@ -1223,10 +1224,12 @@ def run(options, report, url):
             relays = start_relays(url, options.real_limits)
         print("soak of %g s on Python %s, seed %d"
               % (options.seconds, sys.version.split()[0], options.seed), flush=True)
-        run_relays(options, report, relays)
+        measure(options, report, relays)
+        end_relays(options, report, relays)
 
 
-def run_relays(options, report, relays):
+def measure(options, report, relays):
+    """What the relays use: fresh, warm, and when the clients have left."""
     warm_up = min(30, options.seconds / 4)
     fresh = [relay.usage() for relay in relays]
     parents = [relay.usage(relay.process.pid) for relay in relays]
@@ -1249,6 +1252,9 @@ def run_relays(options, report, relays):
         if options.chaos:
             check_workers(relay, parent, chaos.kills // len(relays), report)
 
+
+def end_relays(options, report, relays):
+    """SIGTERM; with chaos, while clients come."""
     def stop_under_load():
         time.sleep(2)
         stop_all(relays, report)
