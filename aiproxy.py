@@ -647,7 +647,8 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + self.settings.grace
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
-            while True:             # whoever is in the listener's queue counts as accepted
+            # Whoever is in the listener's queue counts as accepted, not whoever still comes.
+            for _ in range(LISTEN_QUEUE):
                 self.process_request(*self.get_request())
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
@@ -2684,7 +2685,8 @@ class Log:
 
     def add_secrets(self, secrets):
         self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
-        self.secrets = self.secrets + [secret.decode() for secret in secrets]
+        words = [secret.decode() for secret in secrets]
+        self.secrets = self.secrets + [word for word in words if word not in self.secrets]
 
     def start(self):
         """See "Queued log"."""
@@ -3248,7 +3250,7 @@ def serve(settings, on_start):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
-        make_server = start_workers(settings)           # part two: Several processes
+        make_server = start_workers(settings, on_start)     # part two: Several processes
         tune_process()                                  # part two: Tuning of the process
         # musl's 128 KiB is too little for JSON; more is never used.
         threading.stack_size(1 << 20)
@@ -3487,7 +3489,7 @@ def prepare_reload(options, environ):
     # Also under nohup, which ignores it: a terminal that goes away then only costs a reload.
     if hasattr(signal, "SIGHUP"):       # not on Windows
         signal.signal(signal.SIGHUP, lambda number, frame: reloader.signals.put(number))
-    return [reloader.run]
+    return [reloader]
 
 
 class Reloader:
@@ -3503,8 +3505,14 @@ class Reloader:
         self.has_terminal = os.isatty(0)        # on stdin, which nohup and services do not have
         self.stamps = None                      # of the watched files, when they were last read
 
-    def run(self, server):
-        self.stamps = file_stamps(server.settings.watched_files)
+    def begin(self, settings):
+        """From now on it is seen when a file of theirs changes."""
+        if self.stamps is None:
+            self.stamps = file_stamps(settings.watched_files)
+
+    def __call__(self, server):
+        """Serves as a thread."""
+        self.begin(server.settings)
         while True:
             try:
                 self.wait(server)
@@ -3526,14 +3534,27 @@ class Reloader:
             self.reload(server, environ)
 
     def reload(self, server, environ=None):
-        """Read everything again, or only what the settings in `environ` name."""
+        """Put in force what is read anew: everything, or what the settings in `environ` name."""
         if not (self.options.env_file or server.settings.watched_files
                 or server.settings.file_values):
             server.log.warn("there is no file to read settings from again (--env-file names one): "
                             "a restart takes new ones")
             return
+        try:
+            settings, fixed = self.read(server.settings, environ)
+        except SettingError as error:
+            server.log.warn("nothing has changed, because the new settings cannot be used: %s"
+                            % error)
+            return
+        replace_service(server, settings)
+        server.log.warn("the settings have been read again and are in force")
+        if fixed:
+            server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
+
+    def read(self, old, environ=None):
+        """As read_new_settings. A SettingError leaves the environment as it was."""
         # Before they are read: what changes meanwhile is seen the next time.
-        stamps = file_stamps(server.settings.watched_files)
+        stamps = file_stamps(old.watched_files)
         before = dict(os.environ)
         reads_all = environ is None
         try:
@@ -3541,19 +3562,14 @@ class Reloader:
                 environ = dict(self.given)
                 read_environment(self.options, environ)
             replace_environment(environ)        # urllib and OpenSSL read it, too
-            settings, fixed = read_new_settings(environ, server.settings)
-        except SettingError as error:
+            found = read_new_settings(environ, old)
+        except SettingError:
             replace_environment(before)
-            server.log.warn("nothing has changed, because the new settings cannot be used: %s"
-                            % error)
             if not reads_all:                   # else it may be good without the env files
                 self.stamps = stamps
-            return
-        replace_service(server, settings)
+            raise
         self.stamps = stamps
-        server.log.warn("the settings have been read again and are in force")
-        if fixed:
-            server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
+        return found
 
 
 def file_stamps(paths):
@@ -6558,27 +6574,31 @@ WORKER_PAUSE = 0.1      # seconds until a worker that has died is started again:
 MAX_WORKER_PAUSE = 30   # each time that it dies soon, up to so many
 SETTLED_SECONDS = 60    # soon: before it has run for so long
 WATCH_SECONDS = 0.1     # between two looks of the parent
+LATE_SECONDS = 1        # for a worker to end after what it may take: then it is stuck
 HAND_OVER_SECONDS = 0.002       # for a worker that has fewer clients to take a new one: for each
 MAX_HAND_OVER = 0.1             # that it has fewer, and at most
 NO_CLIENTS_WANTED = 0xFFFFFFFF  # the count of a worker that does not run
 
-def start_workers(settings):
+def start_workers(settings, on_start):
     """What makes the server, in each worker. SystemExit in the parent, when all of them have ended.
     """
     if settings.workers == 1:
         return Server
-    return Crew(settings).run()
+    return Crew(settings, on_start).run()
 
 
 class Worker(Server):
-    """A Server that leaves new clients to those workers that have fewer."""
+    """A Server that leaves new clients to those workers that have fewer.
 
-    def __init__(self, crew, index, announces, settings):
+    It begins with the crew's settings, which may be newer than those of the start.
+    """
+
+    def __init__(self, crew, index, announces, first_settings):
         self.processes = crew.count
         self.announces = announces
         self.client_numbers = crew.client_numbers
         self.index = index
-        super().__init__(settings, crew.listener)
+        super().__init__(crew.settings, crew.listener)
         self.client_numbers[index] = 0
         # The parent ends us, however often somebody tells us to: a service manager tells both.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -6596,7 +6616,7 @@ class Worker(Server):
     def get_request(self):
         self.client_numbers[self.index] = len(self.clients)
         lead = len(self.clients) - min(self.client_numbers)
-        if lead > 0:
+        if lead > 0 and not self.closing:
             time.sleep(min(lead * HAND_OVER_SECONDS, MAX_HAND_OVER))
         return super().get_request()        # BlockingIOError, an OSError: another has taken it
 
@@ -6604,7 +6624,12 @@ class Worker(Server):
 class Crew:
     """The parent's side: which workers run, and when the others are to be started again."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, on_start):
+        self.settings = settings            # in force: what the next worker begins with
+        self.must_read = False              # have they been read again by the workers?
+        self.readers = [each for each in on_start if hasattr(each, "read")]
+        for reader in self.readers:
+            reader.begin(settings)
         self.count = settings.workers
         self.listener = open_listener(settings)
         self.listener.setblocking(False)    # who comes second must not wait for the next client
@@ -6619,6 +6644,7 @@ class Crew:
         self.pauses = [WORKER_PAUSE] * self.count
         self.starts = 0
         self.closing = False
+        self.deadline = math.inf            # for all workers to have ended
         self.has_terminal = os.isatty(0)
         self.former_handlers = {}           # of signals: a worker has them again
 
@@ -6628,11 +6654,15 @@ class Crew:
         self.handle(signal.SIGTERM, self.on_stop)
         self.handle(signal.SIGHUP, self.on_reload)
         while self.running or not self.closing:
+            if self.must_read:
+                self.read_settings()
             for index, when in list(self.due.items()):
-                if when <= time.monotonic() and not self.closing and self.fork(index):
+                if when <= time.monotonic() and self.fork(index):
                     is_first = self.starts <= self.count
                     return functools.partial(Worker, self, index, is_first and index == 0)
             self.reap()
+            if time.monotonic() > self.deadline:
+                self.pass_on(signal.SIGKILL)
             time.sleep(WATCH_SECONDS)
         sys.exit(0)
 
@@ -6645,12 +6675,15 @@ class Crew:
             self.pass_on(signal.SIGKILL)
             os._exit(0)
         self.closing = True
+        longest = self.settings.grace + SHUTDOWN_SECONDS
+        self.deadline = time.monotonic() + longest + LATE_SECONDS
         self.listener.close()
         os.close(self.lifeline_writer)
 
     def on_reload(self, number, frame):
         is_window_closed = self.has_terminal and not os.isatty(0)
         if not is_window_closed:
+            self.must_read = True
             self.pass_on(number)
         elif not self.closing:
             self.on_stop(number, frame)
@@ -6660,8 +6693,24 @@ class Crew:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
+    def read_settings(self):
+        self.must_read = False
+        for reader in self.readers:
+            # Whatever is wrong, each worker says it, and goes on with what it has. So do we.
+            with contextlib.suppress(Exception):
+                self.settings = reader.read(self.settings)[0]
+
     def fork(self, index):
         """Start a worker. True in the worker."""
+        # Else a signal that comes now might be lost, or be passed on by the wrong process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.former_handlers)
+        try:
+            is_in_time = not self.closing and not self.must_read
+            return is_in_time and self.fork_undisturbed(index)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.former_handlers)
+
+    def fork_undisturbed(self, index):
         del self.due[index]
         self.starts += 1
         try:
@@ -6678,10 +6727,6 @@ class Crew:
         if self.cpus:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, {self.cpus[index % len(self.cpus)]})
-        # The files with the settings may be newer than what the parent has read.
-        is_late = self.starts > self.count
-        if is_late and callable(self.former_handlers[signal.SIGHUP]):
-            os.kill(os.getpid(), signal.SIGHUP)
         return True
 
     def reap(self):
@@ -6704,8 +6749,11 @@ class Crew:
 
     def plan(self, index, pause, reason):
         self.due[index] = time.monotonic() + pause
-        write_all(sys.stderr, "aiproxy: worker %d has ended (%s); another one starts in %gs\n"
-                  % (index + 1, reason, pause))
+        # If nobody reads stderr the line is lost: this thread must not wait.
+        with contextlib.suppress(OSError, ValueError):      # it is closed
+            if select.select([], [sys.stderr], [], 0)[1]:
+                write_all(sys.stderr, "aiproxy: worker %d has ended (%s); another one starts in "
+                          "%gs\n" % (index + 1, reason, pause))
 
 
 def describe_end(status):

@@ -12,6 +12,16 @@ and huge clients come all at once. In the end
 - neither reported a fault, no client saw the provider key, the upstream saw no client key, and
   SIGTERM ends both with 0.
 
+With --chaos each relay is two workers that serve TLS. Every five seconds their settings are read
+again, at times from a wrong file; every ten seconds a worker is killed; and in the end SIGTERM
+comes while clients do. Then also
+
+- the connections of the killed worker end visibly cut, and those of the other are not touched;
+- after each reload all workers ask for the new client key and refuse the old one, and a worker that
+  comes later does so from its first request on; a wrong file changes nothing;
+- SIGTERM ends the relays within the grace time and a second, and no response looks whole that is
+  not; the worker that was spared is measured, and the parent.
+
 The limits of aiproxy.py that are half a minute or more are cut to a few seconds, so that a minute
 sees them all reached often; --real-limits leaves them alone. Memory and descriptors are read from
 /proc: elsewhere these two checks are left out.
@@ -21,13 +31,16 @@ import argparse
 import collections
 import hashlib
 import json
+import math
 import os
 import random
 import signal
 import socket
 import struct
 import subprocess
+import ssl
 import sys
+import tempfile
 import threading
 import time
 
@@ -35,7 +48,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 
 from support import (  # noqa: E402
-    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, chunk, clean_environ, event)
+    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, children, chunk, clean_environ, event,
+    make_certificate, process_state, sockets_of)
 
 PROVIDER_KEY = "sk-soak-provider-key"
 CLIENT_KEY = "ck-soak-client-key"
@@ -50,6 +64,9 @@ BLOCK_SLACK = 1.1           # times the blocks of memory that Python's objects t
 MEMORY_SLACK = 8 << 20      # bytes: a few objects may keep an arena that a large body once needed;
 STACK_SLACK = 64 << 10      # and for each thread: its stack keeps the pages that it once touched
 SETTLE_SECONDS = 40         # until the relays' own limits have ended connections
+GRACE = 4                   # AIPROXY_GRACE
+END_SLACK = 2               # seconds after it: one for cut responses to be seen cut, one for us
+RELOAD_SECONDS = 5          # --chaos: between two reloads, every second time with a killed worker
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # for SO_LINGER: close() sends a reset
 
 # Constants of aiproxy.py that no setting reaches, and their values here, in seconds.
@@ -59,6 +76,7 @@ LIMITS = {
     "BODY_GRACE": 5,        # before a request body has to keep a minimum data rate
     "POOL_SECONDS": 5,      # for an idle upstream connection
     "IDLE_SECONDS": 6,      # for an idle client connection
+    "SETTLED_SECONDS": 5,   # after which a worker that dies is replaced at once
 }
 
 # The program with these limits. At SIGUSR1 it returns to the system what glibc keeps although it
@@ -348,22 +366,32 @@ Usage = collections.namedtuple("Usage", "memory threads descriptors blocks")  # 
 class Relay:
     """aiproxy.py as a process, what it prints, and what it uses."""
 
-    def __init__(self, name, real_limits, **settings):
+    def __init__(self, name, real_limits, env_file=None, spared=0, **settings):
         self.name = name
+        self.env_file = env_file
         self.has_provider_key = "KEY" in settings
+        self.has_tls = "TLS_CERT" in settings
+        self.workers = settings.get("WORKERS", 1)
         self.errors = []                            # lines of its stderr
         self.outcomes = collections.Counter()       # of the requests in its log
         self.peak = 0                               # bytes of memory
         self.untrimmed = 0                          # bytes of memory before SIGUSR1
         self.blocks = 0                             # what it said at the last SIGUSR1
+        self.stopped = math.inf                     # when it got SIGTERM
+        self.killed = {}        # by port of a client whose worker was killed: when
 
         self.process = self.start(real_limits, settings)
         self.address = self.read_address()
         for read in (self.read_errors, self.read_log):
             threading.Thread(target=read, daemon=True).start()
+        # The process that is measured. Of several workers it is the one that nobody kills.
+        self.pid = self.process.pid
+        if self.workers > 1:
+            self.wait_for_workers()
+            self.pid = self.worker_pids()[spared]
 
     def start(self, real_limits, settings):
-        settings = dict(settings, PORT=0, LOG="json", TIMEOUT=TIMEOUT)
+        settings = dict(settings, PORT=0, LOG="json", GRACE=GRACE)
         settings["MAX_CONNECTIONS"] = MAX_CONNECTIONS
         environ = {"AIPROXY_" + key: str(value) for key, value in settings.items()}
         environ["PYTHONPATH"] = os.path.dirname(PROGRAM)
@@ -371,8 +399,11 @@ class Relay:
         # would hide a leak.
         environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
         limits = {} if real_limits else LIMITS
+        command = [sys.executable, "-c", RUN % limits]
+        if self.env_file:
+            command += ["--env-file", self.env_file]
         return subprocess.Popen(
-            [sys.executable, "-c", RUN % limits], env=clean_environ(environ),
+            command, env=clean_environ(environ),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
 
     def read_address(self):
@@ -381,7 +412,7 @@ class Relay:
             line = self.process.stderr.readline()
             self.errors.append(line)
             assert line, "the relay did not start: %s" % "".join(self.errors)
-            if " on http://" in line:
+            if " on http" in line:
                 return "127.0.0.1", int(line.rpartition(":")[2])
 
     def read_errors(self):
@@ -393,11 +424,37 @@ class Relay:
 
     def read_log(self):
         for line in self.process.stdout:
-            self.outcomes[json.loads(line)["outcome"]] += 1
+            try:
+                outcome = json.loads(line)["outcome"]
+            except ValueError:
+                outcome = "a damaged line"
+            self.outcomes[outcome] += 1
 
-    def usage(self):
+    def worker_pids(self):
+        """The oldest first."""
+        return children(self.process.pid)
+
+    def count_lines(self, text):
+        """How many lines of its stderr hold this."""
+        return sum(text in line for line in self.errors)
+
+    def wait_for_lines(self, text, count):
+        deadline = time.monotonic() + TIMEOUT
+        while self.count_lines(text) < count:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def wait_for_workers(self):
+        deadline = time.monotonic() + PATIENCE
+        while len(self.worker_pids()) < self.workers:
+            assert time.monotonic() < deadline, "%s: a worker is missing" % self.name
+            time.sleep(0.02)
+
+    def usage(self, pid=None):
         """What it uses now; None where there is no /proc."""
-        folder = "/proc/%d/" % self.process.pid
+        folder = "/proc/%d/" % (pid or self.pid)
         if not os.path.exists(folder + "status"):
             return None
         with open(folder + "status") as file:
@@ -425,7 +482,7 @@ class Relay:
             time.sleep(0.2)
             usage = self.usage()
         self.untrimmed = usage.memory
-        self.process.send_signal(signal.SIGUSR1)
+        os.kill(self.pid, signal.SIGUSR1)
         time.sleep(1)
         return self.usage()
 
@@ -493,11 +550,13 @@ class SlowReader(Client):
     def __init__(self, address):
         super().__init__(address, receive_buffer=4096)
 
-    def more(self):
+    def receive(self, most=2000):
         time.sleep(0.002)
-        data = self.sock.recv(2000)
-        self.data += data
-        return bool(data)
+        return super().receive(most)
+
+
+class RelayStopped(ConnectionError):
+    """The relay has got SIGTERM, and takes no more clients."""
 
 
 class Visitor(threading.Thread):
@@ -519,9 +578,15 @@ class Visitor(threading.Thread):
             try:
                 visit()
             except Exception as error:      # nothing may end a visitor unseen
-                self.report.fail("%s client of the %s relay: %s: %s" % (
-                    self.kind, self.relay.name, type(error).__name__, str(error)[:200]))
+                self.report_error(error)
             time.sleep(self.dice.random() * 0.02)
+
+    def report_error(self, error):
+        if isinstance(error, ConnectionError) and time.monotonic() > self.relay.stopped:
+            time.sleep(0.2)
+            return
+        self.report.fail("%s client of the %s relay: %s: %s" % (
+            self.kind, self.relay.name, type(error).__name__, str(error)[:200]))
 
     def chance(self, probability):
         return self.dice.random() < probability
@@ -543,28 +608,69 @@ class Visitor(threading.Thread):
         digest = hashlib.md5(pad.encode()).hexdigest()
         return task, json.dumps(dict(task, sum=digest, pad=pad)).encode()
 
-    def visit(self, exchange, connect=Client):
+    def connect(self, kind=Client):
+        """A client that knows its port, and since when; its worker may be killed."""
+        began = time.monotonic()
+        client = kind(self.relay.address)
+        client.began = began
+        client.port = client.sock.getsockname()[1]
+        return client
+
+    def start_tls(self, client):
+        if self.relay.has_tls:
+            client.start_tls()
+
+    def visit(self, exchange, kind=Client):
         """exchange(client) on new connections until the relay has room; the response.
 
         A full relay responds 503, or closes a connection that is idle.
         """
         for _ in range(200):
-            try:
-                with connect(self.relay.address) as client:
-                    response = exchange(client)
-            except (ConnectionError, AssertionError) as error:
-                if isinstance(error, AssertionError) and "ended before" not in str(error):
-                    raise
-                self.report.count("given up while idle")
-                continue
-            if response is None or response.status != 503:
+            response, cut = self.visit_once(exchange, kind)
+            if cut:
+                self.report.count(cut)
+            elif response is None or response.status != 503:
                 return response
-
-            ours = response.code == "server_busy" and response.get("retry-after")
-            self.report.check(ours, "a 503 that is not ours: %r" % response.body)
-            self.report.count("turned away with 503")
+            else:
+                ours = response.code == "server_busy" and response.get("retry-after")
+                self.report.check(ours, "a 503 that is not ours: %r" % response.body)
+                self.report.count("turned away with 503")
+            if time.monotonic() > self.relay.stopped:
+                raise RelayStopped()
             time.sleep(0.05)
         raise RuntimeError("never let in")
+
+    def visit_once(self, exchange, kind):
+        """The response to exchange(client), and why it counts for nothing, if that is so."""
+        phase = "given up in the handshake"
+        client = None
+        try:
+            with self.connect(kind) as client:
+                self.start_tls(client)
+                phase = "given up while idle"
+                response = exchange(client)
+        except (ConnectionError, ssl.SSLEOFError, AssertionError) as error:
+            if isinstance(error, AssertionError) and "ended before" not in str(error):
+                raise
+            return None, self.reason_of_cut(client) or self.reason_of_refusal() or phase
+
+        if response is None or response.complete:
+            return response, ""
+        if self.relay.has_tls:
+            self.report.check(not client.got_close_notify, "%s: TLS says that a response is whole "
+                              "that is cut: %d" % (self.relay.name, response.status))
+        return response, self.reason_of_cut(client)
+
+    def reason_of_cut(self, client):
+        """Why a response may be cut, although the upstream's is whole; empty if it may not."""
+        if client and self.relay.killed.get(client.port, 0) > client.began:
+            return "cut when their worker was killed"
+        if time.monotonic() > self.relay.stopped + GRACE:
+            return "cut when the grace time was over"
+        return ""
+
+    def reason_of_refusal(self):
+        return "refused after SIGTERM" if time.monotonic() > self.relay.stopped else ""
 
     def check_response(self, response, task):
         right = response.body == right_body(task)
@@ -575,6 +681,12 @@ class Visitor(threading.Thread):
         self.report.check(right, message)
         self.check_provider_key(response)
         self.report.count("good answers, " + self.kind)
+
+    def check_cut(self, response, task):
+        """What came of a response before it was cut must be right."""
+        right = right_body(task).startswith(response.body)
+        self.report.check(right, "%s: a response to %r was wrong before it was cut"
+                          % (self.relay.name, task))
 
     def check_provider_key(self, response):
         if not self.relay.has_provider_key:
@@ -599,6 +711,9 @@ class Visitor(threading.Thread):
                 for task, _ in batch:
                     response = client.read_reply()
                     if response.status == 503:
+                        return response
+                    if not response.complete and self.reason_of_cut(client):
+                        self.check_cut(response, task)
                         return response
                     self.check_response(response, task)
                     tasks.pop(0)
@@ -648,6 +763,7 @@ class Visitor(threading.Thread):
         """Sends its head or takes its response so slowly that the relay must end it."""
         with Client(self.relay.address, receive_buffer=4096) as client:
             try:
+                self.start_tls(client)
                 if self.chance(0.5):
                     self.stop_reading(client)
                 else:
@@ -684,13 +800,15 @@ class Visitor(threading.Thread):
 
         with Client(self.relay.address) as client:
             try:
+                self.start_tls(client)
                 client.send((head + body)[:self.dice.choice(ends)])
                 client.sock.settimeout(0.3)
                 for _ in range(self.dice.randrange(4)):
                     client.sock.recv(self.dice.choice((1, 500, 65536)))
             except OSError:
                 pass
-            if self.chance(0.5):
+            has_socket = client.sock.fileno() >= 0      # else it ended in the handshake
+            if has_socket and self.chance(0.5):
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self.report.count("clients that vanished")
 
@@ -747,7 +865,7 @@ class Visitor(threading.Thread):
         """Many that connect, send nothing and stay: they must not keep the others out."""
         sockets = []
         try:
-            for _ in range(MAX_CONNECTIONS + 20):
+            for _ in range(MAX_CONNECTIONS * self.relay.workers + 20):
                 sockets.append(socket.create_connection(self.relay.address, PATIENCE))
             time.sleep(0.3)
         finally:
@@ -765,8 +883,8 @@ class Visitor(threading.Thread):
             client.request("GET", "/v1/realtime?model=m", None, fields)
             response = client.read_head()
             if response.status == 101:
-                threading.Thread(target=client.send, args=(data,), daemon=True).start()
-                response.body = client.read_exactly(len(data))
+                response.body = self.send_through(client, data)
+                response.complete = len(response.body) == len(data)
             else:
                 client.read_body(response)
             return response
@@ -776,7 +894,26 @@ class Visitor(threading.Thread):
         self.report.check(right, "a tunnel's bytes came back wrong: %d" % response.status)
         self.report.count("tunnels")
 
+    def send_through(self, client, data):
+        """What comes back."""
+        if not self.relay.has_tls:
+            threading.Thread(target=client.send, args=(data,), daemon=True).start()
+            return client.read_exactly(len(data)) or b""
+        # Two threads that use one TLS connection corrupt memory up to CPython 3.12.
+        received = b""
+        for piece in pieces(data, 1):
+            client.send(piece)
+            received += client.read_exactly(len(piece)) or b""
+        return received
 
+
+GATED = {       # settings of the relay with a provider key
+    "KEY": PROVIDER_KEY,
+    "MODELS": "m",
+    "PATHS": CHAT + ",GET /v1/realtime",
+    "MAX_BODY": MAX_BODY,
+    "RATE": "1000000/s",
+}
 KINDS = {       # methods of Visitor, and how many come at once
     "good": 10,
     "broken": 10,
@@ -789,10 +926,141 @@ KINDS = {       # methods of Visitor, and how many come at once
     "websocket": 1,
 }
 
+# ---- Chaos ----------------------------------------------------------------------------------
+
+
+def probe_key(number):
+    """The client key that the settings bring with this reload."""
+    return "ck-soak-probe-%d" % number
+
+
+def good_settings(name, number):
+    if name == "transparent":
+        return {"TIMEOUT": TIMEOUT + number % 2}
+    return {"TIMEOUT": TIMEOUT,
+            "CLIENT_KEYS": "soak=%s,probe=%s" % (CLIENT_KEY, probe_key(number))}
+
+
+def write_settings(path, settings):
+    """Put a new file in the place of the old one, so that nobody reads half of it."""
+    with open(path + ".new", "w") as file:
+        for pair in settings.items():
+            file.write("AIPROXY_%s=%s\n" % pair)
+    os.replace(path + ".new", path)
+
+
+def ports_of_clients(relay, pid):
+    """The client's port of each connection that this worker has accepted."""
+    inodes = sockets_of(pid)
+    own_port = ":%04X" % relay.address[1]
+    ports = set()
+    for _ in range(2):                  # the table changes while it is read
+        with open("/proc/net/tcp") as file:
+            for words in map(str.split, file):
+                if words[1].endswith(own_port) and words[9] in inodes:
+                    ports.add(int(words[2].rpartition(":")[2], 16))
+    return ports
+
+
+class Chaos(Visitor):
+    """Has the settings read again, kills workers, and sees that nobody else is touched."""
+
+    def __init__(self, relays, report, seed):
+        super().__init__("probing", relays, report, math.inf, "chaos %d" % seed)
+        self.stopping = threading.Event()
+        self.number = 0                     # of the reload
+        self.in_force = 0                   # the number of the settings that must be in force
+        self.kills = 0
+        self.answer = ""                    # what each worker says to the last reload
+
+    def run(self):
+        begin = time.monotonic()
+        while not self.stopping.wait(begin + (self.number + 1) * RELOAD_SECONDS - time.monotonic()):
+            self.number += 1
+            for self.relay in self.relays:
+                try:
+                    self.disturb()
+                except Exception as error:      # nothing may end it unseen
+                    self.report_error(error)
+
+    def disturb(self):
+        """Reload, or kill a worker and reload when the next one is about to start, or has."""
+        kills = self.number % 2 == 0
+        if kills:
+            self.kill()
+            time.sleep(self.dice.random() * 0.5)
+        before = self.reload()
+        self.relay.wait_for_workers()
+        wanted = 1 if kills else self.relay.workers
+        heard = self.relay.wait_for_lines(self.answer, before + wanted)
+        self.report.check(heard, "%s: a worker has not read the settings again" % self.relay.name)
+        if not self.relay.has_provider_key:
+            return
+        if kills:
+            time.sleep(0.5)             # the new worker reads them, too, if it is older than they
+        self.probe(seconds=1)
+
+    def reload(self):
+        """SIGHUP with new settings, every third time with wrong ones."""
+        relay = self.relay
+        settings = good_settings(relay.name, self.number)
+        is_wrong = self.number % 3 == 0
+        if is_wrong:
+            settings["MAX_TOKENS"] = "many"
+        else:
+            self.in_force = self.number
+        write_settings(relay.env_file, settings)
+        self.answer = "nothing has changed" if is_wrong else "are in force"
+        self.report.count("wrong reloads" if is_wrong else "reloads")
+
+        before = relay.count_lines(self.answer)
+        relay.process.send_signal(signal.SIGHUP)
+        return before
+
+    def kill(self):
+        """SIGKILL to the worker that is not measured, with whatever clients it has."""
+        relay = self.relay
+        victims = [pid for pid in relay.worker_pids() if pid != relay.pid]
+        self.report.check(len(victims) == relay.workers - 1, "%s: %d other workers"
+                          % (relay.name, len(victims)))
+        for victim in victims:
+            os.kill(victim, signal.SIGSTOP)
+            while process_state(victim) != "T":
+                time.sleep(0.001)
+            now = time.monotonic()
+            relay.killed.update((port, now) for port in ports_of_clients(relay, victim))
+            os.kill(victim, signal.SIGKILL)
+            self.kills += 1
+            self.report.count("killed workers")
+
+    def probe(self, seconds):
+        """For so long new clients must find the key of the settings in force, and no other."""
+        deadline = time.monotonic() + seconds
+        others = [number for number in range(self.number + 1) if number != self.in_force]
+        while time.monotonic() < deadline:
+            self.try_key(self.in_force, 200)
+            if others:
+                self.try_key(self.dice.choice(others[-3:]), 401)
+
+    def try_key(self, number, status):
+        task, body = self.task("length", 5)
+
+        def exchange(client):
+            client.request("POST", CHAT, body, [("Authorization", "Bearer " + probe_key(number))])
+            return client.read_reply()
+
+        response = self.visit(exchange)
+        self.report.check(
+            response.status == status, "%s: with the key of reload %d, where %d is in force: %d"
+            % (self.relay.name, number, self.in_force, response.status))
+        self.report.count("probes")
+
+
 # ---- The run --------------------------------------------------------------------------------
 
 
-def run_clients(seconds, relays, report, seed):
+def run_clients(seconds, relays, report, seed, meanwhile=None):
+    """Clients come for so long; `meanwhile` is called in this thread."""
     deadline = time.monotonic() + seconds
     visitors = []
     for kind, count in KINDS.items():
@@ -801,6 +1069,8 @@ def run_clients(seconds, relays, report, seed):
             visitors.append(Visitor(kind, relays, report, deadline, own_seed))
     for visitor in visitors:
         visitor.start()
+    if meanwhile:
+        meanwhile()
     for visitor in visitors:
         visitor.join(max(0, deadline - time.monotonic()) + 3 * PATIENCE)
         report.check(not visitor.is_alive(), "a %s client hangs" % visitor.kind)
@@ -821,11 +1091,22 @@ def start_upstream(report):
 
 
 def start_relays(url, real_limits):
-    gated = Relay(
-        "gated", real_limits, UPSTREAM=url, KEY=PROVIDER_KEY, CLIENT_KEYS="soak=" + CLIENT_KEY,
-        MODELS="m", PATHS=CHAT + ",GET /v1/realtime", MAX_BODY=MAX_BODY, RATE="1000000/s")
-    transparent = Relay("transparent", real_limits, UPSTREAM=url)
-    return [gated, transparent]
+    return [
+        Relay("gated", real_limits, UPSTREAM=url, CLIENT_KEYS="soak=" + CLIENT_KEY,
+              TIMEOUT=TIMEOUT, **GATED),
+        Relay("transparent", real_limits, UPSTREAM=url, TIMEOUT=TIMEOUT),
+    ]
+
+
+def start_chaos_relays(url, real_limits, folder):
+    certificate, private = make_certificate(folder)
+    several = {"UPSTREAM": url, "WORKERS": 2, "TLS_CERT": certificate, "TLS_KEY": private}
+    relays = []
+    for spared, (name, settings) in enumerate((("gated", GATED), ("transparent", {}))):
+        env_file = os.path.join(folder, name + ".env")
+        write_settings(env_file, good_settings(name, 0))
+        relays.append(Relay(name, real_limits, env_file, spared, **settings, **several))
+    return relays
 
 
 def print_usage(relay, stages):
@@ -858,18 +1139,55 @@ def check_usage(relay, stages, report):
                  % (relay.name, end.descriptors, fresh.descriptors))
 
 
-def stop_and_check(relay, report):
-    """End the relay with SIGTERM, and see that it reported no fault of its own."""
-    relay.process.send_signal(signal.SIGTERM)
-    status = relay.process.wait(PATIENCE)
-    report.check(status == 0, "%s: SIGTERM ended it with %r" % (relay.name, status))
-    time.sleep(0.2)                     # for the last lines to be read
+def stop_all(relays, report):
+    """SIGTERM to all of them, and see that they end in time."""
+    for relay in relays:
+        relay.stopped = time.monotonic()
+        relay.process.send_signal(signal.SIGTERM)
+    for relay in relays:
+        status = relay.process.wait(PATIENCE)
+        seconds = time.monotonic() - relay.stopped
+        report.check(status == 0, "%s: SIGTERM ended it with %r" % (relay.name, status))
+        report.check(seconds < GRACE + END_SLACK, "%s: SIGTERM ended it after %.1f s"
+                     % (relay.name, seconds))
+        print("SIGTERM ended the %s relay after %.1f s" % (relay.name, seconds))
+    time.sleep(0.5)                     # for the last lines to be read
 
+
+def check_log(relay, report):
+    """It must have reported no fault of its own."""
     faults = [line for line in relay.errors if "fault" in line or "Traceback" in line]
     report.check(not faults, "%s said: %s" % (relay.name, "".join(faults)[:2000]))
-    count = relay.outcomes["internal_error"]
-    report.check(not count, "%s: %d internal errors in the log" % (relay.name, count))
+    for outcome in ("internal_error", "a damaged line"):
+        count = relay.outcomes[outcome]
+        report.check(not count, "%s: %d times in the log: %s" % (relay.name, count, outcome))
     print("  log: " + ", ".join("%s %d" % pair for pair in relay.outcomes.most_common()))
+
+
+def check_workers(relay, parent, kills, report):
+    """After the clients have left: the parent is as it was, and has as many workers."""
+    end = relay.usage(relay.process.pid)
+    report.check(end.threads == 1, "%s: the parent has %d threads" % (relay.name, end.threads))
+    report.check(end.descriptors == parent.descriptors, "%s: the parent has %d descriptors, %d at "
+                 "first" % (relay.name, end.descriptors, parent.descriptors))
+    report.check(end.memory <= parent.memory + (1 << 20), "%s: the parent's memory grew from %d to "
+                 "%d bytes" % (relay.name, parent.memory, end.memory))
+
+    states = [process_state(pid) for pid in relay.worker_pids()]
+    whole = len(states) == relay.workers and "Z" not in states
+    report.check(whole, "%s: its workers are %r" % (relay.name, states))
+    deaths = relay.count_lines("has ended (signal 9)")
+    report.check(deaths == relay.count_lines("has ended (") == kills,
+                 "%s: %d workers died, we killed %d" % (relay.name, deaths, kills))
+
+    spared = relay.usage()
+    newest = relay.usage([pid for pid in relay.worker_pids() if pid != relay.pid][-1])
+    report.check(newest.descriptors <= spared.descriptors, "%s: the newest worker has %d "
+                 "descriptors, the spared one %d"
+                 % (relay.name, newest.descriptors, spared.descriptors))
+    print("  %d workers killed, %d connections with them" % (kills, len(relay.killed)))
+    print("  %-24s %10.1f %21.1f" % ("memory of the parent", parent.memory / 1e6, end.memory / 1e6))
+    print("  %-24s %32.1f" % ("of the newest worker", newest.memory / 1e6))
 
 
 def print_summary(report):
@@ -889,6 +1207,9 @@ def read_options():
         help="for how long clients come; a quarter of it, 30 s at most, is warm-up")
     parser.add_argument(
         "--real-limits", action="store_true", help="leave the limits in aiproxy.py as they are")
+    parser.add_argument(
+        "--chaos", action="store_true",
+        help="TLS, two workers, reloads, kills, an end under load; needs /proc")
     parser.add_argument("--upstream", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     return parser.parse_args()
@@ -896,23 +1217,56 @@ def read_options():
 
 def run(options, report, url):
     """Clients for a while, a pause, clients again; then what is left of them in the relays."""
-    relays = start_relays(url, options.real_limits)
-    print("soak of %g s on Python %s, seed %d"
-          % (options.seconds, sys.version.split()[0], options.seed), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.chaos:
+            relays = start_chaos_relays(url, options.real_limits, folder)
+        else:
+            relays = start_relays(url, options.real_limits)
+        print("soak of %g s on Python %s, seed %d"
+              % (options.seconds, sys.version.split()[0], options.seed), flush=True)
+        measure(options, report, relays)
+        end_relays(options, report, relays)
 
+
+def measure(options, report, relays):
+    """What the relays use: fresh, warm, and when the clients have left."""
     warm_up = min(30, options.seconds / 4)
     fresh = [relay.usage() for relay in relays]
+    parents = [relay.usage(relay.process.pid) for relay in relays]
     run_clients(warm_up, relays, report, options.seed)
     warm = [relay.settled_usage(before) for relay, before in zip(relays, fresh)]
+    chaos = Chaos(relays, report, options.seed)
+    if options.chaos:
+        chaos.start()
     run_clients(options.seconds - warm_up, relays, report, options.seed + 1)
+    if options.chaos:
+        chaos.stopping.set()
+        chaos.join()
     end = [relay.settled_usage(before) for relay, before in zip(relays, fresh)]
 
-    for relay, *stages in zip(relays, fresh, warm, end):
+    for relay, parent, *stages in zip(relays, parents, fresh, warm, end):
         print("\nthe %s relay" % relay.name)
         if all(stages):
             print_usage(relay, stages)
             check_usage(relay, stages, report)
-        stop_and_check(relay, report)
+        if options.chaos:
+            check_workers(relay, parent, chaos.kills // len(relays), report)
+
+
+def end_relays(options, report, relays):
+    """SIGTERM; with chaos, while clients come."""
+    def stop_under_load():
+        time.sleep(2)
+        stop_all(relays, report)
+
+    print()
+    if options.chaos:
+        run_clients(2 + GRACE, relays, report, options.seed + 2, stop_under_load)
+    else:
+        stop_all(relays, report)
+    for relay in relays:
+        print("\nthe %s relay" % relay.name)
+        check_log(relay, report)
 
 
 def main():

@@ -355,9 +355,14 @@ class Client:
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls:
-            self.sock = client_tls().wrap_socket(self.sock, suppress_ragged_eofs=False)
         self.data = b""
+        # Over TLS: has the other side said that nothing is missing?
+        self.got_close_notify = False
+        if tls:
+            self.start_tls()
+
+    def start_tls(self):
+        self.sock = client_tls().wrap_socket(self.sock, suppress_ragged_eofs=False)
 
     def __enter__(self):
         return self
@@ -381,15 +386,19 @@ class Client:
             lines.append("Content-Length: %d" % len(body))
         self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
 
-    def receive(self):
+    def receive(self, most=65536):
+        """The next bytes, b"" at the end."""
         try:
-            return self.sock.recv(65536)
+            piece = self.sock.recv(most)
         except ssl.SSLZeroReturnError:
-            return b""
+            piece = b""
         except ssl.SSLError as error:       # PyPy has no class of its own for it
             if isinstance(error, ssl.SSLEOFError) or "UNEXPECTED_EOF" in (error.reason or ""):
                 raise ConnectionAbortedError("without close_notify")
             raise
+        if not piece:
+            self.got_close_notify = True
+        return piece
 
     def more(self):
         """Read the next bytes; False at the end."""
@@ -617,6 +626,35 @@ class ProcessRelay(Relay):
 
 
 start_relay = ProcessRelay if OTHER_PYTHON else Relay
+
+
+def children(process):
+    """The ids of its child processes, the oldest first."""
+    with open("/proc/%d/task/%d/children" % (process, process)) as file:
+        return [int(word) for word in file.read().split()]
+
+
+def process_state(process):
+    """Its letter in proc(5): T is stopped, Z has ended; None if there is none."""
+    try:
+        with open("/proc/%d/stat" % process) as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
+def sockets_of(process):
+    """The inodes of the sockets that it has open."""
+    folder = "/proc/%d/fd/" % process
+    inodes = set()
+    for name in os.listdir(folder):
+        try:
+            target = os.readlink(folder + name)
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[len("socket:["):-1])
+    return inodes
 
 
 def make_certificate(folder, name="localhost", days=1, ip="127.0.0.1", key="good"):

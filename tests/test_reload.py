@@ -173,6 +173,17 @@ def test_no_old_key_and_no_new_one_is_shown(reloadable, upstream):
     assert text == "*** *** *** ***"
 
 
+def test_many_reloads_leave_nothing_behind(reloadable, upstream):
+    """Each line of the log is searched for every secret that there has been."""
+    one = reloadable(UPSTREAM=upstream.url, KEY="sk-hidden-0123", CLIENT_KEYS=OLD)
+    before = list(one.server.log.secrets)
+
+    for _ in range(5):
+        one.reload(UPSTREAM=upstream.url, KEY="sk-hidden-0123", CLIENT_KEYS=OLD)
+
+    assert one.server.log.secrets == before
+
+
 def test_the_old_upstream_keeps_no_connection(reloadable, upstream):
     running = reloadable(UPSTREAM=upstream.url)
     running.relay.chat()

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+import aiproxy
 from byhand import ByHand
-from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, Program, chunk, event
+from support import CHAT, EVENT_HEAD, OK, PATIENCE, Client, Program, Relay, chunk, event
 
 LONG = str(PATIENCE * 10)
 
@@ -190,6 +191,26 @@ def test_a_second_signal_ends_it_at_once(by_hand, start, second):
 
 def test_a_signal_before_any_client_ends_it(start):
     assert start(GRACE=LONG).stop() == 0
+
+
+def test_clients_that_keep_coming_do_not_delay_the_end(by_hand, monkeypatch):
+    monkeypatch.setattr(aiproxy, "LISTEN_QUEUE", 20)
+    relay = Relay(UPSTREAM=by_hand.url, GRACE="0")
+    relay.server.shutdown()
+    accept = relay.server.get_request
+    came = []
+
+    def accept_while_another_one_comes():
+        assert len(came) < 100, "it accepts for as long as clients come"
+        with Client(relay.address) as client:
+            came.append(client)
+            return accept()
+
+    monkeypatch.setattr(relay.server, "get_request", accept_while_another_one_comes)
+
+    relay.server.stop()
+
+    assert len(came) == 20
 
 
 def test_under_load_every_response_that_begins_is_complete(upstream, start):

@@ -4,6 +4,7 @@ The parent serves nobody. It passes signals on and ends when all workers have en
 """
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,15 +13,11 @@ import pytest
 
 import aiproxy
 from byhand import ByHand
-from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, chunk, event
+from support import (
+    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, Program, children, chunk, clean_environ, event,
+    process_state, sockets_of)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks into /proc")
-
-
-def children(process):
-    """The process ids of its workers."""
-    with open("/proc/%d/task/%d/children" % (process, process)) as file:
-        return [int(word) for word in file.read().split()]
 
 
 def wait_until(holds, what):
@@ -31,25 +28,7 @@ def wait_until(holds, what):
 
 
 def is_running(process):
-    try:
-        with open("/proc/%d/stat" % process) as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def sockets_of(process):
-    """The inodes of the sockets that it has open."""
-    folder = "/proc/%d/fd/" % process
-    inodes = set()
-    for name in os.listdir(folder):
-        try:
-            target = os.readlink(folder + name)
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[len("socket:["):-1])
-    return inodes
+    return process_state(process) not in (None, "Z")
 
 
 def workers_of(clients, processes):
@@ -211,6 +190,16 @@ def test_a_second_SIGTERM_ends_all_at_once(by_hand, workers):
     wait_until(lambda: not any(map(is_running, running.pids)), "a worker is left")
 
 
+def test_a_worker_that_is_stuck_does_not_hold_up_the_end(by_hand, workers):
+    running = workers(by_hand, GRACE="0")
+    os.kill(running.pids[0], signal.SIGSTOP)
+
+    os.kill(running.process, signal.SIGTERM)
+
+    assert running.program.process.wait(PATIENCE) == 0
+    assert not any(is_running(process) for process in running.pids)
+
+
 def test_workers_whose_parent_was_killed_end(by_hand, workers):
     running = workers(by_hand)
 
@@ -219,23 +208,89 @@ def test_workers_whose_parent_was_killed_end(by_hand, workers):
     wait_until(lambda: not any(map(is_running, running.pids)), "a worker is left")
 
 
-def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers, tmp_path):
+@pytest.mark.parametrize("last", ["", "sk-hidden-0123"], ids=["once", "then a wrong file"])
+def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers, tmp_path, last):
     """Each reads the settings again: the client key that was revoked is refused by all."""
     path = tmp_path / "keys"
     path.write_text("ck-old-0123456789")
     running = workers(by_hand, KEY="sk-hidden-0123", CLIENT_KEYS_FILE=str(path))
+    errors = running.program.errors
 
     path.write_text("ck-new-0123456789")
     os.kill(running.process, signal.SIGHUP)
-    wait_until(lambda: "".join(running.program.errors).count("are in force") == 2, "not reloaded")
-    os.kill(running.pids[0], signal.SIGKILL)
-    wait_until(lambda: "".join(running.program.errors).count("are in force") == 3, "not reloaded")
+    wait_until(lambda: "".join(errors).count("are in force") == 2, "not reloaded")
+    if last:
+        path.write_text(last)
+        os.kill(running.process, signal.SIGHUP)
+        wait_until(lambda: "".join(errors).count("nothing has changed") == 2, "not looked at")
+    dying = running.pids[0]
+    os.kill(dying, signal.SIGKILL)
+    wait_until(lambda: dying not in children(running.process), "it lives")
+    wait_until(lambda: len(children(running.process)) == 2, "no worker has come in its place")
     running.pids = children(running.process)
 
     for process in running.pids:
         with running.one_of(process) as client:
             client.request("POST", CHAT, b"{}", [("Authorization", "Bearer ck-old-0123456789")])
             assert client.read_reply().status == 401
+
+
+def test_a_signal_that_comes_while_a_worker_is_started_reaches_it(monkeypatch):
+    settings = aiproxy.Settings({
+        "AIPROXY_PORT": "0", "AIPROXY_WORKERS": "2", "AIPROXY_UPSTREAM": "http://127.0.0.1:9"})
+    crew = aiproxy.Crew(settings, [])
+    told = []
+
+    def fork():
+        # To this thread: the parent has no other, these tests do.
+        signal.pthread_kill(threading.get_ident(), signal.SIGHUP)
+        time.sleep(0)                   # here a handler would run
+        return 12345
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(crew, "pass_on", lambda number: told.extend(crew.running))
+    crew.handle(signal.SIGHUP, crew.on_reload)
+    try:
+        crew.fork(0)
+    finally:
+        signal.signal(signal.SIGHUP, crew.former_handlers[signal.SIGHUP])
+        crew.listener.close()
+
+    assert told == [12345]
+
+
+def test_a_reader_of_stderr_that_stalls_does_not_hold_up_the_parent(by_hand):
+    environ = clean_environ({
+        "AIPROXY_PORT": "0", "AIPROXY_UPSTREAM": by_hand.url, "AIPROXY_WORKERS": "2"})
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: len(children(process.pid)) == 2, "there are no two workers")
+        fill(process.stderr.fileno())
+        dying = children(process.pid)[0]
+        os.kill(dying, signal.SIGKILL)
+        wait_until(lambda: dying not in children(process.pid), "it is a zombie")
+
+        wait_until(lambda: len(children(process.pid)) == 2, "no worker has come in its place")
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def fill(pipe):
+    """Fill a pipe, of which we have the reading side."""
+    writer = os.open("/proc/self/fd/%d" % pipe, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        while os.write(writer, bytes(1 << 12)):
+            pass
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(writer)
 
 
 def test_whole_lines_are_written_by_all_workers(by_hand, workers):
