@@ -115,7 +115,7 @@ def caddy(folder, site):
 
 
 def https(folder, upstream):
-    """The relay with the file for a page, but a certificate, keys, a port and an upstream of ours."""
+    """The relay with the file for a page, but keys, a certificate, a port, an upstream of ours."""
     port = free_port()
     env_file = recipe("Your page")
     certificate, private = make_certificate(folder, "relay.example")
