@@ -17,8 +17,8 @@ import tempfile
 import threading
 import time
 
-from fronts import FIELDS, KEYS, Connection, Front, caddy, check_front, free_port, nginx, recipe
-from fronts import write
+from fronts import FIELDS, KEYS, README, Connection, Front, caddy, check_front, free_port, nginx
+from fronts import recipe, write
 from stand import Checks, check_calm, start
 from support import (
     CHAT,
@@ -408,6 +408,9 @@ def main():
             "rewritten": (guarded_at, 600, "localhost:8000"),
         })
         idle = {name: Idle(front["idle"], plain_at) for name, front in fronts.items()}
+        with checks("HAProxy: it runs with the README's lines"):
+            lines = re.findall(r"`((?:option|timeout) [a-z0-9 ]+)`", README)
+            assert len(set(lines)) == 5 and all("    %s\n" % line in HAPROXY for line in lines)
         with checks("HAProxy: its health check is answered"):
             plain.wait_for_line(plain.lines, r'"OPTIONS", "path": "/".*"status": 204')
         folder = enter(tempfile.TemporaryDirectory())
