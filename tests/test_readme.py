@@ -11,11 +11,12 @@ import os
 import re
 import shlex
 import sys
+import threading
 
 import pytest
 
 import aiproxy
-from support import PROGRAM, Program, make_certificate, run_program
+from support import CHAT, PROGRAM, Client, Program, Upstream, make_certificate, run_program
 
 ROOT = os.path.dirname(PROGRAM)
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
@@ -93,9 +94,12 @@ def test_both_halves_have_the_same_sections_blocks_and_tables():
 
 
 def test_both_halves_name_the_same_settings_codes_and_links():
-    for pattern in (r"(?:AIPROXY|CLOUDFLARE)_[A-Z_]+[A-Z]", r"\]\(#[a-z-]+\)", r"`[a-z]+_[a-z_]+`",
+    for pattern in (r"(?:AIPROXY|CLOUDFLARE)_[A-Z_]+[A-Z]", r"`[a-z]+_[a-z_]+`",
                     r"\b[1-5][0-9][0-9]\b"):
         assert set(re.findall(pattern, ENGLISH)) == set(re.findall(pattern, MANDARIN))
+    links = [set(re.findall(r"\]\(#(.*?)\)", half)) for half in (ENGLISH, MANDARIN)]
+    shared = {"systemd", "caddy", "nginx", "fetch", "docker"}
+    assert shared == links[0] & shared == links[1] & shared
 
 
 def test_each_heading_and_table_of_the_chinese_half_is_in_chinese():
@@ -106,7 +110,7 @@ def test_each_heading_and_table_of_the_chinese_half_is_in_chinese():
 
 def test_each_block_is_of_a_kind_that_some_test_looks_at():
     languages = {language for language, _ in BLOCK.findall(README)}
-    assert languages == {"sh", "ini", "caddy", "nginx", "js", "yaml", "python"}
+    assert languages == {"sh", "ini", "caddy", "nginx", "js", "python"}
     assert README.count("\n```") == 2 * len(BLOCK.findall(README))
 
 
@@ -133,8 +137,8 @@ def test_both_halves_name_the_same_providers():
 def test_the_short_names_of_workers_ai_exist(half):
     text = section(half, "Your free quota", "用免费额度：Workers AI")
     names = code_words(r"[a-z]+-[a-z0-9.-]+", text)
-    assert names
     assert names <= set(aiproxy.WORKERS_ALIASES)
+    assert all("`%s`" % name in text for name in aiproxy.WORKERS_ALIASES)
 
 
 def test_the_file_imports_nothing_outside_the_standard_library():
@@ -170,8 +174,7 @@ REAL = {
     "CLOUDFLARE_ACCOUNT_ID": "0123456789abcdef",
     "CLOUDFLARE_API_TOKEN": "token-0123456789",
 }
-ENV_FILE_BLOCK = sections(README)["aiproxy.env"]
-ENV_FILE = dict(SETTING.findall(ENV_FILE_BLOCK))
+ENV_FILE = dict(SETTING.findall(BLOCK.search(sections(ENGLISH)["Your page"])[2]))
 
 
 def read_settings():
@@ -179,10 +182,10 @@ def read_settings():
     found = []
     for language, block in BLOCK.findall(README):
         settings = dict(SETTING.findall(block)) if language == "sh" else {}
-        if language == "yaml":
-            settings = dict(re.findall(r"name: (AIPROXY_\w+), value: ([^\s,}]+)", block))
         if settings and "aiproxy.env" in block:
-            settings = {**ENV_FILE, **settings}
+            without_front = {**ENV_FILE, "AIPROXY_PORT": "", "AIPROXY_TLS_CERT": "",
+                             "AIPROXY_TLS_KEY": ""}
+            settings = {**without_front, **settings}
         if settings:
             found.append(settings)
     return found
@@ -245,15 +248,69 @@ def test_every_error_code_that_the_readme_explains_exists(half):
     assert all('"%s"' % code in SOURCE for code in codes), words
 
 
+# Messages of browsers and of an SDK.
+OTHERS_MESSAGES = {
+    "Failed to fetch", "Load failed", "Connection error.",
+    "Permission was denied for this request to access the loopback address space"}
+
+
 @HALVES
 def test_the_messages_that_the_readme_explains_are_the_programs(half):
-    text = section(half, "When it does not work", "出了问题")
-    for message in ("Incorrect client key.", "redirects this request to another host",
-                    "aiproxy needs Python 3.8 or newer"):
-        assert "`%s`" % message in text
-        assert message in re.sub(r'"\s*"', "", SOURCE)
+    rows = section(half, "When it does not work", "出了问题").strip().split("\n")[2:]
+    quoted = {words for row in rows for words in re.findall("`(.*?)`", row.split("|")[1])}
+    messages = {words for words in quoted if " " in words}
+    assert OTHERS_MESSAGES < messages
+    source = re.sub(r'"\s*"', "", SOURCE)
+    assert [message for message in messages - OTHERS_MESSAGES if message not in source] == []
 
 
-def test_python_samples_parse():
-    for sample in re.findall(r"```python\n(.*?)```", README, re.S):
-        ast.parse(sample)
+@HALVES
+def test_the_line_that_sums_up_the_log_reads_what_the_log_writes(half):
+    names = set(re.findall(r"\.([a-z_]+)", re.search(r"jq -sc '(.*?)'", half)[1]))
+    assert names == {"client", "prompt_tokens", "completion_tokens"}
+    assert names <= set(aiproxy.Record("").as_dict())
+
+
+@HALVES
+def test_the_command_that_lists_the_sections_finds_them(half):
+    pattern = re.search(r"grep -n '(.*?)' aiproxy.py", half)[1]
+    found = re.findall(pattern.replace(r"\{4\}", "{4}"), SOURCE, re.M)
+    assert len(found) == len(re.findall("^# (?:----|====) ", SOURCE, re.M)) > 40
+
+
+def test_what_answers_the_ten_lines_stands_in_the_section_named():
+    starts = r"^# [-=]{4} (.*?) [-=]+$"
+    titles = [""] + re.findall(starts, SOURCE, re.M)
+    bodies = dict(zip(titles, re.split(starts, SOURCE, flags=re.M)[::2]))
+    rows = re.findall(r"^\|[^|]*\|[^|]*\| ([A-Z][^|]*) \|$",
+                      README[README.index("## Ten lines"):], re.M)
+    assert len(rows) > 10
+    for row in rows:
+        for answer in row.split("; "):
+            title, _, names = answer.partition(": ")
+            body = "".join(text for name, text in bodies.items()
+                           if name.partition(":")[0] == title)
+            assert body, answer
+            for name in re.findall("`(.*?)`", names):
+                assert re.search(r"(def|class) %s\b" % name.rpartition(".")[2], body), answer
+
+
+def test_the_ten_lines_run_when_they_are_pasted():
+    sample = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    with Upstream() as upstream:
+        sample = sample.replace("https://api.openai.com", upstream.url).replace("8000", "0")
+        lines, serve = sample.rstrip().rsplit("\n", 1)
+        names = {}
+        exec(lines, names)
+        server = eval(serve.replace(".serve_forever()", ""), names)
+        names["Relay"].log_message = lambda *ignored: None
+        with server:
+            asking = threading.Thread(target=server.handle_request)
+            asking.start()
+            with Client(server.server_address) as client:
+                client.request("POST", CHAT, b'{"model":"m"}', [("Host", "localhost")])
+                reply = client.read_reply("POST")
+            asking.join()
+    assert (reply.status, reply.body) == (200, b'{"ok":true}')
+    assert upstream.received[0].field("authorization") == "Bearer sk-..."
+    assert len(re.search(r" *def do_POST.*?(?=\nhttp)", sample, re.S)[0].split("\n")) == 10

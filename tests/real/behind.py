@@ -17,8 +17,8 @@ import tempfile
 import threading
 import time
 
-from fronts import FIELDS, KEYS, Connection, Front, caddy, check_front, free_port, nginx, recipe
-from fronts import write
+from fronts import FIELDS, KEYS, README, Connection, Front, caddy, check_front, free_port, nginx
+from fronts import recipe, write
 from stand import Checks, check_calm, start
 from support import (
     CHAT,
@@ -229,7 +229,7 @@ def check_upload(checks, name, front, upstream, folder):
             said = done.stdout.decode()
             print("       " + said[:80].replace("\n", " "))
             assert said.endswith("\n413"), (done.returncode, said)
-            assert name == "nginx" or "request_too_large" in said, said
+            assert "request_too_large" in said, said
             assert not any(one.whole for one in upstream.received[received:])
 
 
@@ -408,6 +408,9 @@ def main():
             "rewritten": (guarded_at, 600, "localhost:8000"),
         })
         idle = {name: Idle(front["idle"], plain_at) for name, front in fronts.items()}
+        with checks("HAProxy: it runs with the README's lines"):
+            lines = re.findall(r"`((?:option|timeout) [a-z0-9 ]+)`", README)
+            assert len(set(lines)) == 5 and all("    %s\n" % line in HAPROXY for line in lines)
         with checks("HAProxy: its health check is answered"):
             plain.wait_for_line(plain.lines, r'"OPTIONS", "path": "/".*"status": 204')
         folder = enter(tempfile.TemporaryDirectory())

@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 
-import yaml
 from stand import TESTS, Checks, start
 from support import (
     CHAT,
@@ -39,7 +38,7 @@ FIELDS = {"Authorization": "Bearer ck-0123456789", "Content-Type": "application/
 
 def recipe(heading):
     """The first block below a heading."""
-    return re.search(r"^### %s\n```\w+\n(.*?)^```" % re.escape(heading), README, re.M | re.S)[1]
+    return re.search(r"^### %s\n.*?^```\w+\n(.*?)^```" % re.escape(heading), README, re.M | re.S)[1]
 
 
 def free_port():
@@ -116,24 +115,23 @@ def caddy(folder, site):
 
 
 def https(folder, upstream):
-    """The relay with its own command, but a certificate, keys, a port and an upstream of ours."""
+    """The relay with the file for a page, but keys, a certificate, a port, an upstream of ours."""
     port = free_port()
-    env_file = recipe("aiproxy.env").replace("sk-...", KEYS["AIPROXY_KEY"])
-    env_file = env_file.replace("app=a-long-random-string", KEYS["AIPROXY_CLIENT_KEYS"])
-    env_file = re.sub("AIPROXY_UPSTREAM=.*", "AIPROXY_UPSTREAM=" + upstream.url, env_file)
-    env_file = re.sub("AIPROXY_MODELS=.*", "AIPROXY_MODELS=m", env_file)
+    env_file = recipe("Your page")
     certificate, private = make_certificate(folder, "relay.example")
-    command = recipe("HTTPS").partition("\n")[2]
-    for ours, theirs in (
-        ("=" + certificate, r"=\S+/fullchain\.pem"),
-        ("=" + private, r"=\S+/privkey\.pem"),
-        ("PORT=%d" % port, "PORT=443"),
-        ("exec %s %s" % (sys.executable, PROGRAM), "python3 aiproxy.py"),
-        (write(folder, "aiproxy.env", env_file), r"aiproxy\.env"),
+    for name, value in (
+        ("AIPROXY_UPSTREAM", upstream.url),
+        ("AIPROXY_KEY", KEYS["AIPROXY_KEY"]),
+        ("AIPROXY_CLIENT_KEYS", KEYS["AIPROXY_CLIENT_KEYS"]),
+        ("AIPROXY_MODELS", "m"),
+        ("AIPROXY_PORT", str(port)),
+        ("AIPROXY_TLS_CERT", certificate),
+        ("AIPROXY_TLS_KEY", private),
     ):
-        command, count = re.subn(theirs, ours, command)
-        assert count == 1, theirs
-    return Front(folder, ["bash", "-c", command], port, authority=certificate)
+        env_file, count = re.subn("^%s=.*" % name, "%s=%s" % (name, value), env_file, flags=re.M)
+        assert count == 1, name
+    command = [sys.executable, PROGRAM, "--env-file", write(folder, "aiproxy.env", env_file)]
+    return Front(folder, command, port, clean_environ({}), authority=certificate)
 
 
 class Connection(http.client.HTTPConnection):
@@ -222,28 +220,37 @@ def check_front(checks, name, front, upstream):
         connection.close()
 
 
+def check_page(checks, front):
+    """Only the pages that the file lists may call; the relay's own start page is one of them."""
+    for origin, status in (("https://app.example", 200), ("https://relay.example", 200),
+                           ("https://other.example", 403)):
+        with checks("HTTPS: a page from %s gets %d" % (origin, status)):
+            connection = Connection(front)
+            connection.request("POST", CHAT, b'{"model":"m"}', dict(FIELDS, Origin=origin))
+            response = connection.getresponse()
+            response.read()
+            shown = response.getheader("Access-Control-Allow-Origin")
+            assert (response.status, shown == origin) == (status, status == 200)
+            connection.close()
+
+
 def check_container(checks, upstream):
     """Start what Kubernetes would, and ask what its probe asks."""
-    container = yaml.safe_load(recipe("Kubernetes"))["spec"]["template"]["spec"]["containers"][0]
     port = free_port()
-    environ = {one["name"]: one["value"] for one in container["env"]}
-    # What Kubernetes makes up for a service of this name, and the secret.
-    environ.update(KEYS, AIPROXY_PORT="tcp://10.0.0.1:8000", AIPROXY_SERVICE_HOST="10.0.0.1")
+    # What Kubernetes makes up for a service of this name, and what the README names.
+    environ = dict(KEYS, AIPROXY_PORT="tcp://10.0.0.1:8000", AIPROXY_SERVICE_HOST="10.0.0.1")
+    environ.update(re.findall(r"`(AIPROXY_(?:HOST|TRUSTED_PROXIES))=(.*?)`", README))
     environ["AIPROXY_UPSTREAM"] = upstream.url
     environ["PORT"] = str(port)
-    command = [sys.executable if part == "python3" else part for part in container["command"]]
-    command = [part.replace("/code/aiproxy.py", PROGRAM) for part in command]
     with checks("Kubernetes: the container starts and its probe is answered"):
+        assert environ["AIPROXY_HOST"] == "0.0.0.0"
         with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-u", PROGRAM]
             with Front(folder, command, port, clean_environ(environ)):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-                probe = container["readinessProbe"]["httpGet"]
-                connection.request("GET", probe["path"], headers={"Host": "10.1.2.3:8000"})
+                connection.request("GET", "/health", headers={"Host": "10.1.2.3:8000"})
                 assert connection.getresponse().status == 200
                 connection.close()
-    with checks("Kubernetes: the pod pauses before it is stopped, and may not write"):
-        assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
-        assert container["securityContext"]["readOnlyRootFilesystem"] is True
 
 
 def check_unit(checks, folder):
@@ -266,6 +273,7 @@ def main():
                 check_front(checks, name, front, upstream)
         with tempfile.TemporaryDirectory() as folder, https(folder, upstream) as front:
             check_front(checks, "HTTPS", front, upstream)
+            check_page(checks, front)
         check_container(checks, upstream)
     with tempfile.TemporaryDirectory() as folder:
         check_unit(checks, folder)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 from stand import TESTS, Checks, Program, check_calm
+from support import EVENT_HEAD, Upstream, chunk, event
 
 README = open(os.path.join(os.path.dirname(TESTS), "README.md"), encoding="utf-8").read()
 WORDS = "This answer comes from the small provider"
@@ -45,9 +46,29 @@ def run(command, text, folder, **environ):
 CLIENT_KEY = "ck-0123456789"
 
 
+def check_failures(checks, page, folder):
+    """What the page shows of an answer that is refused, or is cut."""
+    def die(received):
+        received.send(EVENT_HEAD + chunk(event('{"choices":[{"delta":{"content":"Half"}}]}'))
+                      + chunk(event('{"choices":[],"usage":{}}')))
+        received.reset()
+
+    env = {"AIPROXY_KEY": "sk-0123456789", "AIPROXY_CLIENT_KEYS": "app=" + CLIENT_KEY}
+    with Upstream() as upstream, Program("--upstream", upstream.url, env=env) as relay:
+        page = page.replace("https://relay.example", relay.url)
+        with checks("JavaScript sample: an answer that was cut says so"):
+            upstream.answer = die
+            said = run("node", page, folder)
+            assert said.startswith("Half [") and "upstream" in said.lower(), said
+        with checks("JavaScript sample: a refusal says so"):
+            said = run("node", page.replace(CLIENT_KEY, "ck-wrong"), folder)
+            assert "401" in said and "Incorrect client key." in said, said
+
+
 def main():
     checks = Checks()
-    guarded = Program("--demo", env={"AIPROXY_CLIENT_KEYS": "app=" + CLIENT_KEY})
+    guarded = Program("--demo", env={
+        "AIPROXY_CLIENT_KEYS": "app=" + CLIENT_KEY, "AIPROXY_LOG": "json"})
     with Program("--demo") as demo, guarded, tempfile.TemporaryDirectory() as folder:
         # As they stand in the first minute of each half: on this machine, without a client key.
         clients = re.findall(r"`(OpenAI\(base_url=.*?)`", README)
@@ -69,12 +90,27 @@ def main():
             with checks("curl sample %d" % number):
                 text = text.replace("http://127.0.0.1:8000", demo.url)
                 assert "data: [DONE]" in run("bash", text, folder)
-        for number, text in enumerate(samples("js", "fetch(")):
-            with checks("JavaScript sample %d" % number):
-                text = text.replace("https://relay.example", guarded.url)
-                text = text.replace("document.body.append(", "process.stdout.write(")
+        asks = samples("sh", "\"gpt-oss-20b\", \"messages\"")
+        assert len(asks) == 2
+        for number, text in enumerate(asks):
+            with checks("curl sample of the free quota %d" % number):
+                text = text.replace("http://127.0.0.1:8000", guarded.url)
                 text = text.replace("a-long-random-string", CLIENT_KEY)
-                assert WORDS in run("node", text, folder)
+                assert WORDS in run("bash", text, folder)
+        page, = samples("js", "fetch(")
+        page = page.replace("document.body.append(", "process.stdout.write(")
+        page = page.replace("a-long-random-string", CLIENT_KEY)
+        with checks("JavaScript sample"):
+            assert WORDS in run("node", page.replace("https://relay.example", guarded.url), folder)
+        check_failures(checks, page, folder)
+        with checks("the sums of the log"):
+            command, = set(re.findall(r"journalctl -u aiproxy -o cat \| (grep .*?)`", README))
+            lines = guarded.lines + ["a line of something else"]
+            path = os.path.join(folder, "log")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("\n".join(line.rstrip("\n") for line in lines) + "\n")
+            said = run("bash", "cat %s | %s" % (path, command), folder)
+            assert re.fullmatch(r'\["app",[1-9][0-9]*\]\n', said), said
         with checks("no fault was printed"):
             check_calm(demo)
             check_calm(guarded)
