@@ -14,7 +14,8 @@ Part two holds what can be taken out, each section entered at one place.
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
     Part two   Env files . Values from files . Review of the settings . Reload . HTTPS .
-               Health . Forgiving paths . CORS . Lingering close . Refusals in the right form .
+               Health . Forgiving paths . CORS . Room for clients . Lingering close .
+               Refusals in the right form .
                Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
                Model rules . Model list . Token and prompt limits . Several provider keys .
                Kept connections . Proxies on the way up . Fields for the upstream .
@@ -364,14 +365,16 @@ class Service:
     def set_hooks(self):
         """What part two may replace or add to."""
         self.wrap_client = lambda sock: sock    # what to serve an accepted one through
+        self.make_room = self.server.has_room   # (socket, address): is there a place for it?
+        self.forget_client = do_nothing     # (socket): it has gone
         self.refuse = self.server.send_busy     # (socket, record), where there is no room
+        self.may_linger = lambda: True      # may one that was refused linger?
         self.begin_client = do_nothing      # (handler), before the first head is read
         self.end_client = do_nothing        # (handler), when nothing is missing at its end
         self.linger = do_nothing            # (socket, address): it has an answer, and may send on
         # Of a request, in the order in which they are called. (handler) unless said otherwise.
         self.normalize_path = lambda path, rules: path          # the path that the client meant
         self.find_client = lambda address, headers: address     # whose request is it?
-        self.is_trusted_proxy = is_loopback     # (address): may it have many connections?
         self.free_answers = []              # did it answer, whoever asks?
         self.prepare_request = do_nothing   # before its client key is looked for
         self.asks_for_others = is_forwarded     # (headers): for others than this machine?
@@ -412,6 +415,7 @@ class Service:
         install_lingering_close(self)       # part two: Lingering close
         install_busy_refusals(self)         # part two: Refusals in the right form
         install_https(self)                 # part two: HTTPS
+        install_room(self)                  # part two: Room for clients
         install_secret_filter(self)         # part two: Keys in long errors
         install_redirects(self)             # part two: Redirects
         install_upstream_fields(self)       # part two: Fields for the upstream
@@ -455,12 +459,8 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, settings, listener=None):
         self.started = int(time.time())
         self.closing = False        # after a signal: no more clients, and none is kept alive
-        # The client connections, each with the address it counts for, and the number of an
-        # address's connections. The condition guards both.
-        self.clients = {}
-        self.client_counts = collections.Counter()
+        self.clients = set()        # the client connections, guarded by the condition
         self.client_ended = threading.Condition()
-        self.lingering = {}         # by job: the address of one that we only read out
         # By connection the handlers whose clients are idle, and since when. No lock: adding,
         # removing and copying are single steps of a dict, and the removal decides (mark_busy).
         self.idle = {}
@@ -498,15 +498,10 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        """Give the new client a thread. 503 over its own limit, or if no idle one can make room."""
-        address = network_of(client_address[0])
+        """Give the new client a thread, or 503 if there is no room for it."""
         with self.client_ended:
-            self.clients[request] = address
-            self.client_counts[address] += 1
-            has_room = self.make_room(address, client_address)
-        if self.is_crowded():
-            self.evict_lingering()
-        if not has_room:
+            self.clients.add(request)
+        if not self.service.make_room(request, client_address[0]):
             self.refuse_busy(request, client_address)
             return
         taken = threading.Lock()            # by whoever answers this client
@@ -524,13 +519,8 @@ class Server(http.server.ThreadingHTTPServer):
         if taken.acquire(blocking=False):
             self.process_request_thread(request, client_address)
 
-    def make_room(self, address, client_address):
-        """Is there room for the newest client? If it takes that, an idle one is hung up on."""
-        if self.client_counts[address] > self.settings.max_per_client:
-            is_exempt = is_loopback(address) or self.service.is_trusted_proxy(client_address[0])
-            if not is_exempt:
-                return self.evict_idle(1, address=address) > 0
-        return len(self.clients) <= self.capacity or self.evict_idle(1) > 0
+    def has_room(self, sock, address):
+        return len(self.clients) <= self.capacity
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
@@ -538,16 +528,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def refuse_busy(self, request, client_address):
         """503 for a client without a place. None of this may block the accepting thread."""
-        record = Record(client_address[0])
-        if self.is_crowded():
-            self.send_busy(request, record)
-        else:
-            self.service.refuse(request, record)
+        self.service.refuse(request, Record(client_address[0]))
         self.shutdown_request(request)
-
-    def is_crowded(self):
-        """Are there so many connections, with the lingering ones, that no more may linger?"""
-        return len(self.clients) + len(self.lingering) >= self.capacity + SPARE_FILES // 2
 
     def send_busy(self, sock, record, request=None):
         """503 in one write, then a lingering close, if there is room for one."""
@@ -564,45 +546,16 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             sock.setblocking(False)
             sock.send(head if record.method == "HEAD" else head + content)
-            if not self.is_crowded():
-                self.service.linger(sock, network_of(record.client))
-
-    def take_over(self, job, address):
-        """Leave a connection to a job of the relay loop; until the job's end it counts."""
-        with self.client_ended:
-            self.lingering[job] = address
-            self.client_counts[address] += 1
-        job.on_end = functools.partial(self.forget_lingering, job)
-        self.relay_loop.submit(job)
-
-    def forget_lingering(self, job):
-        with self.client_ended:
-            address = self.lingering.pop(job, None)
-            if address:                     # else it has been hung up on
-                self.uncount(address)
-            self.client_ended.notify_all()
-
-    def uncount(self, address):
-        """One connection of this address has ended. Called with the lock."""
-        self.client_counts[address] -= 1
-        if not self.client_counts[address]:
-            del self.client_counts[address]
-
-    def evict_lingering(self):
-        """Hang up on the client that lingers longest, if there is one."""
-        with contextlib.suppress(IndexError, OSError):
-            job = list(self.lingering)[0]
-            self.forget_lingering(job)
-            hang_up(job.client.sock)        # the loop sees its end, and closes it
+            if self.service.may_linger():
+                self.service.linger(sock, record.client)
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
         request.close()
         with self.client_ended:
             self.idle.pop(request, None)
-            address = self.clients.pop(request, None)
-            if address:
-                self.uncount(address)
+            self.clients.discard(request)
+            self.service.forget_client(request)
             self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
@@ -621,25 +574,13 @@ class Server(http.server.ThreadingHTTPServer):
         """The client sends again. False if it has been evicted meanwhile."""
         return self.idle.pop(handler.connection, None) is not None
 
-    def evict_idle(self, most, min_age=0, address=None):
-        """Hang up on up to `most` clients that were idle for `min_age` seconds. Returns how many.
-
-        The longest idle go first, none whose next request has just come; those that have hung up
-        themselves count. `address`: only its own.
-        """
-        now = time.monotonic()
-        evicted = 0
-        for handler, since in self.idle.copy().values():
-            if evicted == most or now - since < min_age:
-                break               # those that follow have been idle for less time
-            if address and handler.address != address:
-                continue
-            # It may leave by itself at any moment: ValueError is a socket that has been closed.
-            with contextlib.suppress(OSError, ValueError):
-                if has_nothing_to_say(handler.client) and self.mark_busy(handler):
-                    evicted += 1
-                    hang_up(handler.client.sock)        # this wakes its thread
-        return evicted
+    def evict(self, handler):
+        """Hang up on an idle client. False if it is none: its next request has just come."""
+        if not (has_nothing_to_say(handler.client) and self.mark_busy(handler)):
+            return False
+        with contextlib.suppress(OSError):      # it may leave by itself at any moment
+            hang_up(handler.client.sock)        # this wakes its thread
+        return True
 
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
@@ -650,7 +591,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self.process_request(*self.get_request())
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
-            self.evict_idle(len(self.clients), min_age=0.5)
+            for handler, since in self.idle.copy().values():
+                if time.monotonic() - since >= 0.5:
+                    self.evict(handler)
             with self.client_ended:
                 self.client_ended.wait(0.1)
 
@@ -708,18 +651,6 @@ def hang_up(sock):
     # Not the method of the class for TLS: that thread would go on in plain text.
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-@functools.lru_cache(1024)          # clients come again
-def network_of(address):
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:              # not an address of the Internet
-        return address
-    ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
-    if ip.version == 4 or ip.is_loopback:
-        return str(ip)
-    return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
-
 def plain_address(text):
     """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
     match = NAMED_ADDRESS.fullmatch(text[:64])
@@ -764,7 +695,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection = self.request
         self.client = BufferedSocket(self.request)
         self.client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.address = network_of(self.client_address[0])
         self.is_first_request = True
 
     def use_current_settings(self):
@@ -1072,7 +1002,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_whole:
             self.service.end_client(self)
         if must_linger:
-            self.service.linger(self.client.sock, self.address)
+            self.service.linger(self.client.sock, self.client_address[0])
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -2980,9 +2910,6 @@ OPTIONS = (
            "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
            "clients served at once; above it 503"),
-    Option("AIPROXY_MAX_PER_CLIENT", AIPROXY_MAX_PER_CLIENT, COUNT,
-           "connections from one client address, but for this machine and trusted proxies; above "
-           "it 503"),
     Option("AIPROXY_CONNECT_TIMEOUT", AIPROXY_CONNECT_TIMEOUT, SECONDS,
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
@@ -3955,17 +3882,123 @@ OPTIONS += (
            "else none"),
 )
 
+# ---- Room for clients ----------------------------------------------------------------------------
+# Does: lets an idle client make room for a new one, and holds each address to
+# AIPROXY_MAX_PER_CLIENT. (Part one serves the first that come.)
+# Touches: idle connections, which it ends; those that jobs have taken over count here.
+# Entered: `install_room` in Service.install_features sets `make_room` and what belongs to it.
+
+def install_room(service):
+    room = find_room(service.server)
+    service.make_room = room.make_room
+    service.forget_client = room.forget
+    service.may_linger = lambda: not room.is_crowded()
+    service.is_trusted_proxy = is_loopback      # (address): may it have many connections?
+
+def find_room(server):
+    """The Room of a server, whatever its service."""
+    return server.shared.setdefault("room", Room(server))
+
+
+class Room:
+    """Which address each connection counts for. The server's condition guards all of it."""
+
+    def __init__(self, server):
+        self.server = server
+        self.lock = server.client_ended
+        self.addresses = {}         # by a client's socket, or a job that has taken one over
+        self.counts = collections.Counter()     # by address: the number of its connections
+        self.lingering = {}         # those jobs, in their order
+
+    def count(self, connection, client_address):
+        address = network_of(client_address)
+        with self.lock:
+            self.addresses[connection] = address
+            self.counts[address] += 1
+        return address
+
+    def forget(self, connection):
+        with self.lock:
+            self.lingering.pop(connection, None)
+            address = self.addresses.pop(connection, None)
+            self.counts[address] -= 1
+            if self.counts[address] <= 0:       # of None, if it has been hung up on
+                del self.counts[address]
+            self.lock.notify_all()
+
+    def take_over(self, job, client_address):
+        """Leave a connection to a job of the relay loop; until the job's end it counts."""
+        self.count(job, client_address)
+        self.lingering[job] = None
+        job.on_end = functools.partial(self.forget, job)
+        self.server.relay_loop.submit(job)
+
+    def make_room(self, sock, client_address):
+        """Is there room for the newest client? If it takes that, an idle one is hung up on."""
+        server = self.server
+        address = self.count(sock, client_address)
+        if self.is_crowded():
+            self.evict_lingering()
+        if self.counts[address] > server.settings.max_per_client:
+            is_exempt = is_loopback(address) or server.service.is_trusted_proxy(client_address)
+            if not is_exempt:
+                return self.evict_idle(address)
+        return len(server.clients) <= server.capacity or self.evict_idle()
+
+    def evict_idle(self, address=None):
+        """Hang up on the client, or only one of this address, that has been idle longest.
+
+        False if there is none. One that has hung up itself counts.
+        """
+        for handler, _ in self.server.idle.copy().values():
+            is_meant = address in (None, self.addresses.get(handler.connection))
+            if is_meant and self.server.evict(handler):
+                return True
+        return False
+
+    def is_crowded(self):
+        """Are there so many connections, with the lingering ones, that no more may linger?"""
+        number = len(self.server.clients) + len(self.lingering)
+        return number >= self.server.capacity + SPARE_FILES // 2
+
+    def evict_lingering(self):
+        """Hang up on the client that lingers longest, if there is one."""
+        with contextlib.suppress(IndexError, OSError):
+            job = list(self.lingering)[0]
+            self.forget(job)
+            hang_up(job.client.sock)        # the loop sees its end, and closes it
+
+
+@functools.lru_cache(1024)          # clients come again
+def network_of(address):
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:              # not an address of the Internet
+        return address
+    ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
+    if ip.version == 4 or ip.is_loopback:
+        return str(ip)
+    return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
+
+OPTIONS += (
+    Option("AIPROXY_MAX_PER_CLIENT", AIPROXY_MAX_PER_CLIENT, COUNT,
+           "connections from one client address, but for this machine and trusted proxies; above "
+           "it 503"),
+)
+
 # ---- Lingering close -----------------------------------------------------------------------------
 # Does: reads on for a while from a client that has been answered and may still be sending.
 # Touches: sockets after their last response, in the relay loop. They count as connections.
 # Entered: `install_lingering_close` in Service.install_features sets `linger`.
+# Needs: Room for clients.
 
 LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
 LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
 
 def install_lingering_close(service):
     def linger(sock, address):
-        service.server.take_over(LingeringClose(sock), address)
+        find_room(service.server).take_over(LingeringClose(sock), address)
     service.linger = linger
 
 
@@ -4015,14 +4048,19 @@ class LingeringClose(Job):
 # read the 503 (CORS), and the SDK understands it.
 # Touches: the sockets of refused clients, until their 503 is sent.
 # Entered: `install_busy_refusals` in Service.install_features takes the place of `send_busy`.
+# Needs: Room for clients.
 
 BUSY_SECONDS = 1        # for the head
 
 def install_busy_refusals(service):
+    room = find_room(service.server)
+
     def refuse(sock, record):
+        if room.is_crowded():               # too many linger already
+            return service.server.send_busy(sock, record)
         own_socket = service.wrap_client(socket.socket(fileno=sock.detach()))
         job = RefusedClient(own_socket, record, service.server.send_busy)
-        service.server.take_over(job, network_of(record.client))
+        return room.take_over(job, record.client)
     service.refuse = refuse
 
 
@@ -4195,6 +4233,7 @@ def map_location(location, asked, upstream):
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
 # Entered: `install_rates` in Service.install_features adds a check.
+# Needs: Room for clients.
 
 MAX_BUCKETS = 10000     # clients whose rate is remembered: about 3 MB
 
@@ -4286,8 +4325,8 @@ OPTIONS += (
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Service.install_features takes the places of `is_loopback`
-# and `is_forwarded`.
+# Entered: `install_trusted_proxies` in Service.install_features takes the place of `is_forwarded`,
+# and in "Room for clients" that of `is_loopback`.
 
 # Where a client's address stands in Forwarded (RFC 7239 section 6).
 FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
@@ -6341,8 +6380,9 @@ def print_banner(server):
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
             shown["AIPROXY_RATE"], shown["AIPROXY_MAX_TOKENS"], shown["AIPROXY_MAX_CHARS"],
             settings.max_body),
-        "             %d clients, %d from an address, %gs to connect, %gs of silence" % (
-            server.capacity, settings.max_per_client, settings.connect_timeout, settings.timeout),
+        "             %d clients, %s from an address, %gs to connect, %gs of silence" % (
+            server.capacity, shown["AIPROXY_MAX_PER_CLIENT"], settings.connect_timeout,
+            settings.timeout),
     ]
     if server.processes > 1:
         lines.append("workers      %d, each with these limits: %d clients%s in all" % (

@@ -80,8 +80,8 @@ def wait_until_no_client(running):
     server = running.server
     with server.client_ended:
         assert server.client_ended.wait_for(
-            lambda: not (server.clients or server.lingering), PATIENCE)
-        assert not server.client_counts
+            lambda: not (server.clients or aiproxy.find_room(server).lingering), PATIENCE)
+        assert not aiproxy.find_room(server).counts
         assert not server.idle
 
 
@@ -222,7 +222,7 @@ def test_an_idle_client_that_has_hung_up_takes_no_place(relay, monkeypatch, plac
 
 def test_a_client_above_the_maximum_starts_no_thread(relay, monkeypatch):
     running = relay(MAX_CONNECTIONS="1")
-    monkeypatch.setattr(running.server, "evict_idle", lambda *args: 0)
+    monkeypatch.setattr(running.server, "evict", lambda *args: False)
 
     with running.client() as first:
         assert status_of(first) == 200
