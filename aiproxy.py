@@ -13,10 +13,10 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
-    Part two   Env files . Values from files . Review of the settings . Reload . HTTPS .
-               Health . Forgiving paths . CORS . Room for clients . Lingering close .
-               Refusals in the right form .
-               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
+    Part two   Command line . Env files . Values from files . Review of the settings . Reload .
+               HTTPS . Health . Forgiving paths . CORS . Room for clients . Lingering close .
+               Refusals in the right form . Keys in long errors . Redirects . Rates .
+               Trusted proxies . Body rules .
                Model rules . Model list . Token and prompt limits . Several provider keys .
                Kept connections . Proxies on the way up . Fields for the upstream .
                Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
@@ -3078,84 +3078,20 @@ class Settings:
 
 # ---- Main ----------------------------------------------------------------------------------------
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Does not echo what it does not understand: it may be a key."""
-
-    def error(self, message):
-        raise SettingError("an option is not understood, or lacks its value.\n"
-                           + self.format_usage().rstrip())
-
-
-def make_parser():
-    lines = ["settings, from the environment:"]
-    for option in OPTIONS:
-        line = "  %-24s %s" % (option.name, option.help)
-        default = constant_text(option)
-        if default and not may_be_secret(option, default):
-            line += " (default %s)" % default
-        lines.append(line)
-    lines += MORE_HELP
-    parser = ArgumentParser(
-        "aiproxy.py", description="Relays an AI provider's API and hides its key.",
-        epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("--demo", action="store_true", help="run against a small provider inside")
-    add("--check", action="store_true", help="print the settings in force and exit")
-    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
-        "exit status 2 if it refuses one, 1 if one cannot be tried")
-    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
-    add("--version", action="store_true")
-    add("--help", "-h", action="store_true")
-    # No keys: `ps` shows the command line.
-    for name in ("host", "port", "upstream"):
-        add("--" + name, help="AIPROXY_" + name.upper())
-    return parser
-
-def read_environment(options, environ):
-    """Put what the command line and the env files say into the environment. Raises SettingError."""
-    if options.live and not options.check:
-        raise SettingError("--live belongs to --check")
-    clean_environment(environ)
-    read_env_files(options.env_file, environ)   # part two: Env files
-    for name in ("host", "port", "upstream"):
-        text = getattr(options, name)
-        if text is None:
-            continue
-        variable = "AIPROXY_" + name.upper()
-        try:
-            find_option(variable).parse(text)
-        except ValueError as error:             # what it got is not shown: it may be a key
-            raise SettingError("--%s: it takes %s" % (name, error))
-        environ[variable] = text
-
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
     open_standard_streams()
+    run = serve
     try:
-        parser = make_parser()
-        options = parser.parse_args()
-        if options.help or options.version:
-            text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
-            write_all(sys.stdout, text)
-            return 0
-        on_start = []                   # called with the server once it serves
-        on_start += prepare_reload(options, os.environ)     # part two: Reload
-        read_environment(options, os.environ)
-        on_start += start_demo(options, os.environ)     # part two: Demo
+        run = read_command_line(os.environ)     # part two: Command line
         settings = Settings(os.environ)
     except SettingError as error:
         write_all(sys.stderr, "aiproxy: %s\n" % error)
         return 2
-    if options.check:
-        write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
-        status = 0
-        status = check_live(options, settings)          # part two: A live check
-        return status
-    return serve(settings, on_start)
+    return run(settings)
 
-def serve(settings, on_start):
-    """Serve until a signal comes."""
+def serve(settings, on_start=()):
+    """Serve until a signal comes. `on_start`: called with the server once it serves."""
     make_server = Server
     server = None
 
@@ -3194,6 +3130,86 @@ def serve(settings, on_start):
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
 # entered: delete the section and the line that enters it, and the relay still works. Some need
 # others, which they name: those cannot go without them.
+
+# ---- Command line --------------------------------------------------------------------------------
+# Does: reads the options; --check, --version and --help, which serve nobody. (Part one ignores all
+# options.)
+# Touches: the environment, before the settings are read from it.
+# Entered: `read_command_line` in main().
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Does not echo what it does not understand: it may be a key."""
+
+    def error(self, message):
+        raise SettingError("an option is not understood, or lacks its value.\n"
+                           + self.format_usage().rstrip())
+
+
+def make_parser():
+    lines = ["settings, from the environment:"]
+    for option in OPTIONS:
+        line = "  %-24s %s" % (option.name, option.help)
+        default = constant_text(option)
+        if default and not may_be_secret(option, default):
+            line += " (default %s)" % default
+        lines.append(line)
+    lines += MORE_HELP
+    parser = ArgumentParser(
+        "aiproxy.py", description="Relays an AI provider's API and hides its key.",
+        epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="run against a small provider inside")
+    add("--check", action="store_true", help="print the settings in force and exit")
+    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
+        "exit status 2 if it refuses one, 1 if one cannot be tried")
+    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
+    add("--version", action="store_true")
+    add("--help", "-h", action="store_true")
+    # No keys: `ps` shows the command line.
+    for name in ("host", "port", "upstream"):
+        add("--" + name, help="AIPROXY_" + name.upper())
+    return parser
+
+def read_command_line(environ):
+    """What to do with the settings, which it puts into the environment. Raises SettingError."""
+    parser = make_parser()
+    options = parser.parse_args()
+    if options.help or options.version:
+        text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
+        write_all(sys.stdout, text)
+        sys.exit(0)
+    on_start = []
+    on_start += prepare_reload(options, environ)        # part two: Reload
+    read_environment(options, environ)
+    on_start += start_demo(options, environ)        # part two: Demo
+    if options.check:
+        return functools.partial(check, options)
+    return functools.partial(serve, on_start=on_start)
+
+def read_environment(options, environ):
+    """Put what the command line and the env files say into the environment. Raises SettingError."""
+    if options.live and not options.check:
+        raise SettingError("--live belongs to --check")
+    clean_environment(environ)
+    read_env_files(options.env_file, environ)   # part two: Env files
+    for name in ("host", "port", "upstream"):
+        text = getattr(options, name)
+        if text is None:
+            continue
+        variable = "AIPROXY_" + name.upper()
+        try:
+            find_option(variable).parse(text)
+        except ValueError as error:             # what it got is not shown: it may be a key
+            raise SettingError("--%s: it takes %s" % (name, error))
+        environ[variable] = text
+
+def check(options, settings):
+    """Print the settings in force. Returns the exit status."""
+    write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
+    status = 0
+    status = check_live(options, settings)          # part two: A live check
+    return status
 
 # ---- Env files -----------------------------------------------------------------------------------
 # Does: reads settings from the files that --env-file names.
@@ -3387,7 +3403,8 @@ def show_derived(settings):
 # ---- Reload --------------------------------------------------------------------------------------
 # Does: reads the settings again at SIGHUP, and every minute looks whether a certificate is new.
 # Touches: the server's service, which it replaces as a whole; the environment. In a thread.
-# Entered: `prepare_reload` in main().
+# Entered: `prepare_reload` in read_command_line.
+# Needs: Command line.
 
 RELOAD_SECONDS = 60     # between two looks at the files that may change
 # In force until the end: the listener, and what was made for its number of clients.
@@ -6455,7 +6472,7 @@ def curl_command(server):
 # Does: `--check --live` asks the upstream for its model list with each provider key, and says
 # of each by its place whether it was accepted.
 # Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
-# Entered: `check_live` in main().
+# Entered: `check_live` in check().
 
 ACCEPTED = "accepted"
 NO_LIST = "there is no model list, so it could not be tried"
@@ -8186,7 +8203,7 @@ def start_page(request):
 # ---- Demo ----------------------------------------------------------------------------------------
 # Does: starts a small OpenAI-style provider inside, and sends it one chat request by the relay.
 # Touches: two settings in the environment, before they are read, and threads of its own.
-# Entered: `start_demo` in main().
+# Entered: `start_demo` in read_command_line.
 
 DEMO_TEXT = ("This answer comes from the small provider inside aiproxy: "
              "each word is an event, relayed as it arrives.")
