@@ -360,7 +360,7 @@ class Service:
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
         self.set_hooks()
-        self.install_features()
+        install_features(self)              # where part two enters
 
     def set_hooks(self):
         """What part two may replace or add to."""
@@ -406,37 +406,6 @@ class Service:
         # For the banner.
         self.warnings = []
         self.proxy = ""                     # in front of the upstream
-
-    def install_features(self):
-        """Where part two enters. Without a section and its line the relay still works."""
-        install_health(self)                # part two: Health
-        install_forgiving_paths(self)       # part two: Forgiving paths
-        install_cors(self)                  # part two: CORS
-        install_lingering_close(self)       # part two: Lingering close
-        install_busy_refusals(self)         # part two: Refusals in the right form
-        install_https(self)                 # part two: HTTPS
-        install_room(self)                  # part two: Room for clients
-        install_secret_filter(self)         # part two: Keys in long errors
-        install_redirects(self)             # part two: Redirects
-        install_upstream_fields(self)       # part two: Fields for the upstream
-        install_rates(self)                 # part two: Rates
-        install_trusted_proxies(self)       # part two: Trusted proxies
-        install_body_rules(self)            # part two: Body rules
-        install_model_rules(self)           # part two: Model rules
-        install_model_list(self)            # part two: Model list
-        install_limits(self)                # part two: Token and prompt limits
-        install_key_rotation(self)          # part two: Several provider keys
-        install_kept_connections(self)      # part two: Kept connections
-        install_upstream_proxy(self)        # part two: Proxies on the way up
-        install_early_responses(self)       # part two: Early responses
-        install_event_streams(self)         # part two: Event streams
-        install_error_forms(self)           # part two: Errors in the form of other APIs
-        install_heartbeats(self)            # part two: Heartbeats
-        install_model_names(self)           # part two: Model names for the log
-        install_token_counts(self)          # part two: Token counts
-        install_early_hints(self)           # part two: Early hints
-        install_websocket(self)             # part two: WebSocket
-        install_start_page(self)            # part two: Start page
 
     def render_error(self, error, record):
         """The body of an error response, in the form of the API that was called."""
@@ -3131,6 +3100,37 @@ def serve(settings, on_start=()):
 # entered: delete the section and the line that enters it, and the relay still works. Some need
 # others, which they name: those cannot go without them.
 
+def install_features(service):
+    """Where most sections enter. Without a section and its line the relay still works."""
+    install_health(service)                 # part two: Health
+    install_forgiving_paths(service)        # part two: Forgiving paths
+    install_cors(service)                   # part two: CORS
+    install_lingering_close(service)        # part two: Lingering close
+    install_busy_refusals(service)          # part two: Refusals in the right form
+    install_https(service)                  # part two: HTTPS
+    install_room(service)                   # part two: Room for clients
+    install_secret_filter(service)          # part two: Keys in long errors
+    install_redirects(service)              # part two: Redirects
+    install_upstream_fields(service)        # part two: Fields for the upstream
+    install_rates(service)                  # part two: Rates
+    install_trusted_proxies(service)        # part two: Trusted proxies
+    install_body_rules(service)             # part two: Body rules
+    install_model_rules(service)            # part two: Model rules
+    install_model_list(service)             # part two: Model list
+    install_limits(service)                 # part two: Token and prompt limits
+    install_key_rotation(service)           # part two: Several provider keys
+    install_kept_connections(service)       # part two: Kept connections
+    install_upstream_proxy(service)         # part two: Proxies on the way up
+    install_early_responses(service)        # part two: Early responses
+    install_event_streams(service)          # part two: Event streams
+    install_error_forms(service)            # part two: Errors in the form of other APIs
+    install_heartbeats(service)             # part two: Heartbeats
+    install_model_names(service)            # part two: Model names for the log
+    install_token_counts(service)           # part two: Token counts
+    install_early_hints(service)            # part two: Early hints
+    install_websocket(service)              # part two: WebSocket
+    install_start_page(service)             # part two: Start page
+
 # ---- Command line --------------------------------------------------------------------------------
 # Does: reads the options; --check, --version and --help, which serve nobody. (Part one ignores all
 # options.)
@@ -3529,7 +3529,7 @@ def replace_service(server, settings):
 # ---- HTTPS ---------------------------------------------------------------------------------------
 # Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
 # Touches: every client connection, from the moment when it is accepted; the scheme of our URLs.
-# Entered: `install_https` in Service.install_features takes the places of functions that do
+# Entered: `install_https` in install_features takes the places of functions that do
 # nothing.
 
 TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
@@ -3655,7 +3655,7 @@ OPTIONS += (
 # ---- Health --------------------------------------------------------------------------------------
 # Does: answers /health, / and what balancers and browsers ask every server for.
 # Touches: nothing. No key is needed, and no upstream call.
-# Entered: `install_health` in Service.install_features adds an answer.
+# Entered: `install_health` in install_features adds an answer.
 
 LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
 PROBES = (("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
@@ -3703,7 +3703,7 @@ def describe_api(settings):
 # Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
 # a 404, and says to a plain OPTIONS what a path takes.
 # Touches: the path of a request, before it is checked.
-# Entered: `install_forgiving_paths` in Service.install_features.
+# Entered: `install_forgiving_paths` in install_features.
 
 def install_forgiving_paths(service):
     service.normalize_path = normalize_path
@@ -3746,7 +3746,7 @@ def answer_options(handler):
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
 # Touches: which pages are refused; it adds header fields to responses.
-# Entered: `install_cors` in Service.install_features takes the place of `refuse_pages`, and adds
+# Entered: `install_cors` in install_features takes the place of `refuse_pages`, and adds
 # header fields.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
@@ -3903,7 +3903,7 @@ OPTIONS += (
 # Does: lets an idle client make room for a new one, and holds each address to
 # AIPROXY_MAX_PER_CLIENT. (Part one serves the first that come.)
 # Touches: idle connections, which it ends; those that jobs have taken over count here.
-# Entered: `install_room` in Service.install_features sets `make_room` and what belongs to it.
+# Entered: `install_room` in install_features sets `make_room` and what belongs to it.
 
 def install_room(service):
     room = find_room(service.server)
@@ -4007,7 +4007,7 @@ OPTIONS += (
 # ---- Lingering close -----------------------------------------------------------------------------
 # Does: reads on for a while from a client that has been answered and may still be sending.
 # Touches: sockets after their last response, in the relay loop. They count as connections.
-# Entered: `install_lingering_close` in Service.install_features sets `linger`.
+# Entered: `install_lingering_close` in install_features sets `linger`.
 # Needs: Room for clients.
 
 LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
@@ -4064,7 +4064,7 @@ class LingeringClose(Job):
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
 # read the 503 (CORS), and the SDK understands it.
 # Touches: the sockets of refused clients, until their 503 is sent.
-# Entered: `install_busy_refusals` in Service.install_features takes the place of `send_busy`.
+# Entered: `install_busy_refusals` in install_features takes the place of `send_busy`.
 # Needs: Room for clients.
 
 BUSY_SECONDS = 1        # for the head
@@ -4127,7 +4127,7 @@ class RefusedClient(Job):
 # Does: looks for the provider key in an error as it passes, so that a long one, or one that
 # trickles, is not withheld.
 # Touches: errors of the upstream, where a provider key is configured: they are cut where it begins.
-# Entered: `install_secret_filter` in Service.install_features takes the place of `check_for_key`.
+# Entered: `install_secret_filter` in install_features takes the place of `check_for_key`.
 
 # A letter as JSON may have it, cut off.
 PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
@@ -4206,7 +4206,7 @@ class SecretFilter:
 # Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
 # redirect to another host is refused if clients would repeat a body there.
 # Touches: the Location of a response, where a provider key is configured.
-# Entered: `install_redirects` in Service.install_features adds a check.
+# Entered: `install_redirects` in install_features adds a check.
 
 def install_redirects(service):
     if service.settings.provider_keys:
@@ -4249,7 +4249,7 @@ def map_location(location, asked, upstream):
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
-# Entered: `install_rates` in Service.install_features adds a check.
+# Entered: `install_rates` in install_features adds a check.
 # Needs: Room for clients.
 
 MAX_BUCKETS = 10000     # clients whose rate is remembered: about 3 MB
@@ -4342,7 +4342,7 @@ OPTIONS += (
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Service.install_features takes the place of `is_forwarded`,
+# Entered: `install_trusted_proxies` in install_features takes the place of `is_forwarded`,
 # and in "Room for clients" that of `is_loopback`.
 
 # Where a client's address stands in Forwarded (RFC 7239 section 6).
@@ -4415,7 +4415,7 @@ OPTIONS += (
 # ---- Body rules ----------------------------------------------------------------------------------
 # Does: reads bodies as a whole where a setting wants them looked into, strictly, and edits them.
 # Touches: members that a rule changes; no other byte. Bodies are held until they have gone up.
-# Entered: `install_body_rules` in Service.install_features sets `read_whole_body`.
+# Entered: `install_body_rules` in install_features sets `read_whole_body`.
 
 MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
@@ -4703,7 +4703,7 @@ def as_tree(changes):
 # ---- Model rules ---------------------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
 # Touches: the path, members of an inspected body, a form: aliases become the models behind them.
-# Entered: `install_model_rules` in Service.install_features adds checks and a rule.
+# Entered: `install_model_rules` in install_features adds checks and a rule.
 # Needs: Body rules.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
@@ -5006,7 +5006,7 @@ OPTIONS += (
 # ---- Model list ----------------------------------------------------------------------------------
 # Does: answers GET /v1/models where AIPROXY_MODELS names some.
 # Touches: nothing.
-# Entered: `install_model_list` in Service.install_features adds an answer.
+# Entered: `install_model_list` in install_features adds an answer.
 # Needs: Model rules.
 
 def install_model_list(service):
@@ -5044,7 +5044,7 @@ def find_model(path, items):
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
-# Entered: `install_limits` in Service.install_features adds a rule, and a warning for the banner.
+# Entered: `install_limits` in install_features adds a rule, and a warning for the banner.
 # Needs: Body rules.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
@@ -5255,7 +5255,7 @@ OPTIONS += (
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Service.install_features sets `use_key`.
+# Entered: `install_key_rotation` in install_features sets `use_key`.
 # Needs: Body rules.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
@@ -5340,7 +5340,7 @@ def retry_after(value):
 # ---- Kept connections ----------------------------------------------------------------------------
 # Does: keeps connections to the upstream for the next request: a new one costs two round trips.
 # Touches: connections after the end of an exchange. A request is sent again at most once.
-# Entered: `install_kept_connections` in Service.install_features sets `try_kept` and `keep`.
+# Entered: `install_kept_connections` in install_features sets `try_kept` and `keep`.
 
 POOL_SIZE = 100         # idle upstream connections
 POOL_SECONDS = 30       # for each: providers close theirs after 60
@@ -5435,7 +5435,7 @@ def is_silent(connection):
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that is connected to; a connection before its TLS; plain requests.
-# Entered: `install_upstream_proxy` in Service.install_features changes the connector or the opener.
+# Entered: `install_upstream_proxy` in install_features changes the connector or the opener.
 
 def install_upstream_proxy(service):
     proxy = service.settings.proxy
@@ -5525,7 +5525,7 @@ class UpstreamProxy(urllib.request.BaseHandler):
 # ---- Fields for the upstream ---------------------------------------------------------------------
 # Does: adds the header fields of AIPROXY_UPSTREAM_HEADERS to every request to the upstream.
 # Touches: the fields of the request; the responses, in which their values must not come down.
-# Entered: `install_upstream_fields` in Service.install_features sets `edit_upstream_headers`.
+# Entered: `install_upstream_fields` in install_features sets `edit_upstream_headers`.
 # Needs: Keys in long errors.
 
 # Host, framing, and what speaks of the body, the connection or one request: ours to write.
@@ -5650,7 +5650,7 @@ OPTIONS += (
 # Does: lets a request's body go on up while the response that came before its end goes down. (Part
 # one ends such an upload, and with it both connections.)
 # Touches: both connections, in the relay loop.
-# Entered: `install_early_responses` in Service.install_features sets `make_job`.
+# Entered: `install_early_responses` in install_features sets `make_job`.
 
 def install_early_responses(service):
     service.make_job = make_job
@@ -5713,7 +5713,7 @@ class TwoWayJob(ResponseJob):
 # Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
 # for the end where TLS ends without close_notify.
 # Touches: event streams, between two events; what counts as a cut.
-# Entered: `install_event_streams` in Service.install_features sets `follow_events`.
+# Entered: `install_event_streams` in install_features sets `follow_events`.
 
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
@@ -5825,7 +5825,7 @@ class LastEvent:
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
 # Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Service.install_features finds the form by the path.
+# Entered: `install_error_forms` in install_features finds the form by the path.
 # Needs: Event streams.
 
 ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
@@ -5895,7 +5895,7 @@ def find_error_form(path):
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
-# Entered: `install_heartbeats` in Service.install_features sets `on_silence`, `add_heartbeats`.
+# Entered: `install_heartbeats` in install_features sets `on_silence`, `add_heartbeats`.
 # Needs: Event streams.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
@@ -5998,7 +5998,7 @@ class LogWriter(threading.Thread):
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
-# Entered: `install_model_names` in Service.install_features sets `observe_request`.
+# Entered: `install_model_names` in install_features sets `observe_request`.
 
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
@@ -6047,7 +6047,7 @@ class ModelFinder:
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Service.install_features sets `observe_response`.
+# Entered: `install_token_counts` in install_features sets `observe_response`.
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
@@ -6113,7 +6113,7 @@ class TokenCounter:
 # ---- Early hints ---------------------------------------------------------------------------------
 # Does: passes a 103 (RFC 8297) on where no key is hidden, so that a page may begin to load.
 # Touches: nothing; it sends a head of its own.
-# Entered: `install_early_hints` in Service.install_features sets `on_interim`.
+# Entered: `install_early_hints` in install_features sets `on_interim`.
 
 def install_early_hints(service):
     if not service.settings.provider_keys:
@@ -6127,7 +6127,7 @@ def pass_early_hints(handler, status, headers):
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Service.install_features adds a check, and what follows a 101.
+# Entered: `install_websocket` in install_features adds a check, and what follows a 101.
 # Needs: Model rules, Token and prompt limits.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
@@ -7952,7 +7952,7 @@ PROVIDERS["workers-ai"] = Provider(
 # ---- Start page ----------------------------------------------------------------------------------
 # Does: gives a browser a page at /, English or Chinese: a prompt to try, snippets to copy.
 # Touches: nothing. It is a constant, and asks /, /health and /v1 like any client.
-# Entered: `install_start_page` in Service.install_features, for GET / with Accept: text/html.
+# Entered: `install_start_page` in install_features, for GET / with Accept: text/html.
 
 # The words in {{ }} are replaced by those of CHINESE, and the nonce by a new one.
 PAGE = r"""<!doctype html><html lang="{{en}}"><title>{{aiproxy: an AI endpoint}}</title>
