@@ -14,16 +14,15 @@ Part two holds what can be taken out, each section entered at one place.
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
     Part two   Command line . Env files . Values from files . Review of the settings . Reload .
-               HTTPS . Health . Forgiving paths . CORS . Room for clients . Lingering close .
-               Refusals in the right form . Keys in long errors . Redirects . Rates .
-               Trusted proxies . Body rules .
-               Model rules . Model list . Token and prompt limits . Several provider keys .
-               Kept connections . Proxies on the way up . Fields for the upstream .
-               Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
-               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
-               More providers . Banner . A live check . Several processes .
-               Tuning of the process . Open files . Responses made of chat . Workers AI .
-               Start page . Demo
+               HTTPS . Health . Keys in URLs . Forgiving paths . CORS . Room for clients .
+               Lingering close . Refusals in the right form . Keys in long errors . Redirects .
+               Rates . Trusted proxies . Body rules . Model rules . Model list .
+               Token and prompt limits . Several provider keys . Kept connections .
+               Proxies on the way up . Fields for the upstream . Early responses . Event streams .
+               Errors in the form of other APIs . Heartbeats . Queued log . Model names for the log .
+               Token counts . Early hints . WebSocket . More providers . Banner . A live check .
+               Several processes . Tuning of the process . Open files . Responses made of chat .
+               Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -219,7 +218,6 @@ PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern,
 
 # Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
-KEY_PARAMETERS = ("key", "api_key", "access_token")     # of a query, where none belongs
 
 # Meant for one connection alone (RFC 9110 section 7.6.1). `Trailer` announces what we drop; the
 # last one belongs to the upgrade to HTTP/2, which would be a way around every check.
@@ -781,6 +779,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Its way to us, its page and its client key, whose name is for the log and the rates."""
         check_host_allowed(self.request, self.settings, self.service.asks_for_others)    # 403
         self.service.check_origin(self.request, self.settings)       # 403
+        check_query(self.request, self.settings)            # part two: Keys in URLs
         check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
@@ -1108,9 +1107,6 @@ def refuse_pages(request, settings):
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
-    if settings.has_own_keys and has_key_in_query(request.query, settings):
-        raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
-                            "it. Send it as Authorization: Bearer.")
     if not settings.client_keys:
         return
     keys = carried_keys(request.headers)
@@ -1128,20 +1124,6 @@ def check_client_key(request, settings):
             message = "Incorrect client key."
         raise ErrorResponse(401, "invalid_api_key", message,
                             headers=[(b"WWW-Authenticate", b"Bearer")])
-
-def has_key_in_query(query, settings):
-    """Does a part of the query have a key's name, or is it one of our client keys?
-
-    A set compares hashes, which Python salts: its time tells nothing of how near a guess was.
-    """
-    for part in set(query[1:].split("&")):
-        name, _, value = part.partition("=")
-        if urllib.parse.unquote(name).casefold() in KEY_PARAMETERS:
-            return True
-        words = {urllib.parse.unquote(word).encode() for word in (name, value)}
-        if words & settings.client_key_values:
-            return True
-    return False
 
 def carried_keys(headers):
     """The different keys that a request carries, as a set of bytes."""
@@ -3001,7 +2983,6 @@ class Settings:
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
-        self.client_key_values = {key for _, key in self.client_keys}
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
         if self.provider_keys:
             lengths = ["%d characters" % len(key) for key in self.provider_keys]
@@ -3698,6 +3679,34 @@ def describe_api(settings):
     """What / answers to a program."""
     return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
             "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
+
+# ---- Keys in URLs --------------------------------------------------------------------------------
+# Does: refuses a key in the query, where it would stand in the logs of everybody on the way.
+# Touches: nothing.
+# Entered: `check_query` in Handler.check_caller.
+
+KEY_PARAMETERS = ("key", "api_key", "access_token")
+
+def check_query(request, settings):
+    has_query = settings.has_own_keys and request.query
+    if has_query and has_key_in_query(request.query, settings.client_keys):
+        raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
+                            "it. Send it as Authorization: Bearer.")
+
+def has_key_in_query(query, client_keys):
+    """Does a part of the query have a key's name, or is it one of our client keys?
+
+    A set compares hashes, which Python salts: its time tells nothing of how near a guess was.
+    """
+    values = {key for _, key in client_keys}
+    for part in set(query[1:].split("&")):
+        name, _, value = part.partition("=")
+        if urllib.parse.unquote(name).casefold() in KEY_PARAMETERS:
+            return True
+        words = {urllib.parse.unquote(word).encode() for word in (name, value)}
+        if words & values:
+            return True
+    return False
 
 # ---- Forgiving paths -----------------------------------------------------------------------------
 # Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
