@@ -13,11 +13,11 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
-    Part two   Command line . Env files . Values from files . Review of the settings . Reload .
-               HTTPS . Health . Keys in URLs . Forgiving paths . CORS . Room for clients .
-               Lingering close . Refusals in the right form . Keys in long errors . Redirects .
-               Rates . Trusted proxies . Body rules . Model rules . Model list .
-               Token and prompt limits . Several provider keys . Kept connections .
+    Part two   Command line . Quotes and empty values . Env files . Values from files .
+               Review of the settings . Reload . HTTPS . Health . Keys in URLs . Forgiving paths .
+               CORS . Room for clients . Lingering close . Refusals in the right form .
+               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules . Model rules .
+               Model list . Token and prompt limits . Several provider keys . Kept connections .
                Proxies on the way up . Fields for the upstream . Early responses . Event streams .
                Errors in the form of other APIs . Heartbeats . Queued log . Model names for the log .
                Token counts . Early hints . WebSocket . More providers . Banner . A live check .
@@ -200,7 +200,7 @@ Provider = collections.namedtuple("Provider", (
     "handler",          # a Handler of its own, for an API that must be translated
 ), defaults=("Authorization", OPENAI_PATHS, "AIPROXY_KEY", 0, None, None))
 
-PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai, and more.
+PROVIDERS = {   # To add a provider, add a row. Part two adds many more, and workers-ai.
     "openai": Provider("https://api.openai.com"),
     "siliconflow": Provider("https://api.siliconflow.cn/v1"),
     "deepseek": Provider("https://api.deepseek.com"),
@@ -2878,24 +2878,6 @@ SEPARATORS = {}     # by option: what stands between the items of its list, if n
 MORE_SETTINGS = []
 MORE_HELP = []      # lines that they add to --help
 
-# What is read of the environment, by us, by urllib and by OpenSSL.
-OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
-                          r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_(?:FILE|DIR)", re.I | re.S)
-# What Kubernetes sets for a service called aiproxy, or aiproxy-more: NAME=value.
-KUBERNETES_VARIABLE = re.compile(
-    r"AIPROXY_(?:\w+_)?(?:(?:SERVICE|PORT)_\w+=.*|PORT=(?:tcp|udp|sctp)://.*)", re.S)
-
-def clean_environment(environ):
-    """Take the quotes off values; what is empty, or Kubernetes' own, counts as not set."""
-    for name, value in list(environ.items()):
-        if not OWN_VARIABLE.fullmatch(name):
-            continue
-        value = clean(value)
-        if value and not KUBERNETES_VARIABLE.fullmatch("%s=%s" % (name, value)):
-            environ[name] = value
-        else:
-            del environ[name]
-
 def constant_text(option):
     """The value of a constant at the top, where somebody may have written a number or a list."""
     value = option.default
@@ -2917,7 +2899,7 @@ class Settings:
 
     def __init__(self, environ):
         self.environ = dict(environ)
-        clean_environment(self.environ)
+        clean_environment(self.environ)     # part two: Quotes and empty values
         self.shown = {}                 # by variable: what --check prints
         self.file_values = {}           # by variable: what the file holds that it names
         read_value_files(self)          # part two: Values from files
@@ -2945,7 +2927,7 @@ class Settings:
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
         for name in (option.name,) + OTHER_VARIABLES.get(option.name, ()):
-            if name in self.environ:
+            if self.environ.get(name):
                 return name, self.file_values.get(name, self.environ[name])
         return option.name, constant_text(option)
 
@@ -3117,6 +3099,7 @@ def install_features(service):
 # options.)
 # Touches: the environment, before the settings are read from it.
 # Entered: `read_command_line` in main().
+# Needs: Quotes and empty values.
 
 class ArgumentParser(argparse.ArgumentParser):
     """Does not echo what it does not understand: it may be a key."""
@@ -3192,10 +3175,34 @@ def check(options, settings):
     status = check_live(options, settings)          # part two: A live check
     return status
 
+# ---- Quotes and empty values ---------------------------------------------------------------------
+# Does: takes the quotes off values, as Docker's env files keep them; forgets what Kubernetes sets.
+# Touches: the environment, before anything is read from it.
+# Entered: `clean_environment` in Settings.
+
+# What is read of the environment, by us, by urllib and by OpenSSL.
+OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
+                          r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_(?:FILE|DIR)", re.I | re.S)
+# What Kubernetes sets for a service called aiproxy, or aiproxy-more: NAME=value.
+KUBERNETES_VARIABLE = re.compile(
+    r"AIPROXY_(?:\w+_)?(?:(?:SERVICE|PORT)_\w+=.*|PORT=(?:tcp|udp|sctp)://.*)", re.S)
+
+def clean_environment(environ):
+    """Take the quotes off values; what is empty, or Kubernetes' own, counts as not set."""
+    for name, value in list(environ.items()):
+        if not OWN_VARIABLE.fullmatch(name):
+            continue
+        value = clean(value)
+        if value and not KUBERNETES_VARIABLE.fullmatch("%s=%s" % (name, value)):
+            environ[name] = value
+        else:
+            del environ[name]
+
 # ---- Env files -----------------------------------------------------------------------------------
 # Does: reads settings from the files that --env-file names.
 # Touches: the environment, before anything is read from it.
 # Entered: `read_env_files` in read_environment.
+# Needs: Quotes and empty values.
 
 ENV_LINE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
