@@ -206,12 +206,6 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds many more, and wor
     "deepseek": Provider("https://api.deepseek.com"),
     "anthropic": Provider("https://api.anthropic.com", "x-api-key", ANTHROPIC_PATHS),
     "gemini": Provider("https://generativelanguage.googleapis.com/v1beta/openai"),
-    "openrouter": Provider("https://openrouter.ai/api/v1"),
-    "dashscope": Provider("https://dashscope.aliyuncs.com/compatible-mode/v1"),
-    "moonshot": Provider("https://api.moonshot.cn/v1"),
-    "zhipu": Provider("https://open.bigmodel.cn/api/paas/v4"),
-    "groq": Provider("https://api.groq.com/openai/v1"),
-    "mistral": Provider("https://api.mistral.ai/v1"),
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
 PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern, and a row
@@ -6349,6 +6343,12 @@ class Direction:
 # field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
 
 PROVIDERS.update({
+    "openrouter": Provider("https://openrouter.ai/api/v1"),
+    "dashscope": Provider("https://dashscope.aliyuncs.com/compatible-mode/v1"),
+    "moonshot": Provider("https://api.moonshot.cn/v1"),
+    "zhipu": Provider("https://open.bigmodel.cn/api/paas/v4"),
+    "groq": Provider("https://api.groq.com/openai/v1"),
+    "mistral": Provider("https://api.mistral.ai/v1"),
     # https://www.volcengine.com/docs/82379/1298459
     "volcengine": Provider("https://ark.cn-beijing.volces.com/api/v3"),
     # https://cloud.tencent.com/document/product/1729/111007
