@@ -13,16 +13,17 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
-    Part two   Command line . Quotes and empty values . Env files . Values from files .
-               Review of the settings . Reload . HTTPS . Health . Keys in URLs . Forgiving paths .
-               CORS . Room for clients . Lingering close . Refusals in the right form .
-               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules . Model rules .
-               Model list . Token and prompt limits . Several provider keys . Kept connections .
-               Proxies on the way up . Fields for the upstream . Early responses . Event streams .
-               Errors in the form of other APIs . Heartbeats . Queued log . Model names for the log .
-               Token counts . Early hints . WebSocket . More providers . Banner . A live check .
-               Several processes . Tuning of the process . Open files . Responses made of chat .
-               Workers AI . Start page . Demo
+    Part two   Command line . Quotes and empty values . Env files . Placeholders .
+               Values from files . Review of the settings . Reload . HTTPS . Health . Keys in URLs .
+               Forgiving paths . CORS . Room for clients . Lingering close .
+               Refusals in the right form . Keys in long errors . Redirects . Rates .
+               Trusted proxies . Body rules . Model rules . Model list . Token and prompt limits .
+               Several provider keys . Kept connections . Proxies on the way up .
+               Fields for the upstream . Early responses . Event streams .
+               Errors in the form of other APIs . Heartbeats . Raw output . Queued log .
+               Model names for the log . Token counts . Early hints . WebSocket . More providers .
+               Banner . A live check . Several processes . Tuning of the process . Open files .
+               Responses made of chat . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -363,6 +364,7 @@ class Service:
         self.may_linger = lambda: True      # may one that was refused linger?
         self.begin_client = do_nothing      # (handler), before the first head is read
         self.end_client = do_nothing        # (handler), when nothing is missing at its end
+        self.must_linger = do_nothing       # (handler): must its client be read on from?
         self.linger = do_nothing            # (socket, address): it has an answer, and may send on
         # Of a request, in the order in which they are called. (handler) unless said otherwise.
         self.normalize_path = lambda path, rules: path          # the path that the client meant
@@ -955,12 +957,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             return
-        # Closed with bytes unread it would send a reset, too, and that eats our response.
-        must_linger = False
-        if self.head_sent and not self.client.ended:
-            has_unread = self.client.buffer or self.client.receive()
-            may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
-            must_linger = has_unread or may_send_on
+        must_linger = self.service.must_linger(self)
         if self.is_whole:
             self.service.end_client(self)
         if must_linger:
@@ -2598,26 +2595,13 @@ class Log:
         return text
 
 def write_all(stream, text):
-    """Write text to stdout or stderr, in whatever state it is: full, non-blocking or closed.
-
-    Past Python's own buffers: they lose text where the stream is non-blocking, and where it is
-    closed they fail once more at the exit.
-    """
-    number = None
-    with contextlib.suppress(OSError, ValueError):
-        number = stream.fileno()
+    """Write text to stdout or stderr, in whatever state it is. See also "Raw output"."""
     with contextlib.suppress(OSError, ValueError):      # nobody listens any more
-        if number is None or os.name != "posix":        # Windows' console has its own coding
+        is_written = False
+        is_written = write_bytes(stream, text)          # part two: Raw output
+        if not is_written:
             stream.write(text)
             stream.flush()
-            return
-        data = text.encode(stream.encoding, "backslashreplace")
-        while data:
-            select.select([], [number], [])
-            # Whole lines, where that can be: other processes may write there, too.
-            end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
-            with contextlib.suppress(BlockingIOError):  # somebody else was faster
-                data = data[os.write(number, data[:end]):]
 
 def open_standard_streams():
     """The null device for each that is closed: else a socket would get its number, and its text."""
@@ -2718,13 +2702,6 @@ def find_provider(netloc):
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
-# Sample values, of our README and of others', and variables that nobody has filled in.
-PLACEHOLDER = re.compile(
-    r"<.*>|\[.*\]|\{.*\}|\$\w+|\$\{.*\}|%\w+%|.*(你的|自己编).*|.*(\.{3}|…)"
-    r"|(\w+[-_])*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*|(sk-)?your(api)?key.*"
-    r"|.*[-_ ]here|(insert|enter|paste|put|change|replace|fill)[-_ ]?(in[-_ ])?(me|this|it)"
-    r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
-    r"|placeholder|todo|password", re.I)
 # What keys look like: shown in no message, wherever one was put by mistake.
 LIKE_KEY = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
@@ -2769,8 +2746,7 @@ def parse_list(text):
     return items
 
 def parse_key(text):
-    if PLACEHOLDER.fullmatch(text):
-        raise ValueError("a real key: this one looks like a placeholder from an example")
+    check_placeholder(text)             # part two: Placeholders
     return match_all(r"[\x21-\x7e]+", text, "keys of visible ASCII characters: look for spaces, "
                                             "line ends and typographic quotes").group().encode()
 
@@ -3237,6 +3213,23 @@ def read_env_files(paths, environ):
     clean_environment(values)
     for name, value in values.items():
         environ.setdefault(name, value)         # the real environment wins
+
+# ---- Placeholders --------------------------------------------------------------------------------
+# Does: takes no key that somebody has copied from an example.
+# Touches: nothing.
+# Entered: `check_placeholder` in parse_key.
+
+# Sample values, of our README and of others', and variables that nobody has filled in.
+PLACEHOLDER = re.compile(
+    r"<.*>|\[.*\]|\{.*\}|\$\w+|\$\{.*\}|%\w+%|.*(你的|自己编).*|.*(\.{3}|…)"
+    r"|(\w+[-_])*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*|(sk-)?your(api)?key.*"
+    r"|.*[-_ ]here|(insert|enter|paste|put|change|replace|fill)[-_ ]?(in[-_ ])?(me|this|it)"
+    r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
+    r"|placeholder|todo|password", re.I)
+
+def check_placeholder(text):
+    if PLACEHOLDER.fullmatch(text):
+        raise ValueError("a real key: this one looks like a placeholder from an example")
 
 # ---- Values from files ---------------------------------------------------------------------------
 # Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
@@ -4017,7 +4010,7 @@ OPTIONS += (
 # ---- Lingering close -----------------------------------------------------------------------------
 # Does: reads on for a while from a client that has been answered and may still be sending.
 # Touches: sockets after their last response, in the relay loop. They count as connections.
-# Entered: `install_lingering_close` in install_features sets `linger`.
+# Entered: `install_lingering_close` in install_features sets `linger` and `must_linger`.
 # Needs: Room for clients.
 
 LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
@@ -4027,6 +4020,15 @@ def install_lingering_close(service):
     def linger(sock, address):
         find_room(service.server).take_over(LingeringClose(sock), address)
     service.linger = linger
+    service.must_linger = must_linger
+
+def must_linger(handler):
+    """Closed with bytes unread it would send a reset, and that eats our response."""
+    if not handler.head_sent or handler.client.ended:
+        return False
+    has_unread = handler.client.buffer or handler.client.receive()
+    upload = handler.upload
+    return has_unread or upload is None or not upload.done or handler.record.status == 101
 
 
 class LingeringClose(Job):
@@ -5944,6 +5946,29 @@ OPTIONS += (
            "cuts it; 0: none"),
 )
 
+# ---- Raw output ----------------------------------------------------------------------------------
+# Does: writes to stdout and stderr past Python's own buffers, which lose text where the stream is
+# non-blocking, and where it is closed fail once more at the exit.
+# Touches: nothing else.
+# Entered: `write_bytes` in write_all.
+
+def write_bytes(stream, text):
+    """Write all of it. False where that cannot be: Windows' console has its own coding."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):
+        return False
+    if os.name != "posix":
+        return False
+    data = text.encode(stream.encoding, "backslashreplace")
+    while data:
+        select.select([], [number], [])
+        # Whole lines, where that can be: other processes may write there, too.
+        end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+        with contextlib.suppress(BlockingIOError):      # somebody else was faster
+            data = data[os.write(number, data[:end]):]
+    return True
+
 # ---- Queued log ----------------------------------------------------------------------------------
 # Does: has a thread for each of stdout and stderr write the log, so that a reader that stalls holds
 # up no client.
@@ -7061,7 +7086,7 @@ class ResponseEvents:
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
-# Needs: Body rules, Model rules, Model list, Event streams.
+# Needs: Placeholders, Body rules, Model rules, Model list, Event streams.
 #
 # Follow translate_request, then translate_response or StreamTranslator, or translate_error.
 # [O] official, [T] told by others: how far a fact can be trusted.
