@@ -433,7 +433,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
         self.log = QueuedLog(settings.log, settings.secrets)    # part two: Queued log
-        self.relay_loop = RelayLoop(self.on_tick, self.log.warn)
+        self.relay_loop = RelayLoop(lambda now: self.service.on_tick(now), self.log.warn)
         self.shared = {}            # what sections of part two keep whatever the service
         self.service = Service(settings, self)      # the one in force
         listener = listener or open_listener(settings)
@@ -447,9 +447,6 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def settings(self):
         return self.service.settings
-
-    def on_tick(self, now):
-        self.service.on_tick(now)
 
     def get_request(self):
         try:
@@ -1291,7 +1288,8 @@ def own_headers(present, request_id, is_open_ended):
 
     `present` has its fields, by names in lower case.
     """
-    fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
+    now = email.utils.formatdate(usegmt=True)
+    fields = [(b"Date", now.encode()),                      # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
     is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
     if is_event_stream or is_open_ended:
@@ -1311,11 +1309,6 @@ def framing_headers(status, length, is_chunked, must_close):
     if must_close and status != 101:
         fields.append((b"Connection", b"close"))
     return fields
-
-@functools.lru_cache(1)             # made once a second
-def http_date(now):
-    """A time as a Date field has it."""
-    return email.utils.formatdate(now, usegmt=True).encode()
 
 # ---- The upstream --------------------------------------------------------------------------------
 # urllib.request is the way up: a Request, and an opener with one handler, ours.
@@ -1639,13 +1632,6 @@ class Exchange:
     def read(self):
         """The next decoded bytes of the body, b"" at its end. Raises OSError, ProtocolError."""
         return b"".join(read_pieces(self.body, self.wait, 1))
-
-    def read_all(self, most):
-        """All of the body. ValueError if it is larger than `most` bytes."""
-        body = join_pieces(read_pieces(self.body, self.wait, most + 1))
-        if len(body) > most:
-            raise ValueError("the response is too large")
-        return body
 
     def prefetch(self, most, seconds):
         """Read up to `most` bytes of the body, for `seconds` at most, into `prefetched`.
@@ -2496,10 +2482,6 @@ def encode_chunk(data, is_chunked=True):
 
 # ---- The log -------------------------------------------------------------------------------------
 
-def shorten(text, most):
-    return text[:most]
-
-
 class Record:
     """What the log says of one request."""
 
@@ -2517,7 +2499,7 @@ class Record:
         self.outcome = ""                   # "ok", an error's code, or how it was cut
         self.id = "req_%016x" % random.getrandbits(64)      # or the upstream's, if it sends one
 
-    def as_dict(self, redact=shorten):
+    def as_dict(self, redact):
         """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown.
 
         Clients choose most of the texts: `redact(text, most)` cuts each to its length.
@@ -2870,13 +2852,10 @@ class Settings:
     def __init__(self, environ):
         self.environ = dict(environ)
         clean_environment(self.environ)     # part two: Quotes and empty values
-        self.shown = {}                 # by variable: what --check prints
+        self.shown = collections.defaultdict(str)       # by variable: what --check prints
         self.file_values = {}           # by variable: what the file holds that it names
         read_value_files(self)          # part two: Values from files
         for option in OPTIONS:
-            self.shown[option.name] = self.text(option)[1]
-            if option.parse in SECRET_PARSERS:
-                self.shown[option.name] = "none"        # until derive_keys knows better
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
@@ -2936,12 +2915,6 @@ class Settings:
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
-        if self.provider_keys:
-            lengths = ["%d characters" % len(key) for key in self.provider_keys]
-            self.shown[provider.key_variable] = ", ".join(lengths)
-        if self.client_keys:
-            names = ["%s=***" % name for name, _ in self.client_keys]
-            self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
 
     def derive_default_path(self):
         """The path of the examples that we give."""
@@ -3281,7 +3254,7 @@ def read_value_lines(path):
     return lines
 
 # ---- Review of the settings ----------------------------------------------------------------------
-# Does: stops the start for settings that would be lost in silence; works out what --check shows.
+# Does: stops the start for settings that would be lost in silence; works out what --check prints.
 # Touches: nothing but `shown`.
 # Entered: `review_settings` in Settings.
 
@@ -3289,6 +3262,24 @@ def read_value_lines(path):
 ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
     "/images/generations", "/images/edits", "/audio/speech", "/audio/transcriptions",
     "/audio/translations", "/moderations", "/rerank")
+
+def show_settings(settings):
+    """What --check prints of each setting, unless a section knows better what is in force."""
+    shown = collections.defaultdict(str)
+    for option in OPTIONS:
+        shown[option.name] = settings.text(option)[1]
+        if option.parse in SECRET_PARSERS:
+            shown[option.name] = "none"
+    shown.update(settings.shown)
+    if settings.provider_keys:
+        lengths = ["%d characters" % len(key) for key in settings.provider_keys]
+        shown[settings.upstream.provider.key_variable] = ", ".join(lengths)
+    if settings.client_keys:
+        names = ["%s=***" % name for name, _ in settings.client_keys]
+        shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
+    settings.shown = shown
+
+MORE_SETTINGS.append(show_settings)
 
 def review_settings(settings):
     """SettingError for what is set and cannot be meant."""
@@ -4339,10 +4330,11 @@ def parse_rate(text):
 
 def derive_rate(settings):
     """Whoever serves anybody gets a rate."""
+    text = settings.text(find_option("AIPROXY_RATE"))[1]
     if settings.open and not settings.rate:
-        settings.shown["AIPROXY_RATE"] = "60/min"
-        settings.rate = parse_rate("60/min")
-    settings.shown["AIPROXY_RATE"] = settings.shown["AIPROXY_RATE"] or "none"
+        text = "60/min"
+        settings.rate = parse_rate(text)
+    settings.shown["AIPROXY_RATE"] = text or "none"
 
 MORE_SETTINGS.append(derive_rate)
 OPTIONS += (
@@ -5249,7 +5241,7 @@ def is_text(name, value, siblings):
     return not MEDIA_DATA.fullmatch(value)
 
 def derive_limits(settings):
-    if not settings.shown["AIPROXY_MAX_CHARS"]:
+    if not settings.text(find_option("AIPROXY_MAX_CHARS"))[1]:
         settings.max_chars = settings.upstream.provider.max_chars
     settings.shown["AIPROXY_MAX_TOKENS"] = str(settings.max_tokens or "none")
     settings.shown["AIPROXY_MAX_CHARS"] = str(settings.max_chars or "none")
@@ -7803,6 +7795,14 @@ class Catalogue:
         return int(window) if window else None
 
 
+def read_all(exchange, most):
+    """All of a response's body. ValueError if it is larger than `most` bytes."""
+    body = join_pieces(read_pieces(exchange.body, exchange.wait, most + 1))
+    if len(body) > most:
+        raise ValueError("the response is too large")
+    return body
+
+
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
 
@@ -7907,7 +7907,7 @@ class WorkersHandler(Handler):
 
     def read_whole(self, exchange):
         try:
-            return exchange.prefetched + exchange.read_all(MAX_RESPONSE)
+            return exchange.prefetched + read_all(exchange, MAX_RESPONSE)
         except (OSError, ProtocolError) as error:
             raise response_error(error)
         except ValueError:

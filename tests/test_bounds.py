@@ -330,7 +330,7 @@ class Pieces:
 def read_all_of_a_response():
     exchange = aiproxy.Exchange(None, None, None)
     exchange.body = Pieces()
-    return exchange.read_all(1 << 30)
+    return aiproxy.read_all(exchange, 1 << 30)
 
 
 def read_all_of_a_request():
