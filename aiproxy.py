@@ -18,12 +18,12 @@ Part two holds what can be taken out, each section entered at one place.
                Forgiving paths . CORS . Room for clients . Lingering close .
                Refusals in the right form . Keys in long errors . Redirects . Rates .
                Trusted proxies . Body rules . Model rules . Model list . Token and prompt limits .
-               Several provider keys . Kept connections . Proxies on the way up .
-               Fields for the upstream . Early responses . Event streams .
-               Errors in the form of other APIs . Heartbeats . Raw output . Queued log .
-               Model names for the log . Token counts . Early hints . WebSocket . More providers .
-               Banner . A live check . Several processes . Tuning of the process . Open files .
-               Responses made of chat . Workers AI . Start page . Demo
+               Several provider keys . Kept connections . TLS errors in words .
+               Proxies on the way up . Fields for the upstream . Early responses . Event streams .
+               Errors in the form of other APIs . Heartbeats . Log lines as text . Raw output .
+               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
+               More providers . Banner . A live check . Several processes . Tuning of the process .
+               Open files . Responses made of chat . Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -1397,12 +1397,7 @@ def connect_error(error):
     if isinstance(error, socket.timeout):
         return upstream_error("upstream_timeout", "The upstream could not be reached within the "
                               "time set by AIPROXY_CONNECT_TIMEOUT.")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return upstream_error("upstream_tls_error", "The upstream's certificate cannot be trusted "
-                              "(CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message, [NO_RETRY])
-    if isinstance(error, ssl.SSLError):
-        return upstream_error("upstream_tls_error", "The upstream does not speak TLS as it should "
-                              "(%s)." % (error.reason or "handshake failed"), [NO_RETRY])
+    check_tls_error(error)                  # part two: TLS errors in words
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return upstream_error("upstream_unreachable", "The upstream cannot be reached: %s." % reason)
 
@@ -2500,7 +2495,7 @@ class Record:
         self.id = "req_%016x" % random.getrandbits(64)      # or the upstream's, if it sends one
 
     def as_dict(self, redact):
-        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown.
+        """The fields of a line, in their order: seconds, bytes, None for what is unknown.
 
         Clients choose most of the texts: `redact(text, most)` cuts each to its length.
         """
@@ -2519,11 +2514,11 @@ class Record:
             "request_id": redact(self.id, 200), "outcome": self.outcome or "client_gone"}
 
 
-LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
+LOG_FORMATS = {"json": json.dumps}      # by AIPROXY_LOG: what makes a line of the values
 
 
 class Log:
-    """One line per request on stdout, warnings on stderr."""
+    """One line per request on stdout, a JSON object; warnings on stderr."""
 
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
@@ -2545,10 +2540,8 @@ class Log:
         if self.format == "off":
             return
         values = record.as_dict(self.redact)
-        line = json.dumps(values)
-        if self.format == "text":
-            line = LOG_LINE % tuple(map(printable, values.values()))
-        self.put(sys.stdout, line)
+        make_line = LOG_FORMATS.get(self.format, json.dumps)
+        self.put(sys.stdout, make_line(values))
 
     def warn(self, text):
         self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
@@ -2590,15 +2583,6 @@ def open_standard_streams():
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-
-def printable(value):
-    """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
-    if value is None or value == "":
-        return "-"
-    text = str(value)
-    if text.isascii() and text.isprintable() and " " not in text:
-        return text
-    return json.dumps(value).replace(" ", "\\u0020")
 
 # A word that may be a key which we do not know: a caller's own.
 KEY_LIKE_WORD = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
@@ -3257,6 +3241,7 @@ def read_value_lines(path):
 # Does: stops the start for settings that would be lost in silence; works out what --check prints.
 # Touches: nothing but `shown`.
 # Entered: `review_settings` in Settings.
+# Needs: Log lines as text.
 
 # What a base URL is sometimes copied with.
 ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
@@ -5436,6 +5421,19 @@ def is_silent(connection):
     except OSError:
         return False
 
+# ---- TLS errors in words -------------------------------------------------------------------------
+# Does: says what is wrong where the upstream's TLS or its certificate is, and that no retry helps.
+# Touches: nothing.
+# Entered: `check_tls_error` in connect_error.
+
+def check_tls_error(error):
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise upstream_error("upstream_tls_error", "The upstream's certificate cannot be trusted "
+                              "(CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message, [NO_RETRY])
+    if isinstance(error, ssl.SSLError):
+        raise upstream_error("upstream_tls_error", "The upstream does not speak TLS as it should "
+                              "(%s)." % (error.reason or "handshake failed"), [NO_RETRY])
+
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that is connected to; a connection before its TLS; plain requests.
@@ -5937,6 +5935,27 @@ OPTIONS += (
            "seconds between the comments that a silent event stream gets, so that no load balancer "
            "cuts it; 0: none"),
 )
+
+# ---- Log lines as text ---------------------------------------------------------------------------
+# Does: writes the lines of the log for people. (Part one knows JSON only.)
+# Touches: nothing else.
+# Entered: the function that it adds to LOG_FORMATS.
+
+LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
+
+def text_line(values):
+    return LOG_LINE % tuple(map(printable, values.values()))
+
+LOG_FORMATS["text"] = text_line
+
+def printable(value):
+    """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
+    if value is None or value == "":
+        return "-"
+    text = str(value)
+    if text.isascii() and text.isprintable() and " " not in text:
+        return text
+    return json.dumps(value).replace(" ", "\\u0020")
 
 # ---- Raw output ----------------------------------------------------------------------------------
 # Does: writes to stdout and stderr past Python's own buffers, which lose text where the stream is
