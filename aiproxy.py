@@ -1346,8 +1346,7 @@ class UpstreamHandler(urllib.request.BaseHandler):
 
     def __init__(self, settings):
         self.connector = Connector(settings)
-        # See "Kept connections".
-        self.try_kept = do_nothing          # (request): an exchange over such a one, or None
+        self.try_kept = do_nothing          # (request): an exchange over a kept one, or None
         self.keep = lambda connection, headers: connection.close()      # it can be used again
 
     def http_open(self, request):
@@ -1612,7 +1611,6 @@ class Exchange:
         self.keep_alive = self.status != 101 and not closes
         media_type = self.headers.get(b"content-type", b"").partition(b";")[0]
         self.media_type = media_type.strip().lower()
-        self.is_event_stream = self.media_type == b"text/event-stream"
         codings = {coding.lower() for coding in self.headers.elements(b"content-encoding")}
         self.is_coded = not codings <= {b"identity"}
 
@@ -1623,10 +1621,6 @@ class Exchange:
             fields = [field for field in self.headers.fields
                       if not holds_secret(b"\n".join(field), secrets)]
             self.headers = Headers(fields)
-
-    def read(self):
-        """The next decoded bytes of the body, b"" at its end. Raises OSError, ProtocolError."""
-        return b"".join(read_pieces(self.body, self.wait, 1))
 
     def prefetch(self, most, seconds):
         """Read up to `most` bytes of the body, for `seconds` at most, into `prefetched`.
@@ -5728,7 +5722,8 @@ def follow_events(job, handler):
     exchange = job.exchange
     # A length, or a filter, says by itself where the body would have ended.
     is_open_ended = exchange.length is None and job.secret_filter is None
-    if not exchange.is_event_stream or exchange.is_coded or not is_open_ended:
+    is_event_stream = exchange.media_type == b"text/event-stream"
+    if not is_event_stream or exchange.is_coded or not is_open_ended:
         return None
     # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
     is_in_doubt = job.upstream.is_tls and isinstance(job.body, UntilCloseBody)
@@ -7985,7 +7980,7 @@ class WorkersHandler(Handler):
 
     def next_events(self, exchange, translator):
         try:
-            piece = exchange.read()
+            piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
         except (OSError, ProtocolError) as error:
             code = "upstream_timeout" if isinstance(error, socket.timeout) else "upstream_died"
             return translator.end(upstream_error(code, BROKEN_OFF))
