@@ -536,7 +536,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def evict(self, handler):
         """Hang up on an idle client. False if it is none: its next request has just come."""
-        if not (has_nothing_to_say(handler.client) and self.mark_busy(handler)):
+        if has_sent(handler.client) or not self.mark_busy(handler):
             return False
         with contextlib.suppress(OSError):      # it may leave by itself at any moment
             hang_up(handler.client.sock)        # this wakes its thread
@@ -598,13 +598,6 @@ def open_listener(settings):
         host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
         raise CannotListen("cannot listen on %s port %d: %s" % (
             host, settings.port, getattr(error, "strerror", None) or error))
-
-def has_nothing_to_say(client):
-    """Is an idle client silent, or has it hung up? False if its next request has come."""
-    try:
-        return not peek(client)
-    except OSError:                 # BlockingIOError is one, too
-        return True
 
 def hang_up(sock):
     """End the connection of a socket that another thread is using."""
@@ -720,7 +713,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for the next bytes of a client. Meanwhile its place can be had."""
         self.server.mark_idle(self)
         arrived = wait_ready(seconds, self.client, READ)
-        if arrived and is_closed(self.client):      # idle to the end
+        if arrived and not has_sent(self.client):   # idle to the end
             raise ClientGone("idle")
         is_evicted = not self.server.mark_busy(self)
         if is_evicted or not (arrived or may_be_silent):
@@ -2004,14 +1997,12 @@ def is_worth_watching(client):
     """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
     return len(client.buffer) < MAX_PIPELINED_BYTES
 
-def is_closed(client):
-    """Has an idle client that is readable closed its connection? Nothing is read."""
+def has_sent(client):
+    """Is something of an idle client here? Else it is silent, or has left. Nothing is read."""
     try:
-        return not peek(client)
-    except BlockingIOError:
+        return bool(peek(client))
+    except OSError:                 # BlockingIOError is one, too
         return False
-    except OSError:
-        return True
 
 def peek(client):
     """The first byte that has come and is not read yet, b"" at the end. Of TLS, as it travels."""

@@ -188,11 +188,11 @@ def test_a_trusted_proxy_has_any_number_of_connections(relay, monkeypatch):
         assert [status_of(client) for client in (first, second, third)] == [200, 200, 200]
 
 
-@pytest.mark.parametrize("place", ["is_closed", "shutdown_request"])
+@pytest.mark.parametrize("place", ["has_sent", "shutdown_request"])
 def test_an_idle_client_that_has_hung_up_takes_no_place(relay, monkeypatch, place):
     """Wherever the thread that served it is: before it has seen that, or at its end."""
     running = relay(MAX_CONNECTIONS="1")
-    owner = aiproxy if place == "is_closed" else running.server
+    owner = aiproxy if place == "has_sent" else running.server
     idle = watch(monkeypatch, running.server, "mark_idle")
     original = getattr(owner, place)
     main_thread = running.thread
