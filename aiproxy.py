@@ -14,16 +14,17 @@ Part two holds what can be taken out, each section entered at one place.
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
     Part two   Command line . Quotes and empty values . Env files . Placeholders .
-               Values from files . Review of the settings . Reload . HTTPS . Health . Keys in URLs .
-               Forgiving paths . CORS . Room for clients . Lingering close .
-               Refusals in the right form . Keys in long errors . Redirects . Rates .
-               Trusted proxies . Body rules . Model rules . Model list . Token and prompt limits .
-               Several provider keys . Kept connections . TLS errors in words .
-               Proxies on the way up . Fields for the upstream . Early responses . Event streams .
-               Errors in the form of other APIs . Heartbeats . Log lines as text . Raw output .
-               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
-               More providers . Banner . A live check . Several processes . Tuning of the process .
-               Open files . Responses made of chat . Workers AI . Start page . Demo
+               Values from files . Review of the settings . Reload . HTTPS . Health .
+               Another key header . Keys in URLs . Forgiving paths . CORS . Room for clients .
+               Lingering close . Refusals in the right form . Keys in long errors . Redirects .
+               Rates . Trusted proxies . Body rules . Model rules . Model list .
+               Token and prompt limits . Several provider keys . Kept connections .
+               TLS errors in words . Proxies on the way up . Fields for the upstream .
+               Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
+               Log lines as text . Raw output . Queued log . Model names for the log .
+               Token counts . Early hints . WebSocket . More providers . Banner . A live check .
+               Several processes . Tuning of the process . Open files . Responses made of chat .
+               Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -2701,12 +2702,6 @@ def parse_key(text):
     return match_all(r"[\x21-\x7e]+", text, "keys of visible ASCII characters: look for spaces, "
                                             "line ends and typographic quotes").group().encode()
 
-def parse_key_header(text):
-    takes = "a header field's name, such as x-api-key"
-    if LIKE_KEY.search(text):
-        raise ValueError(takes)
-    return match_all("(?:%s)?" % TOKEN.decode(), text, takes).group()
-
 def parse_keys(text):
     return [parse_key(item) for item in parse_list(text)]
 
@@ -2755,7 +2750,7 @@ Option = collections.namedtuple("Option", (
     "parse",        # text to value
     "help",         # for --help and the README
 ))
-SECRET_PARSERS = [parse_keys, parse_client_keys, parse_key_header]  # what they get is never shown
+SECRET_PARSERS = [parse_keys, parse_client_keys]        # what they get is never shown
 COUNT = number(int, 1, 1000000, "a number from 1")
 SECONDS = number(float, 0.001, 86400, "seconds, more than 0")
 
@@ -2764,8 +2759,6 @@ OPTIONS = (
            "a provider's name (see PROVIDERS) or a base URL; a path in it takes the place of /v1"),
     Option("AIPROXY_KEY", AIPROXY_KEY, parse_keys,
            "the provider key, or several, comma-separated; empty: callers bring their own"),
-    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER, parse_key_header,
-           "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
     Option("AIPROXY_PATHS", AIPROXY_PATHS, parse_paths,
@@ -2878,7 +2871,8 @@ class Settings:
     def derive_keys(self):
         """The provider keys as they go up, and the words that nobody may see."""
         provider = self.upstream.provider
-        header = self.key_header or provider.key_header or "Authorization"
+        header = provider.key_header or "Authorization"
+        header = self.key_header or header              # part two: Another key header
         scheme = b"Bearer " if header.lower() == "authorization" else b""
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
@@ -3279,9 +3273,6 @@ def check_keys(settings):
     if any(client_key in settings.provider_keys for _, client_key in settings.client_keys):
         raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                            "for the client")
-    if settings.key_header.encode() in settings.secrets:
-        raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
-                           "it")
 
 def check_upstream(settings):
     """SettingError for a base URL that goes too far, or comes back to us."""
@@ -3634,6 +3625,29 @@ def describe_api(settings):
     """What / answers to a program."""
     return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
             "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
+
+# ---- Another key header --------------------------------------------------------------------------
+# Does: sends the provider key in the field that AIPROXY_KEY_HEADER names.
+# Touches: nothing else.
+# Entered: its setting, in Settings.derive_keys.
+
+def parse_key_header(text):
+    takes = "a header field's name, such as x-api-key"
+    if LIKE_KEY.search(text):
+        raise ValueError(takes)
+    return match_all("(?:%s)?" % TOKEN.decode(), text, takes).group()
+
+def check_key_header(settings):
+    if settings.key_header.encode() in settings.secrets:
+        raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
+                           "it")
+
+MORE_SETTINGS.append(check_key_header)
+SECRET_PARSERS.append(parse_key_header)
+OPTIONS += (
+    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER, parse_key_header,
+           "field that carries the provider key, such as x-api-key; empty: by provider"),
+)
 
 # ---- Keys in URLs --------------------------------------------------------------------------------
 # Does: refuses a key in the query, where it would stand in the logs of everybody on the way.
