@@ -13,16 +13,18 @@ Part two holds what can be taken out, each section entered at one place.
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
-    Part two   Env files . Values from files . Review of the settings . Reload . HTTPS .
-               Health . Forgiving paths . CORS . Lingering close . Refusals in the right form .
-               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
-               Model rules . Model list . Token and prompt limits . Several provider keys .
-               Kept connections . Proxies on the way up . Fields for the upstream .
+    Part two   Command line . Quotes and empty values . Env files . Placeholders .
+               Values from files . Review of the settings . Reload . HTTPS . Health .
+               Another key header . Keys in URLs . Forgiving paths . CORS . Room for clients .
+               Lingering close . Refusals in the right form . Keys in long errors . Redirects .
+               Rates . Trusted proxies . Body rules . Model rules . Model list .
+               Token and prompt limits . Several provider keys . Kept connections .
+               TLS errors in words . Proxies on the way up . Fields for the upstream .
                Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
-               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
-               More providers . Banner . A live check . Several processes .
-               Tuning of the process . Open files . Responses made of chat . Workers AI .
-               Start page . Demo
+               Log lines as text . Raw output . Queued log . Model names for the log .
+               Token counts . Early hints . WebSocket . More providers . Banner . A live check .
+               Several processes . Tuning of the process . Open files . Responses made of chat .
+               Workers AI . Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -200,25 +202,18 @@ Provider = collections.namedtuple("Provider", (
     "handler",          # a Handler of its own, for an API that must be translated
 ), defaults=("Authorization", OPENAI_PATHS, "AIPROXY_KEY", 0, None, None))
 
-PROVIDERS = {   # To add a provider, add a row. Part two adds workers-ai, and more.
+PROVIDERS = {   # To add a provider, add a row. Part two adds many more, and workers-ai.
     "openai": Provider("https://api.openai.com"),
     "siliconflow": Provider("https://api.siliconflow.cn/v1"),
     "deepseek": Provider("https://api.deepseek.com"),
     "anthropic": Provider("https://api.anthropic.com", "x-api-key", ANTHROPIC_PATHS),
     "gemini": Provider("https://generativelanguage.googleapis.com/v1beta/openai"),
-    "openrouter": Provider("https://openrouter.ai/api/v1"),
-    "dashscope": Provider("https://dashscope.aliyuncs.com/compatible-mode/v1"),
-    "moonshot": Provider("https://api.moonshot.cn/v1"),
-    "zhipu": Provider("https://open.bigmodel.cn/api/paas/v4"),
-    "groq": Provider("https://api.groq.com/openai/v1"),
-    "mistral": Provider("https://api.mistral.ai/v1"),
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
 PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern, and a row
 
 # Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
-KEY_PARAMETERS = ("key", "api_key", "access_token")     # of a query, where none belongs
 
 # Meant for one connection alone (RFC 9110 section 7.6.1). `Trailer` announces what we drop; the
 # last one belongs to the upgrade to HTTP/2, which would be a way around every check.
@@ -360,19 +355,22 @@ class Service:
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
         self.set_hooks()
-        self.install_features()
+        install_features(self)              # where part two enters
 
     def set_hooks(self):
         """What part two may replace or add to."""
         self.wrap_client = lambda sock: sock    # what to serve an accepted one through
+        self.make_room = self.server.has_room   # (socket, address): is there a place for it?
+        self.forget_client = do_nothing     # (socket): it has gone
         self.refuse = self.server.send_busy     # (socket, record), where there is no room
+        self.may_linger = lambda: True      # may one that was refused linger?
         self.begin_client = do_nothing      # (handler), before the first head is read
         self.end_client = do_nothing        # (handler), when nothing is missing at its end
+        self.must_linger = do_nothing       # (handler): must its client be read on from?
         self.linger = do_nothing            # (socket, address): it has an answer, and may send on
         # Of a request, in the order in which they are called. (handler) unless said otherwise.
         self.normalize_path = lambda path, rules: path          # the path that the client meant
         self.find_client = lambda address, headers: address     # whose request is it?
-        self.is_trusted_proxy = is_loopback     # (address): may it have many connections?
         self.free_answers = []              # did it answer, whoever asks?
         self.prepare_request = do_nothing   # before its client key is looked for
         self.asks_for_others = is_forwarded     # (headers): for others than this machine?
@@ -405,36 +403,6 @@ class Service:
         self.warnings = []
         self.proxy = ""                     # in front of the upstream
 
-    def install_features(self):
-        """Where part two enters. Without a section and its line the relay still works."""
-        install_health(self)                # part two: Health
-        install_forgiving_paths(self)       # part two: Forgiving paths
-        install_cors(self)                  # part two: CORS
-        install_lingering_close(self)       # part two: Lingering close
-        install_busy_refusals(self)         # part two: Refusals in the right form
-        install_https(self)                 # part two: HTTPS
-        install_secret_filter(self)         # part two: Keys in long errors
-        install_redirects(self)             # part two: Redirects
-        install_upstream_fields(self)       # part two: Fields for the upstream
-        install_rates(self)                 # part two: Rates
-        install_trusted_proxies(self)       # part two: Trusted proxies
-        install_body_rules(self)            # part two: Body rules
-        install_model_rules(self)           # part two: Model rules
-        install_model_list(self)            # part two: Model list
-        install_limits(self)                # part two: Token and prompt limits
-        install_key_rotation(self)          # part two: Several provider keys
-        install_kept_connections(self)      # part two: Kept connections
-        install_upstream_proxy(self)        # part two: Proxies on the way up
-        install_early_responses(self)       # part two: Early responses
-        install_event_streams(self)         # part two: Event streams
-        install_error_forms(self)           # part two: Errors in the form of other APIs
-        install_heartbeats(self)            # part two: Heartbeats
-        install_model_names(self)           # part two: Model names for the log
-        install_token_counts(self)          # part two: Token counts
-        install_early_hints(self)           # part two: Early hints
-        install_websocket(self)             # part two: WebSocket
-        install_start_page(self)            # part two: Start page
-
     def render_error(self, error, record):
         """The body of an error response, in the form of the API that was called."""
         return json.dumps(self.error_body(record.path, error, record.id)).encode()
@@ -456,12 +424,8 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, settings, listener=None):
         self.started = int(time.time())
         self.closing = False        # after a signal: no more clients, and none is kept alive
-        # The client connections, each with the address it counts for, and the number of an
-        # address's connections. The condition guards both.
-        self.clients = {}
-        self.client_counts = collections.Counter()
+        self.clients = set()        # the client connections, guarded by the condition
         self.client_ended = threading.Condition()
-        self.lingering = {}         # by job: the address of one that we only read out
         # By connection the handlers whose clients are idle, and since when. No lock: adding,
         # removing and copying are single steps of a dict, and the removal decides (mark_busy).
         self.idle = {}
@@ -471,7 +435,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.threads = self.make_executor()
         self.log = Log(settings.log, settings.secrets)
         self.log = QueuedLog(settings.log, settings.secrets)    # part two: Queued log
-        self.relay_loop = RelayLoop(self.on_tick, self.log.warn)
+        self.relay_loop = RelayLoop(lambda now: self.service.on_tick(now), self.log.warn)
         self.shared = {}            # what sections of part two keep whatever the service
         self.service = Service(settings, self)      # the one in force
         listener = listener or open_listener(settings)
@@ -486,9 +450,6 @@ class Server(http.server.ThreadingHTTPServer):
     def settings(self):
         return self.service.settings
 
-    def on_tick(self, now):
-        self.service.on_tick(now)
-
     def get_request(self):
         try:
             sock, address = super().get_request()
@@ -499,15 +460,10 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        """Give the new client a thread. 503 over its own limit, or if no idle one can make room."""
-        address = network_of(client_address[0])
+        """Give the new client a thread, or 503 if there is no room for it."""
         with self.client_ended:
-            self.clients[request] = address
-            self.client_counts[address] += 1
-            has_room = self.make_room(address, client_address)
-        if self.is_crowded():
-            self.evict_lingering()
-        if not has_room:
+            self.clients.add(request)
+        if not self.service.make_room(request, client_address[0]):
             self.refuse_busy(request, client_address)
             return
         taken = threading.Lock()            # by whoever answers this client
@@ -525,13 +481,8 @@ class Server(http.server.ThreadingHTTPServer):
         if taken.acquire(blocking=False):
             self.process_request_thread(request, client_address)
 
-    def make_room(self, address, client_address):
-        """Is there room for the newest client? If it takes that, an idle one is hung up on."""
-        if self.client_counts[address] > self.settings.max_per_client:
-            is_exempt = is_loopback(address) or self.service.is_trusted_proxy(client_address[0])
-            if not is_exempt:
-                return self.evict_idle(1, address=address) > 0
-        return len(self.clients) <= self.capacity or self.evict_idle(1) > 0
+    def has_room(self, sock, address):
+        return len(self.clients) <= self.capacity
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
@@ -539,16 +490,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def refuse_busy(self, request, client_address):
         """503 for a client without a place. None of this may block the accepting thread."""
-        record = Record(client_address[0])
-        if self.is_crowded():
-            self.send_busy(request, record)
-        else:
-            self.service.refuse(request, record)
+        self.service.refuse(request, Record(client_address[0]))
         self.shutdown_request(request)
-
-    def is_crowded(self):
-        """Are there so many connections, with the lingering ones, that no more may linger?"""
-        return len(self.clients) + len(self.lingering) >= self.capacity + SPARE_FILES // 2
 
     def send_busy(self, sock, record, request=None):
         """503 in one write, then a lingering close, if there is room for one."""
@@ -565,45 +508,16 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             sock.setblocking(False)
             sock.send(head if record.method == "HEAD" else head + content)
-            if not self.is_crowded():
-                self.service.linger(sock, network_of(record.client))
-
-    def take_over(self, job, address):
-        """Leave a connection to a job of the relay loop; until the job's end it counts."""
-        with self.client_ended:
-            self.lingering[job] = address
-            self.client_counts[address] += 1
-        job.on_end = functools.partial(self.forget_lingering, job)
-        self.relay_loop.submit(job)
-
-    def forget_lingering(self, job):
-        with self.client_ended:
-            address = self.lingering.pop(job, None)
-            if address:                     # else it has been hung up on
-                self.uncount(address)
-            self.client_ended.notify_all()
-
-    def uncount(self, address):
-        """One connection of this address has ended. Called with the lock."""
-        self.client_counts[address] -= 1
-        if not self.client_counts[address]:
-            del self.client_counts[address]
-
-    def evict_lingering(self):
-        """Hang up on the client that lingers longest, if there is one."""
-        with contextlib.suppress(IndexError, OSError):
-            job = list(self.lingering)[0]
-            self.forget_lingering(job)
-            hang_up(job.client.sock)        # the loop sees its end, and closes it
+            if self.service.may_linger():
+                self.service.linger(sock, record.client)
 
     def shutdown_request(self, request):
         """The end of every connection that process_request let in. One that lingers is detached."""
         request.close()
         with self.client_ended:
             self.idle.pop(request, None)
-            address = self.clients.pop(request, None)
-            if address:
-                self.uncount(address)
+            self.clients.discard(request)
+            self.service.forget_client(request)
             self.client_ended.notify_all()
 
     def handle_error(self, request, client_address):
@@ -622,25 +536,13 @@ class Server(http.server.ThreadingHTTPServer):
         """The client sends again. False if it has been evicted meanwhile."""
         return self.idle.pop(handler.connection, None) is not None
 
-    def evict_idle(self, most, min_age=0, address=None):
-        """Hang up on up to `most` clients that were idle for `min_age` seconds. Returns how many.
-
-        The longest idle go first, none whose next request has just come; those that have hung up
-        themselves count. `address`: only its own.
-        """
-        now = time.monotonic()
-        evicted = 0
-        for handler, since in self.idle.copy().values():
-            if evicted == most or now - since < min_age:
-                break               # those that follow have been idle for less time
-            if address and handler.address != address:
-                continue
-            # It may leave by itself at any moment: ValueError is a socket that has been closed.
-            with contextlib.suppress(OSError, ValueError):
-                if has_nothing_to_say(handler.client) and self.mark_busy(handler):
-                    evicted += 1
-                    hang_up(handler.client.sock)        # this wakes its thread
-        return evicted
+    def evict(self, handler):
+        """Hang up on an idle client. False if it is none: its next request has just come."""
+        if has_sent(handler.client) or not self.mark_busy(handler):
+            return False
+        with contextlib.suppress(OSError):      # it may leave by itself at any moment
+            hang_up(handler.client.sock)        # this wakes its thread
+        return True
 
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
@@ -652,7 +554,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self.process_request(*self.get_request())
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
-            self.evict_idle(len(self.clients), min_age=0.5)
+            for handler, since in self.idle.copy().values():
+                if time.monotonic() - since >= 0.5:
+                    self.evict(handler)
             with self.client_ended:
                 self.client_ended.wait(0.1)
 
@@ -700,29 +604,10 @@ def open_listener(settings):
             reason += " (AIPROXY_PORT sets another)"
         raise CannotListen("cannot listen on %s port %d: %s" % (host, settings.port, reason))
 
-def has_nothing_to_say(client):
-    """Is an idle client silent, or has it hung up? False if its next request has come."""
-    try:
-        return not peek(client)
-    except OSError:                 # BlockingIOError is one, too
-        return True
-
 def hang_up(sock):
     """End the connection of a socket that another thread is using."""
     # Not the method of the class for TLS: that thread would go on in plain text.
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-@functools.lru_cache(1024)          # clients come again
-def network_of(address):
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:              # not an address of the Internet
-        return address
-    ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
-    if ip.version == 4 or ip.is_loopback:
-        return str(ip)
-    return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
 
 def plain_address(text):
     """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
@@ -768,7 +653,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection = self.request
         self.client = BufferedSocket(self.request)
         self.client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.address = network_of(self.client_address[0])
         self.is_first_request = True
 
     def use_current_settings(self):
@@ -834,7 +718,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for the next bytes of a client. Meanwhile its place can be had."""
         self.server.mark_idle(self)
         arrived = wait_ready(seconds, self.client, READ)
-        if arrived and is_closed(self.client):      # idle to the end
+        if arrived and not has_sent(self.client):   # idle to the end
             raise ClientGone("idle")
         is_evicted = not self.server.mark_busy(self)
         if is_evicted or not (arrived or may_be_silent):
@@ -886,6 +770,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Its way to us, its page and its client key, whose name is for the log and the rates."""
         check_host_allowed(self.request, self.settings, self.service.asks_for_others)    # 403
         self.service.check_origin(self.request, self.settings)       # 403
+        check_query(self.request, self.settings)            # part two: Keys in URLs
         check_client_key(self.request, self.settings)       # 400 401
         if self.request.client_name:
             self.record.client = self.request.client_name
@@ -1067,16 +952,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             linger = struct.pack("ii", 1, 0)                # close() then sends a reset
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             return
-        # Closed with bytes unread it would send a reset, too, and that eats our response.
-        must_linger = False
-        if self.head_sent and not self.client.ended:
-            has_unread = self.client.buffer or self.client.receive()
-            may_send_on = self.upload is None or not self.upload.done or self.record.status == 101
-            must_linger = has_unread or may_send_on
+        must_linger = self.service.must_linger(self)
         if self.is_whole:
             self.service.end_client(self)
         if must_linger:
-            self.service.linger(self.client.sock, self.address)
+            self.service.linger(self.client.sock, self.client_address[0])
 
 
 def wait_for_upstream(client, connection, mask, seconds):
@@ -1213,9 +1093,6 @@ def refuse_pages(request, settings):
 
 def check_client_key(request, settings):
     """401 unless the request carries a client key. Sets `client_name`; the key is not kept."""
-    if settings.has_own_keys and has_key_in_query(request.query, settings):
-        raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
-                            "it. Send it as Authorization: Bearer.")
     if not settings.client_keys:
         return
     keys = carried_keys(request.headers)
@@ -1233,20 +1110,6 @@ def check_client_key(request, settings):
             message = "Incorrect client key."
         raise ErrorResponse(401, "invalid_api_key", message,
                             headers=[(b"WWW-Authenticate", b"Bearer")])
-
-def has_key_in_query(query, settings):
-    """Does a part of the query have a key's name, or is it one of our client keys?
-
-    A set compares hashes, which Python salts: its time tells nothing of how near a guess was.
-    """
-    for part in set(query[1:].split("&")):
-        name, _, value = part.partition("=")
-        if urllib.parse.unquote(name).casefold() in KEY_PARAMETERS:
-            return True
-        words = {urllib.parse.unquote(word).encode() for word in (name, value)}
-        if words & settings.client_key_values:
-            return True
-    return False
 
 def carried_keys(headers):
     """The different keys that a request carries, as a set of bytes."""
@@ -1423,7 +1286,8 @@ def own_headers(present, request_id, is_open_ended):
 
     `present` has its fields, by names in lower case.
     """
-    fields = [(b"Date", http_date(int(time.time()))),       # RFC 9110 section 6.6.1
+    now = email.utils.formatdate(usegmt=True)
+    fields = [(b"Date", now.encode()),                      # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
     is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
     if is_event_stream or is_open_ended:
@@ -1443,11 +1307,6 @@ def framing_headers(status, length, is_chunked, must_close):
     if must_close and status != 101:
         fields.append((b"Connection", b"close"))
     return fields
-
-@functools.lru_cache(1)             # made once a second
-def http_date(now):
-    """A time as a Date field has it."""
-    return email.utils.formatdate(now, usegmt=True).encode()
 
 # ---- The upstream --------------------------------------------------------------------------------
 # urllib.request is the way up: a Request, and an opener with one handler, ours.
@@ -1485,8 +1344,7 @@ class UpstreamHandler(urllib.request.BaseHandler):
 
     def __init__(self, settings):
         self.connector = Connector(settings)
-        # See "Kept connections".
-        self.try_kept = do_nothing          # (request): an exchange over such a one, or None
+        self.try_kept = do_nothing          # (request): an exchange over a kept one, or None
         self.keep = lambda connection, headers: connection.close()      # it can be used again
 
     def http_open(self, request):
@@ -1536,12 +1394,7 @@ def connect_error(error):
     if isinstance(error, socket.timeout):
         return upstream_error("upstream_timeout", "The upstream could not be reached within the "
                               "time set by AIPROXY_CONNECT_TIMEOUT.")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return upstream_error("upstream_tls_error", "The upstream's certificate cannot be trusted "
-                              "(CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message, [NO_RETRY])
-    if isinstance(error, ssl.SSLError):
-        return upstream_error("upstream_tls_error", "The upstream does not speak TLS as it should "
-                              "(%s)." % (error.reason or "handshake failed"), [NO_RETRY])
+    check_tls_error(error)                  # part two: TLS errors in words
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return upstream_error("upstream_unreachable", "The upstream cannot be reached: %s." % reason)
 
@@ -1756,7 +1609,6 @@ class Exchange:
         self.keep_alive = self.status != 101 and not closes
         media_type = self.headers.get(b"content-type", b"").partition(b";")[0]
         self.media_type = media_type.strip().lower()
-        self.is_event_stream = self.media_type == b"text/event-stream"
         codings = {coding.lower() for coding in self.headers.elements(b"content-encoding")}
         self.is_coded = not codings <= {b"identity"}
 
@@ -1767,17 +1619,6 @@ class Exchange:
             fields = [field for field in self.headers.fields
                       if not holds_secret(b"\n".join(field), secrets)]
             self.headers = Headers(fields)
-
-    def read(self):
-        """The next decoded bytes of the body, b"" at its end. Raises OSError, ProtocolError."""
-        return b"".join(read_pieces(self.body, self.wait, 1))
-
-    def read_all(self, most):
-        """All of the body. ValueError if it is larger than `most` bytes."""
-        body = join_pieces(read_pieces(self.body, self.wait, most + 1))
-        if len(body) > most:
-            raise ValueError("the response is too large")
-        return body
 
     def prefetch(self, most, seconds):
         """Read up to `most` bytes of the body, for `seconds` at most, into `prefetched`.
@@ -2163,14 +2004,12 @@ def is_worth_watching(client):
     """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
     return len(client.buffer) < MAX_PIPELINED_BYTES
 
-def is_closed(client):
-    """Has an idle client that is readable closed its connection? Nothing is read."""
+def has_sent(client):
+    """Is something of an idle client here? Else it is silent, or has left. Nothing is read."""
     try:
-        return not peek(client)
-    except BlockingIOError:
+        return bool(peek(client))
+    except OSError:                 # BlockingIOError is one, too
         return False
-    except OSError:
-        return True
 
 def peek(client):
     """The first byte that has come and is not read yet, b"" at the end. Of TLS, as it travels."""
@@ -2630,10 +2469,6 @@ def encode_chunk(data, is_chunked=True):
 
 # ---- The log -------------------------------------------------------------------------------------
 
-def shorten(text, most):
-    return text[:most]
-
-
 class Record:
     """What the log says of one request."""
 
@@ -2651,8 +2486,8 @@ class Record:
         self.outcome = ""                   # "ok", an error's code, or how it was cut
         self.id = "req_%016x" % random.getrandbits(64)      # or the upstream's, if it sends one
 
-    def as_dict(self, redact=shorten):
-        """The fields of LOG_LINE, in its order: seconds, bytes, None for what is unknown.
+    def as_dict(self, redact):
+        """The fields of a line, in their order: seconds, bytes, None for what is unknown.
 
         Clients choose most of the texts: `redact(text, most)` cuts each to its length.
         """
@@ -2671,11 +2506,11 @@ class Record:
             "request_id": redact(self.id, 200), "outcome": self.outcome or "client_gone"}
 
 
-LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
+LOG_FORMATS = {"json": json.dumps}      # by AIPROXY_LOG: what makes a line of the values
 
 
 class Log:
-    """One line per request on stdout, warnings on stderr."""
+    """One line per request on stdout, a JSON object; warnings on stderr."""
 
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
@@ -2698,10 +2533,8 @@ class Log:
         if self.format == "off":
             return
         values = record.as_dict(self.redact)
-        line = json.dumps(values)
-        if self.format == "text":
-            line = LOG_LINE % tuple(map(printable, values.values()))
-        self.put(sys.stdout, line)
+        make_line = LOG_FORMATS.get(self.format, json.dumps)
+        self.put(sys.stdout, make_line(values))
 
     def warn(self, text):
         self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
@@ -2730,41 +2563,19 @@ class Log:
         return text
 
 def write_all(stream, text):
-    """Write text to stdout or stderr, in whatever state it is: full, non-blocking or closed.
-
-    Past Python's own buffers: they lose text where the stream is non-blocking, and where it is
-    closed they fail once more at the exit.
-    """
-    number = None
-    with contextlib.suppress(OSError, ValueError):
-        number = stream.fileno()
+    """Write text to stdout or stderr, in whatever state it is. See also "Raw output"."""
     with contextlib.suppress(OSError, ValueError):      # nobody listens any more
-        if number is None or os.name != "posix":        # Windows' console has its own coding
+        is_written = False
+        is_written = write_bytes(stream, text)          # part two: Raw output
+        if not is_written:
             stream.write(text)
             stream.flush()
-            return
-        data = text.encode(stream.encoding, "backslashreplace")
-        while data:
-            select.select([], [number], [])
-            # Whole lines, where that can be: other processes may write there, too.
-            end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
-            with contextlib.suppress(BlockingIOError):  # somebody else was faster
-                data = data[os.write(number, data[:end]):]
 
 def open_standard_streams():
     """The null device for each that is closed: else a socket would get its number, and its text."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-
-def printable(value):
-    """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
-    if value is None or value == "":
-        return "-"
-    text = str(value)
-    if text.isascii() and text.isprintable() and " " not in text:
-        return text
-    return json.dumps(value).replace(" ", "\\u0020")
 
 # A word that may be a key which we do not know: a caller's own.
 KEY_LIKE_WORD = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
@@ -2850,13 +2661,6 @@ def find_provider(netloc):
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
-# Sample values, of our README and of others', and variables that nobody has filled in.
-PLACEHOLDER = re.compile(
-    r"<.*>|\[.*\]|\{.*\}|\$\w+|\$\{.*\}|%\w+%|.*(你的|自己编).*|.*(\.{3}|…)"
-    r"|(\w+[-_])*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*|(sk-)?your(api)?key.*"
-    r"|.*[-_ ]here|(insert|enter|paste|put|change|replace|fill)[-_ ]?(in[-_ ])?(me|this|it)"
-    r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
-    r"|placeholder|todo|password", re.I)
 # What keys look like: shown in no message, wherever one was put by mistake.
 LIKE_KEY = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
@@ -2901,17 +2705,10 @@ def parse_list(text):
     return items
 
 def parse_key(text):
-    if PLACEHOLDER.fullmatch(text):
-        raise ValueError("a real key: this one looks like a placeholder from an example")
+    check_placeholder(text)             # part two: Placeholders
     takes = ("keys of visible ASCII characters, separated by ',' and not by '\uff0c': look for "
              "spaces, line ends and typographic quotes, too")
     return match_all(r"[\x21-\x7e]+", text, takes).group().encode()
-
-def parse_key_header(text):
-    takes = "a header field's name, such as x-api-key"
-    if LIKE_KEY.search(text):
-        raise ValueError(takes)
-    return match_all("(?:%s)?" % TOKEN.decode(), text, takes).group()
 
 def parse_keys(text):
     return [parse_key(item) for item in parse_list(text)]
@@ -2963,7 +2760,7 @@ Option = collections.namedtuple("Option", (
     "parse",        # text to value
     "help",         # for --help and the README
 ))
-SECRET_PARSERS = [parse_keys, parse_client_keys, parse_key_header]  # what they get is never shown
+SECRET_PARSERS = [parse_keys, parse_client_keys]        # what they get is never shown
 COUNT = number(int, 1, 1000000, "a number from 1")
 SECONDS = number(float, 0.001, 86400, "seconds, more than 0")
 
@@ -2972,8 +2769,6 @@ OPTIONS = (
            "a provider's name (see PROVIDERS) or a base URL; a path in it takes the place of /v1"),
     Option("AIPROXY_KEY", AIPROXY_KEY, parse_keys,
            "the provider key, or several, comma-separated; empty: callers bring their own"),
-    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER, parse_key_header,
-           "field that carries the provider key, such as x-api-key; empty: by provider"),
     Option("AIPROXY_CLIENT_KEYS", AIPROXY_CLIENT_KEYS, parse_client_keys,
            "keys that clients must present, comma-separated, each name=key or key"),
     Option("AIPROXY_PATHS", AIPROXY_PATHS, parse_paths,
@@ -2990,9 +2785,6 @@ OPTIONS = (
            "largest request body that is held in memory or sent up with a hidden key (KB, MB, GB)"),
     Option("AIPROXY_MAX_CONNECTIONS", AIPROXY_MAX_CONNECTIONS, COUNT,
            "clients served at once; above it 503"),
-    Option("AIPROXY_MAX_PER_CLIENT", AIPROXY_MAX_PER_CLIENT, COUNT,
-           "connections from one client address, but for this machine and trusted proxies; above "
-           "it 503"),
     Option("AIPROXY_CONNECT_TIMEOUT", AIPROXY_CONNECT_TIMEOUT, SECONDS,
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
@@ -3009,24 +2801,6 @@ SEPARATORS = {}     # by option: what stands between the items of its list, if n
 # Steps by which sections of part two read more: (settings), may raise SettingError.
 MORE_SETTINGS = []
 MORE_HELP = []      # lines that they add to --help
-
-# What is read of the environment, by us, by urllib and by OpenSSL.
-OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
-                          r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_(?:FILE|DIR)", re.I | re.S)
-# What Kubernetes sets for a service called aiproxy, or aiproxy-more: NAME=value.
-KUBERNETES_VARIABLE = re.compile(
-    r"AIPROXY_(?:\w+_)?(?:(?:SERVICE|PORT)_\w+=.*|PORT=(?:tcp|udp|sctp)://.*)", re.S)
-
-def clean_environment(environ):
-    """Take the quotes off values; what is empty, or Kubernetes' own, counts as not set."""
-    for name, value in list(environ.items()):
-        if not OWN_VARIABLE.fullmatch(name):
-            continue
-        value = clean(value)
-        if value and not KUBERNETES_VARIABLE.fullmatch("%s=%s" % (name, value)):
-            environ[name] = value
-        else:
-            del environ[name]
 
 def constant_text(option):
     """The value of a constant at the top, where somebody may have written a number or a list."""
@@ -3049,14 +2823,11 @@ class Settings:
 
     def __init__(self, environ):
         self.environ = dict(environ)
-        clean_environment(self.environ)
-        self.shown = {}                 # by variable: what --check prints
+        clean_environment(self.environ)     # part two: Quotes and empty values
+        self.shown = collections.defaultdict(str)       # by variable: what --check prints
         self.file_values = {}           # by variable: what the file holds that it names
         read_value_files(self)          # part two: Values from files
         for option in OPTIONS:
-            self.shown[option.name] = self.text(option)[1]
-            if option.parse in SECRET_PARSERS:
-                self.shown[option.name] = "none"        # until derive_keys knows better
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
@@ -3077,7 +2848,7 @@ class Settings:
     def text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
         for name in (option.name,) + OTHER_VARIABLES.get(option.name, ()):
-            if name in self.environ:
+            if self.environ.get(name):
                 return name, self.file_values.get(name, self.environ[name])
         return option.name, constant_text(option)
 
@@ -3110,19 +2881,13 @@ class Settings:
     def derive_keys(self):
         """The provider keys as they go up, and the words that nobody may see."""
         provider = self.upstream.provider
-        header = self.key_header or provider.key_header or "Authorization"
+        header = provider.key_header or "Authorization"
+        header = self.key_header or header              # part two: Another key header
         scheme = b"Bearer " if header.lower() == "authorization" else b""
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
-        self.client_key_values = {key for _, key in self.client_keys}
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
-        if self.provider_keys:
-            lengths = ["%d characters" % len(key) for key in self.provider_keys]
-            self.shown[provider.key_variable] = ", ".join(lengths)
-        if self.client_keys:
-            names = ["%s=***" % name for name, _ in self.client_keys]
-            self.shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
 
     def derive_default_path(self):
         """The path of the examples that we give."""
@@ -3161,84 +2926,20 @@ class Settings:
 
 # ---- Main ----------------------------------------------------------------------------------------
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Does not echo what it does not understand: it may be a key."""
-
-    def error(self, message):
-        raise SettingError("an option is not understood, or lacks its value.\n"
-                           + self.format_usage().rstrip())
-
-
-def make_parser():
-    lines = ["settings, from the environment:"]
-    for option in OPTIONS:
-        line = "  %-24s %s" % (option.name, option.help)
-        default = constant_text(option)
-        if default and not may_be_secret(option, default):
-            line += " (default %s)" % default
-        lines.append(line)
-    lines += MORE_HELP
-    parser = ArgumentParser(
-        "aiproxy.py", description="Relays an AI provider's API and hides its key.",
-        epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("--demo", action="store_true", help="run against a small provider inside")
-    add("--check", action="store_true", help="print the settings in force and exit")
-    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
-        "exit status 2 if it refuses one, 1 if one cannot be tried")
-    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
-    add("--version", action="store_true")
-    add("--help", "-h", action="store_true")
-    # No keys: `ps` shows the command line.
-    for name in ("host", "port", "upstream"):
-        add("--" + name, help="AIPROXY_" + name.upper())
-    return parser
-
-def read_environment(options, environ):
-    """Put what the command line and the env files say into the environment. Raises SettingError."""
-    if options.live and not options.check:
-        raise SettingError("--live belongs to --check")
-    clean_environment(environ)
-    read_env_files(options.env_file, environ)   # part two: Env files
-    for name in ("host", "port", "upstream"):
-        text = getattr(options, name)
-        if text is None:
-            continue
-        variable = "AIPROXY_" + name.upper()
-        try:
-            find_option(variable).parse(text)
-        except ValueError as error:             # what it got is not shown: it may be a key
-            raise SettingError("--%s: it takes %s" % (name, error))
-        environ[variable] = text
-
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
     open_standard_streams()
+    run = serve
     try:
-        parser = make_parser()
-        options = parser.parse_args()
-        if options.help or options.version:
-            text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
-            write_all(sys.stdout, text)
-            return 0
-        on_start = []                   # called with the server once it serves
-        on_start += prepare_reload(options, os.environ)     # part two: Reload
-        read_environment(options, os.environ)
-        on_start += start_demo(options, os.environ)     # part two: Demo
+        run = read_command_line(os.environ)     # part two: Command line
         settings = Settings(os.environ)
     except SettingError as error:
         write_all(sys.stderr, "aiproxy: %s\n" % error)
         return 2
-    if options.check:
-        write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
-        status = 0
-        status = check_live(options, settings)          # part two: A live check
-        return status
-    return serve(settings, on_start)
+    return run(settings)
 
-def serve(settings, on_start):
-    """Serve until a signal comes."""
+def serve(settings, on_start=()):
+    """Serve until a signal comes. `on_start`: called with the server once it serves."""
     make_server = Server
     server = None
 
@@ -3278,10 +2979,146 @@ def serve(settings, on_start):
 # entered: delete the section and the line that enters it, and the relay still works. Some need
 # others, which they name: those cannot go without them.
 
+def install_features(service):
+    """Where most sections enter. Without a section and its line the relay still works."""
+    install_health(service)                 # part two: Health
+    install_forgiving_paths(service)        # part two: Forgiving paths
+    install_cors(service)                   # part two: CORS
+    install_lingering_close(service)        # part two: Lingering close
+    install_busy_refusals(service)          # part two: Refusals in the right form
+    install_https(service)                  # part two: HTTPS
+    install_room(service)                   # part two: Room for clients
+    install_secret_filter(service)          # part two: Keys in long errors
+    install_redirects(service)              # part two: Redirects
+    install_upstream_fields(service)        # part two: Fields for the upstream
+    install_rates(service)                  # part two: Rates
+    install_trusted_proxies(service)        # part two: Trusted proxies
+    install_body_rules(service)             # part two: Body rules
+    install_model_rules(service)            # part two: Model rules
+    install_model_list(service)             # part two: Model list
+    install_limits(service)                 # part two: Token and prompt limits
+    install_key_rotation(service)           # part two: Several provider keys
+    install_kept_connections(service)       # part two: Kept connections
+    install_upstream_proxy(service)         # part two: Proxies on the way up
+    install_early_responses(service)        # part two: Early responses
+    install_event_streams(service)          # part two: Event streams
+    install_error_forms(service)            # part two: Errors in the form of other APIs
+    install_heartbeats(service)             # part two: Heartbeats
+    install_model_names(service)            # part two: Model names for the log
+    install_token_counts(service)           # part two: Token counts
+    install_early_hints(service)            # part two: Early hints
+    install_websocket(service)              # part two: WebSocket
+    install_start_page(service)             # part two: Start page
+
+# ---- Command line --------------------------------------------------------------------------------
+# Does: reads the options; --check, --version and --help, which serve nobody. (Part one ignores all
+# options.)
+# Touches: the environment, before the settings are read from it.
+# Entered: `read_command_line` in main().
+# Needs: Quotes and empty values.
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Does not echo what it does not understand: it may be a key."""
+
+    def error(self, message):
+        raise SettingError("an option is not understood, or lacks its value.\n"
+                           + self.format_usage().rstrip())
+
+
+def make_parser():
+    lines = ["settings, from the environment:"]
+    for option in OPTIONS:
+        line = "  %-24s %s" % (option.name, option.help)
+        default = constant_text(option)
+        if default and not may_be_secret(option, default):
+            line += " (default %s)" % default
+        lines.append(line)
+    lines += MORE_HELP
+    parser = ArgumentParser(
+        "aiproxy.py", description="Relays an AI provider's API and hides its key.",
+        epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="run against a small provider inside")
+    add("--check", action="store_true", help="print the settings in force and exit")
+    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
+        "exit status 2 if it refuses one, 1 if one cannot be tried")
+    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
+    add("--version", action="store_true")
+    add("--help", "-h", action="store_true")
+    # No keys: `ps` shows the command line.
+    for name in ("host", "port", "upstream"):
+        add("--" + name, help="AIPROXY_" + name.upper())
+    return parser
+
+def read_command_line(environ):
+    """What to do with the settings, which it puts into the environment. Raises SettingError."""
+    parser = make_parser()
+    options = parser.parse_args()
+    if options.help or options.version:
+        text = parser.format_help() if options.help else "aiproxy %s\n" % __version__
+        write_all(sys.stdout, text)
+        sys.exit(0)
+    on_start = []
+    on_start += prepare_reload(options, environ)        # part two: Reload
+    read_environment(options, environ)
+    on_start += start_demo(options, environ)        # part two: Demo
+    if options.check:
+        return functools.partial(check, options)
+    return functools.partial(serve, on_start=on_start)
+
+def read_environment(options, environ):
+    """Put what the command line and the env files say into the environment. Raises SettingError."""
+    if options.live and not options.check:
+        raise SettingError("--live belongs to --check")
+    clean_environment(environ)
+    read_env_files(options.env_file, environ)   # part two: Env files
+    for name in ("host", "port", "upstream"):
+        text = getattr(options, name)
+        if text is None:
+            continue
+        variable = "AIPROXY_" + name.upper()
+        try:
+            find_option(variable).parse(text)
+        except ValueError as error:             # what it got is not shown: it may be a key
+            raise SettingError("--%s: it takes %s" % (name, error))
+        environ[variable] = text
+
+def check(options, settings):
+    """Print the settings in force. Returns the exit status."""
+    write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
+    status = 0
+    status = check_live(options, settings)          # part two: A live check
+    return status
+
+# ---- Quotes and empty values ---------------------------------------------------------------------
+# Does: takes the quotes off values, as Docker's env files keep them; forgets what Kubernetes sets.
+# Touches: the environment, before anything is read from it.
+# Entered: `clean_environment` in Settings.
+
+# What is read of the environment, by us, by urllib and by OpenSSL.
+OWN_VARIABLE = re.compile(r"AIPROXY_.*|CLOUDFLARE_.*|PORT|FC_(?:SERVER|CUSTOM_LISTEN)_PORT"
+                          r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_(?:FILE|DIR)", re.I | re.S)
+# What Kubernetes sets for a service called aiproxy, or aiproxy-more: NAME=value.
+KUBERNETES_VARIABLE = re.compile(
+    r"AIPROXY_(?:\w+_)?(?:(?:SERVICE|PORT)_\w+=.*|PORT=(?:tcp|udp|sctp)://.*)", re.S)
+
+def clean_environment(environ):
+    """Take the quotes off values; what is empty, or Kubernetes' own, counts as not set."""
+    for name, value in list(environ.items()):
+        if not OWN_VARIABLE.fullmatch(name):
+            continue
+        value = clean(value)
+        if value and not KUBERNETES_VARIABLE.fullmatch("%s=%s" % (name, value)):
+            environ[name] = value
+        else:
+            del environ[name]
+
 # ---- Env files -----------------------------------------------------------------------------------
 # Does: reads settings from the files that --env-file names.
 # Touches: the environment, before anything is read from it.
 # Entered: `read_env_files` in read_environment.
+# Needs: Quotes and empty values.
 
 ENV_LINE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
@@ -3322,6 +3159,23 @@ def read_env_files(paths, environ):
     clean_environment(values)
     for name, value in values.items():
         environ.setdefault(name, value)         # the real environment wins
+
+# ---- Placeholders --------------------------------------------------------------------------------
+# Does: takes no key that somebody has copied from an example.
+# Touches: nothing.
+# Entered: `check_placeholder` in parse_key.
+
+# Sample values, of our README and of others', and variables that nobody has filled in.
+PLACEHOLDER = re.compile(
+    r"<.*>|\[.*\]|\{.*\}|\$\w+|\$\{.*\}|%\w+%|.*(你的|自己编).*|.*(\.{3}|…)"
+    r"|(\w+[-_])*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*|(sk-)?your(api)?key.*"
+    r"|.*[-_ ]here|(insert|enter|paste|put|change|replace|fill)[-_ ]?(in[-_ ])?(me|this|it)"
+    r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
+    r"|placeholder|todo|password", re.I)
+
+def check_placeholder(text):
+    if PLACEHOLDER.fullmatch(text):
+        raise ValueError("a real key: this one looks like a placeholder from an example")
 
 # ---- Values from files ---------------------------------------------------------------------------
 # Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
@@ -3373,14 +3227,33 @@ def read_value_lines(path):
     return lines
 
 # ---- Review of the settings ----------------------------------------------------------------------
-# Does: stops the start for settings that would be lost in silence; works out what --check shows.
+# Does: stops the start for settings that would be lost in silence; works out what --check prints.
 # Touches: nothing but `shown`.
 # Entered: `review_settings` in Settings.
+# Needs: Log lines as text.
 
 # What a base URL is sometimes copied with.
 ENDPOINTS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS) + (
     "/images/generations", "/images/edits", "/audio/speech", "/audio/transcriptions",
     "/audio/translations", "/moderations", "/rerank")
+
+def show_settings(settings):
+    """What --check prints of each setting, unless a section knows better what is in force."""
+    shown = collections.defaultdict(str)
+    for option in OPTIONS:
+        shown[option.name] = settings.text(option)[1]
+        if option.parse in SECRET_PARSERS:
+            shown[option.name] = "none"
+    shown.update(settings.shown)
+    if settings.provider_keys:
+        lengths = ["%d characters" % len(key) for key in settings.provider_keys]
+        shown[settings.upstream.provider.key_variable] = ", ".join(lengths)
+    if settings.client_keys:
+        names = ["%s=***" % name for name, _ in settings.client_keys]
+        shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
+    settings.shown = shown
+
+MORE_SETTINGS.append(show_settings)
 
 def review_settings(settings):
     """SettingError for what is set and cannot be meant."""
@@ -3415,9 +3288,6 @@ def check_keys(settings):
     if any(client_key in settings.provider_keys for _, client_key in settings.client_keys):
         raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                            "for the client")
-    if settings.key_header.encode() in settings.secrets:
-        raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
-                           "it")
 
 def check_upstream(settings):
     """SettingError for a base URL that goes too far, or comes back to us."""
@@ -3475,7 +3345,8 @@ def show_derived(settings):
 # ---- Reload --------------------------------------------------------------------------------------
 # Does: reads the settings again at SIGHUP, and every minute looks whether a certificate is new.
 # Touches: the server's service, which it replaces as a whole; the environment. In a thread.
-# Entered: `prepare_reload` in main().
+# Entered: `prepare_reload` in read_command_line.
+# Needs: Command line.
 
 RELOAD_SECONDS = 60     # between two looks at the files that may change
 # In force until the end: the listener, and what was made for its number of clients.
@@ -3619,7 +3490,7 @@ def replace_service(server, settings):
 # ---- HTTPS ---------------------------------------------------------------------------------------
 # Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
 # Touches: every client connection, from the moment when it is accepted; the scheme of our URLs.
-# Entered: `install_https` in Service.install_features takes the places of functions that do
+# Entered: `install_https` in install_features takes the places of functions that do
 # nothing.
 
 TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
@@ -3746,7 +3617,7 @@ OPTIONS += (
 # ---- Health --------------------------------------------------------------------------------------
 # Does: answers /health, / and what balancers and browsers ask every server for.
 # Touches: nothing. No key is needed, and no upstream call.
-# Entered: `install_health` in Service.install_features adds an answer.
+# Entered: `install_health` in install_features adds an answer.
 
 LOOP_SECONDS = 5        # of failures without end: /health calls the relay loop dead
 PROBES = (("OPTIONS", "/"), ("GET", "/favicon.ico"), ("HEAD", "/favicon.ico"))
@@ -3790,11 +3661,62 @@ def describe_api(settings):
     return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
             "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
 
+# ---- Another key header --------------------------------------------------------------------------
+# Does: sends the provider key in the field that AIPROXY_KEY_HEADER names.
+# Touches: nothing else.
+# Entered: its setting, in Settings.derive_keys.
+
+def parse_key_header(text):
+    takes = "a header field's name, such as x-api-key"
+    if LIKE_KEY.search(text):
+        raise ValueError(takes)
+    return match_all("(?:%s)?" % TOKEN.decode(), text, takes).group()
+
+def check_key_header(settings):
+    if settings.key_header.encode() in settings.secrets:
+        raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
+                           "it")
+
+MORE_SETTINGS.append(check_key_header)
+SECRET_PARSERS.append(parse_key_header)
+OPTIONS += (
+    Option("AIPROXY_KEY_HEADER", AIPROXY_KEY_HEADER, parse_key_header,
+           "field that carries the provider key, such as x-api-key; empty: by provider"),
+)
+
+# ---- Keys in URLs --------------------------------------------------------------------------------
+# Does: refuses a key in the query, where it would stand in the logs of everybody on the way.
+# Touches: nothing.
+# Entered: `check_query` in Handler.check_caller.
+
+KEY_PARAMETERS = ("key", "api_key", "access_token")
+
+def check_query(request, settings):
+    has_query = settings.has_own_keys and request.query
+    if has_query and has_key_in_query(request.query, settings.client_keys):
+        raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
+                            "it. Send it as Authorization: Bearer.")
+
+def has_key_in_query(query, client_keys):
+    """Does a part of the query have a key's name, or is it one of our client keys?
+
+    A set compares hashes, which Python salts: its time tells nothing of how near a guess was.
+    """
+    values = {key for _, key in client_keys}
+    for part in set(query[1:].split("&")):
+        name, _, value = part.partition("=")
+        if urllib.parse.unquote(name).casefold() in KEY_PARAMETERS:
+            return True
+        words = {urllib.parse.unquote(word).encode() for word in (name, value)}
+        if words & values:
+            return True
+    return False
+
 # ---- Forgiving paths -----------------------------------------------------------------------------
 # Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
 # a 404, and says to a plain OPTIONS what a path takes.
 # Touches: the path of a request, before it is checked.
-# Entered: `install_forgiving_paths` in Service.install_features.
+# Entered: `install_forgiving_paths` in install_features.
 
 def install_forgiving_paths(service):
     service.normalize_path = normalize_path
@@ -3837,7 +3759,7 @@ def answer_options(handler):
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
 # Touches: which pages are refused; it adds header fields to responses.
-# Entered: `install_cors` in Service.install_features takes the place of `refuse_pages`, and adds
+# Entered: `install_cors` in install_features takes the place of `refuse_pages`, and adds
 # header fields.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
@@ -3993,18 +3915,133 @@ OPTIONS += (
            "else none"),
 )
 
+# ---- Room for clients ----------------------------------------------------------------------------
+# Does: lets an idle client make room for a new one, and holds each address to
+# AIPROXY_MAX_PER_CLIENT. (Part one serves the first that come.)
+# Touches: idle connections, which it ends; those that jobs have taken over count here.
+# Entered: `install_room` in install_features sets `make_room` and what belongs to it.
+
+def install_room(service):
+    room = find_room(service.server)
+    service.make_room = room.make_room
+    service.forget_client = room.forget
+    service.may_linger = lambda: not room.is_crowded()
+    service.is_trusted_proxy = is_loopback      # (address): may it have many connections?
+
+def find_room(server):
+    """The Room of a server, whatever its service."""
+    return server.shared.setdefault("room", Room(server))
+
+
+class Room:
+    """Which address each connection counts for. The server's condition guards all of it."""
+
+    def __init__(self, server):
+        self.server = server
+        self.lock = server.client_ended
+        self.addresses = {}         # by a client's socket, or a job that has taken one over
+        self.counts = collections.Counter()     # by address: the number of its connections
+        self.lingering = {}         # those jobs, in their order
+
+    def count(self, connection, client_address):
+        address = network_of(client_address)
+        with self.lock:
+            self.addresses[connection] = address
+            self.counts[address] += 1
+        return address
+
+    def forget(self, connection):
+        with self.lock:
+            self.lingering.pop(connection, None)
+            address = self.addresses.pop(connection, None)
+            self.counts[address] -= 1
+            if self.counts[address] <= 0:       # of None, if it has been hung up on
+                del self.counts[address]
+            self.lock.notify_all()
+
+    def take_over(self, job, client_address):
+        """Leave a connection to a job of the relay loop; until the job's end it counts."""
+        self.count(job, client_address)
+        self.lingering[job] = None
+        job.on_end = functools.partial(self.forget, job)
+        self.server.relay_loop.submit(job)
+
+    def make_room(self, sock, client_address):
+        """Is there room for the newest client? If it takes that, an idle one is hung up on."""
+        server = self.server
+        address = self.count(sock, client_address)
+        if self.is_crowded():
+            self.evict_lingering()
+        if self.counts[address] > server.settings.max_per_client:
+            is_exempt = is_loopback(address) or server.service.is_trusted_proxy(client_address)
+            if not is_exempt:
+                return self.evict_idle(address)
+        return len(server.clients) <= server.capacity or self.evict_idle()
+
+    def evict_idle(self, address=None):
+        """Hang up on the client, or only one of this address, that has been idle longest.
+
+        False if there is none. One that has hung up itself counts.
+        """
+        for handler, _ in self.server.idle.copy().values():
+            is_meant = address in (None, self.addresses.get(handler.connection))
+            if is_meant and self.server.evict(handler):
+                return True
+        return False
+
+    def is_crowded(self):
+        """Are there so many connections, with the lingering ones, that no more may linger?"""
+        number = len(self.server.clients) + len(self.lingering)
+        return number >= self.server.capacity + SPARE_FILES // 2
+
+    def evict_lingering(self):
+        """Hang up on the client that lingers longest, if there is one."""
+        with contextlib.suppress(IndexError, OSError):
+            job = list(self.lingering)[0]
+            self.forget(job)
+            hang_up(job.client.sock)        # the loop sees its end, and closes it
+
+
+@functools.lru_cache(1024)          # clients come again
+def network_of(address):
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, one household's."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:              # not an address of the Internet
+        return address
+    ip = getattr(ip, "ipv4_mapped", None) or ip     # an IPv4 address as an IPv6 socket has it
+    if ip.version == 4 or ip.is_loopback:
+        return str(ip)
+    return str(ipaddress.ip_network((ip, 64), strict=False).network_address)
+
+OPTIONS += (
+    Option("AIPROXY_MAX_PER_CLIENT", AIPROXY_MAX_PER_CLIENT, COUNT,
+           "connections from one client address, but for this machine and trusted proxies; above "
+           "it 503"),
+)
+
 # ---- Lingering close -----------------------------------------------------------------------------
 # Does: reads on for a while from a client that has been answered and may still be sending.
 # Touches: sockets after their last response, in the relay loop. They count as connections.
-# Entered: `install_lingering_close` in Service.install_features sets `linger`.
+# Entered: `install_lingering_close` in install_features sets `linger` and `must_linger`.
+# Needs: Room for clients.
 
 LINGER_SILENCE = 5      # a refused client may go on sending, so that it can read why: until it
 LINGER_SECONDS = 30     # is silent for so long, and for so long in all (nginx's lingering_...)
 
 def install_lingering_close(service):
     def linger(sock, address):
-        service.server.take_over(LingeringClose(sock), address)
+        find_room(service.server).take_over(LingeringClose(sock), address)
     service.linger = linger
+    service.must_linger = must_linger
+
+def must_linger(handler):
+    """Closed with bytes unread it would send a reset, and that eats our response."""
+    if not handler.head_sent or handler.client.ended:
+        return False
+    has_unread = handler.client.buffer or handler.client.receive()
+    upload = handler.upload
+    return has_unread or upload is None or not upload.done or handler.record.status == 101
 
 
 class LingeringClose(Job):
@@ -4052,15 +4089,20 @@ class LingeringClose(Job):
 # Does: reads the head of a request for which there is no room, so that the page that sent it may
 # read the 503 (CORS), and the SDK understands it.
 # Touches: the sockets of refused clients, until their 503 is sent.
-# Entered: `install_busy_refusals` in Service.install_features takes the place of `send_busy`.
+# Entered: `install_busy_refusals` in install_features takes the place of `send_busy`.
+# Needs: Room for clients.
 
 BUSY_SECONDS = 1        # for the head
 
 def install_busy_refusals(service):
+    room = find_room(service.server)
+
     def refuse(sock, record):
+        if room.is_crowded():               # too many linger already
+            return service.server.send_busy(sock, record)
         own_socket = service.wrap_client(socket.socket(fileno=sock.detach()))
         job = RefusedClient(own_socket, record, service.server.send_busy)
-        service.server.take_over(job, network_of(record.client))
+        return room.take_over(job, record.client)
     service.refuse = refuse
 
 
@@ -4110,7 +4152,7 @@ class RefusedClient(Job):
 # Does: looks for the provider key in an error as it passes, so that a long one, or one that
 # trickles, is not withheld.
 # Touches: errors of the upstream, where a provider key is configured: they are cut where it begins.
-# Entered: `install_secret_filter` in Service.install_features takes the place of `check_for_key`.
+# Entered: `install_secret_filter` in install_features takes the place of `check_for_key`.
 
 # A letter as JSON may have it, cut off.
 PART_OF_ESCAPE = re.compile(br"\\(?:u(?:0(?:0[2-7]?)?)?)?\Z")
@@ -4189,7 +4231,7 @@ class SecretFilter:
 # Does: keeps clients with us. A Location on the upstream's own host becomes a path of ours; a
 # redirect to another host is refused if clients would repeat a body there.
 # Touches: the Location of a response, where a provider key is configured.
-# Entered: `install_redirects` in Service.install_features adds a check.
+# Entered: `install_redirects` in install_features adds a check.
 
 def install_redirects(service):
     if service.settings.provider_keys:
@@ -4232,7 +4274,8 @@ def map_location(location, asked, upstream):
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
 # Touches: nothing but its own buckets.
-# Entered: `install_rates` in Service.install_features adds a check.
+# Entered: `install_rates` in install_features adds a check.
+# Needs: Room for clients.
 
 MAX_BUCKETS = 10000     # clients whose rate is remembered: about 3 MB
 
@@ -4309,10 +4352,11 @@ def parse_rate(text):
 
 def derive_rate(settings):
     """Whoever serves anybody gets a rate."""
+    text = settings.text(find_option("AIPROXY_RATE"))[1]
     if settings.open and not settings.rate:
-        settings.shown["AIPROXY_RATE"] = "60/min"
-        settings.rate = parse_rate("60/min")
-    settings.shown["AIPROXY_RATE"] = settings.shown["AIPROXY_RATE"] or "none"
+        text = "60/min"
+        settings.rate = parse_rate(text)
+    settings.shown["AIPROXY_RATE"] = text or "none"
 
 MORE_SETTINGS.append(derive_rate)
 OPTIONS += (
@@ -4324,8 +4368,8 @@ OPTIONS += (
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in Service.install_features takes the places of `is_loopback`
-# and `is_forwarded`.
+# Entered: `install_trusted_proxies` in install_features takes the place of `is_forwarded`,
+# and in "Room for clients" that of `is_loopback`.
 
 # Where a client's address stands in Forwarded (RFC 7239 section 6).
 FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
@@ -4399,7 +4443,7 @@ OPTIONS += (
 # ---- Body rules ----------------------------------------------------------------------------------
 # Does: reads bodies as a whole where a setting wants them looked into, strictly, and edits them.
 # Touches: members that a rule changes; no other byte. Bodies are held until they have gone up.
-# Entered: `install_body_rules` in Service.install_features sets `read_whole_body`.
+# Entered: `install_body_rules` in install_features sets `read_whole_body`.
 
 MAX_DEPTH = 100         # nesting of a JSON body: far above any schema, far below a parser's stack
 MAX_VALUES = 1000000    # values in a JSON body: each takes some 70 bytes when it is parsed
@@ -4690,7 +4734,7 @@ def as_tree(changes):
 # ---- Model rules ---------------------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MODELS wherever they name a model: in a path, in JSON, in a form.
 # Touches: the path, members of an inspected body, a form: aliases become the models behind them.
-# Entered: `install_model_rules` in Service.install_features adds checks and a rule.
+# Entered: `install_model_rules` in install_features adds checks and a rule.
 # Needs: Body rules.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
@@ -4994,7 +5038,7 @@ OPTIONS += (
 # ---- Model list ----------------------------------------------------------------------------------
 # Does: answers GET /v1/models where AIPROXY_MODELS names some.
 # Touches: nothing.
-# Entered: `install_model_list` in Service.install_features adds an answer.
+# Entered: `install_model_list` in install_features adds an answer.
 # Needs: Model rules.
 
 def install_model_list(service):
@@ -5032,7 +5076,7 @@ def find_model(path, items):
 # ---- Token and prompt limits ---------------------------------------------------------------------
 # Does: holds requests to AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS.
 # Touches: members of an inspected body: token limits are lowered, and added where there is none.
-# Entered: `install_limits` in Service.install_features adds a rule, and a warning for the banner.
+# Entered: `install_limits` in install_features adds a rule, and a warning for the banner.
 # Needs: Body rules.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
@@ -5225,7 +5269,7 @@ def is_text(name, value, siblings):
     return not MEDIA_DATA.fullmatch(value)
 
 def derive_limits(settings):
-    if not settings.shown["AIPROXY_MAX_CHARS"]:
+    if not settings.text(find_option("AIPROXY_MAX_CHARS"))[1]:
         settings.max_chars = settings.upstream.provider.max_chars
     settings.shown["AIPROXY_MAX_TOKENS"] = str(settings.max_tokens or "none")
     settings.shown["AIPROXY_MAX_CHARS"] = str(settings.max_chars or "none")
@@ -5243,7 +5287,7 @@ OPTIONS += (
 # ---- Several provider keys -----------------------------------------------------------------------
 # Does: uses the provider keys in turn, and tries the next one where one is refused.
 # Touches: which key a request is sent with; the exchange of a key that was refused.
-# Entered: `install_key_rotation` in Service.install_features sets `use_key`.
+# Entered: `install_key_rotation` in install_features sets `use_key`.
 # Needs: Body rules.
 
 FAILOVER_STATUSES = (401, 402, 403, 429)    # what an upstream says where another key may do better
@@ -5328,7 +5372,7 @@ def retry_after(value):
 # ---- Kept connections ----------------------------------------------------------------------------
 # Does: keeps connections to the upstream for the next request: a new one costs two round trips.
 # Touches: connections after the end of an exchange. A request is sent again at most once.
-# Entered: `install_kept_connections` in Service.install_features sets `try_kept` and `keep`.
+# Entered: `install_kept_connections` in install_features sets `try_kept` and `keep`.
 
 POOL_SIZE = 100         # idle upstream connections
 POOL_SECONDS = 30       # for each: providers close theirs after 60
@@ -5420,10 +5464,23 @@ def is_silent(connection):
     except OSError:
         return False
 
+# ---- TLS errors in words -------------------------------------------------------------------------
+# Does: says what is wrong where the upstream's TLS or its certificate is, and that no retry helps.
+# Touches: nothing.
+# Entered: `check_tls_error` in connect_error.
+
+def check_tls_error(error):
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise upstream_error("upstream_tls_error", "The upstream's certificate cannot be trusted "
+                              "(CERTIFICATE_VERIFY_FAILED): %s." % error.verify_message, [NO_RETRY])
+    if isinstance(error, ssl.SSLError):
+        raise upstream_error("upstream_tls_error", "The upstream does not speak TLS as it should "
+                              "(%s)." % (error.reason or "handshake failed"), [NO_RETRY])
+
 # ---- Proxies on the way up -----------------------------------------------------------------------
 # Does: reaches the upstream through the environment's HTTPS_PROXY, HTTP_PROXY or ALL_PROXY.
 # Touches: the address that is connected to; a connection before its TLS; plain requests.
-# Entered: `install_upstream_proxy` in Service.install_features changes the connector or the opener.
+# Entered: `install_upstream_proxy` in install_features changes the connector or the opener.
 
 def install_upstream_proxy(service):
     proxy = service.settings.proxy
@@ -5513,7 +5570,7 @@ class UpstreamProxy(urllib.request.BaseHandler):
 # ---- Fields for the upstream ---------------------------------------------------------------------
 # Does: adds the header fields of AIPROXY_UPSTREAM_HEADERS to every request to the upstream.
 # Touches: the fields of the request; the responses, in which their values must not come down.
-# Entered: `install_upstream_fields` in Service.install_features sets `edit_upstream_headers`.
+# Entered: `install_upstream_fields` in install_features sets `edit_upstream_headers`.
 # Needs: Keys in long errors.
 
 # Host, framing, and what speaks of the body, the connection or one request: ours to write.
@@ -5638,7 +5695,7 @@ OPTIONS += (
 # Does: lets a request's body go on up while the response that came before its end goes down. (Part
 # one ends such an upload, and with it both connections.)
 # Touches: both connections, in the relay loop.
-# Entered: `install_early_responses` in Service.install_features sets `make_job`.
+# Entered: `install_early_responses` in install_features sets `make_job`.
 
 def install_early_responses(service):
     service.make_job = make_job
@@ -5701,7 +5758,7 @@ class TwoWayJob(ResponseJob):
 # Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
 # for the end where TLS ends without close_notify.
 # Touches: event streams, between two events; what counts as a cut.
-# Entered: `install_event_streams` in Service.install_features sets `follow_events`.
+# Entered: `install_event_streams` in install_features sets `follow_events`.
 
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
@@ -5714,7 +5771,8 @@ def follow_events(job, handler):
     exchange = job.exchange
     # A length, or a filter, says by itself where the body would have ended.
     is_open_ended = exchange.length is None and job.secret_filter is None
-    if not exchange.is_event_stream or exchange.is_coded or not is_open_ended:
+    is_event_stream = exchange.media_type == b"text/event-stream"
+    if not is_event_stream or exchange.is_coded or not is_open_ended:
         return None
     ends_by_close = isinstance(job.body, UntilCloseBody)
     # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
@@ -5818,7 +5876,7 @@ class LastEvent:
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
 # Touches: nothing; it makes other objects of the same errors.
-# Entered: `install_error_forms` in Service.install_features finds the form by the path.
+# Entered: `install_error_forms` in install_features finds the form by the path.
 # Needs: Event streams.
 
 ANTHROPIC_TYPES = {     # docs.claude.com, "Errors"; any other is api_error or invalid_request_error
@@ -5888,7 +5946,7 @@ def find_error_form(path):
 # ---- Heartbeats ----------------------------------------------------------------------------------
 # Does: sends a comment down an event stream that is silent, so that no load balancer cuts it.
 # Touches: event streams, between two events. The upstream's silence counts on meanwhile.
-# Entered: `install_heartbeats` in Service.install_features sets `on_silence`, `add_heartbeats`.
+# Entered: `install_heartbeats` in install_features sets `on_silence`, `add_heartbeats`.
 # Needs: Event streams.
 
 HEARTBEAT = b": keep-alive\n\n"    # a comment and an empty line (WHATWG HTML, 9.2.6)
@@ -5926,6 +5984,50 @@ OPTIONS += (
            "seconds between the comments that a silent event stream gets, so that no load balancer "
            "cuts it; 0: none"),
 )
+
+# ---- Log lines as text ---------------------------------------------------------------------------
+# Does: writes the lines of the log for people. (Part one knows JSON only.)
+# Touches: nothing else.
+# Entered: the function that it adds to LOG_FORMATS.
+
+LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
+
+def text_line(values):
+    return LOG_LINE % tuple(map(printable, values.values()))
+
+LOG_FORMATS["text"] = text_line
+
+def printable(value):
+    """A value as one word: it cannot end the line, start a field or move a terminal's cursor."""
+    if value is None or value == "":
+        return "-"
+    text = str(value)
+    if text.isascii() and text.isprintable() and " " not in text:
+        return text
+    return json.dumps(value).replace(" ", "\\u0020")
+
+# ---- Raw output ----------------------------------------------------------------------------------
+# Does: writes to stdout and stderr past Python's own buffers, which lose text where the stream is
+# non-blocking, and where it is closed fail once more at the exit.
+# Touches: nothing else.
+# Entered: `write_bytes` in write_all.
+
+def write_bytes(stream, text):
+    """Write all of it. False where that cannot be: Windows' console has its own coding."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):
+        return False
+    if os.name != "posix":
+        return False
+    data = text.encode(stream.encoding, "backslashreplace")
+    while data:
+        select.select([], [number], [])
+        # Whole lines, where that can be: other processes may write there, too.
+        end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+        with contextlib.suppress(BlockingIOError):      # somebody else was faster
+            data = data[os.write(number, data[:end]):]
+    return True
 
 # ---- Queued log ----------------------------------------------------------------------------------
 # Does: has a thread for each of stdout and stderr write the log, so that a reader that stalls holds
@@ -5991,7 +6093,7 @@ class LogWriter(threading.Thread):
 # ---- Model names for the log ---------------------------------------------------------------------
 # Does: finds the name of the model in a request that no rule reads, for the log.
 # Touches: nothing; it sees the bytes of each such body as they pass.
-# Entered: `install_model_names` in Service.install_features sets `observe_request`.
+# Entered: `install_model_names` in install_features sets `observe_request`.
 
 MODEL_IN_PATH = re.compile(r"/v1(?:alpha|beta)?/models/([^/]+):[a-z]+[A-Z]|/deployments/([^/]+)"
                            r"|/v1/models/(.+)")
@@ -6040,7 +6142,7 @@ class ModelFinder:
 # ---- Token counts --------------------------------------------------------------------------------
 # Does: reads the token counts in a response as it passes, for the log.
 # Touches: nothing; it sees the bytes of each response.
-# Entered: `install_token_counts` in Service.install_features sets `observe_response`.
+# Entered: `install_token_counts` in install_features sets `observe_response`.
 
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
@@ -6106,7 +6208,7 @@ class TokenCounter:
 # ---- Early hints ---------------------------------------------------------------------------------
 # Does: passes a 103 (RFC 8297) on where no key is hidden, so that a page may begin to load.
 # Touches: nothing; it sends a head of its own.
-# Entered: `install_early_hints` in Service.install_features sets `on_interim`.
+# Entered: `install_early_hints` in install_features sets `on_interim`.
 
 def install_early_hints(service):
     if not service.settings.provider_keys:
@@ -6120,7 +6222,7 @@ def pass_early_hints(handler, status, headers):
 # ---- WebSocket -----------------------------------------------------------------------------------
 # Does: relays WebSocket upgrades (RFC 6455): after the 101, bytes both ways.
 # Touches: the request's header fields, its query, both connections after the 101.
-# Entered: `install_websocket` in Service.install_features adds a check, and what follows a 101.
+# Entered: `install_websocket` in install_features adds a check, and what follows a 101.
 # Needs: Model rules, Token and prompt limits.
 
 HALF_SECONDS = 60       # of silence in a tunnel, once one side has ended its half: then it closes
@@ -6326,6 +6428,12 @@ class Direction:
 # field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
 
 PROVIDERS.update({
+    "openrouter": Provider("https://openrouter.ai/api/v1"),
+    "dashscope": Provider("https://dashscope.aliyuncs.com/compatible-mode/v1"),
+    "moonshot": Provider("https://api.moonshot.cn/v1"),
+    "zhipu": Provider("https://open.bigmodel.cn/api/paas/v4"),
+    "groq": Provider("https://api.groq.com/openai/v1"),
+    "mistral": Provider("https://api.mistral.ai/v1"),
     # https://www.volcengine.com/docs/82379/1298459
     "volcengine": Provider("https://ark.cn-beijing.volces.com/api/v3"),
     # https://cloud.tencent.com/document/product/1729/111007
@@ -6390,8 +6498,9 @@ def print_banner(server):
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
             shown["AIPROXY_RATE"], shown["AIPROXY_MAX_TOKENS"], shown["AIPROXY_MAX_CHARS"],
             settings.max_body),
-        "             %d clients, %d from an address, %gs to connect, %gs of silence" % (
-            server.capacity, settings.max_per_client, settings.connect_timeout, settings.timeout),
+        "             %d clients, %s from an address, %gs to connect, %gs of silence" % (
+            server.capacity, shown["AIPROXY_MAX_PER_CLIENT"], settings.connect_timeout,
+            settings.timeout),
     ]
     if server.processes > 1:
         lines.append("workers      %d, each with these limits: %d clients%s in all" % (
@@ -6469,7 +6578,7 @@ def curl_command(server):
 # Does: `--check --live` asks the upstream for its model list with each provider key, and says
 # of each by its place whether it was accepted.
 # Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
-# Entered: `check_live` in main().
+# Entered: `check_live` in check().
 
 ACCEPTED = "accepted"
 NO_LIST = "there is no model list, so it could not be tried"
@@ -7075,7 +7184,7 @@ class ResponseEvents:
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
 # Touches: values in, values out, until its handler at the end.
 # Entered: its row in PROVIDERS, which the section adds at its end.
-# Needs: Body rules, Model rules, Model list, Event streams.
+# Needs: Placeholders, Body rules, Model rules, Model list, Event streams.
 # Follow translate_request, then translate_response or StreamTranslator, or translate_error.
 # [O] official, [T] told by others: how far a fact can be trusted.
 
@@ -7789,6 +7898,14 @@ class Catalogue:
         return int(window) if window else None
 
 
+def read_all(exchange, most):
+    """All of a response's body. ValueError if it is larger than `most` bytes."""
+    body = join_pieces(read_pieces(exchange.body, exchange.wait, most + 1))
+    if len(body) > most:
+        raise ValueError("the response is too large")
+    return body
+
+
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
 
@@ -7889,7 +8006,7 @@ class WorkersHandler(Handler):
 
     def read_whole(self, exchange):
         try:
-            return exchange.prefetched + exchange.read_all(MAX_RESPONSE)
+            return exchange.prefetched + read_all(exchange, MAX_RESPONSE)
         except (OSError, ProtocolError) as error:
             raise response_error(error)
         except ValueError:
@@ -7948,7 +8065,7 @@ class WorkersHandler(Handler):
 
     def next_events(self, exchange, translator):
         try:
-            piece = exchange.read()
+            piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
         except (OSError, ProtocolError) as error:
             code = "upstream_timeout" if isinstance(error, socket.timeout) else "upstream_died"
             return translator.end(upstream_error(code, BROKEN_OFF))
@@ -7975,7 +8092,7 @@ PROVIDERS["workers-ai"] = Provider(
 # ---- Start page ----------------------------------------------------------------------------------
 # Does: gives a browser a page at /, English or Chinese: a prompt to try, snippets to copy.
 # Touches: nothing. It is a constant, and asks /, /health and /v1 like any client.
-# Entered: `install_start_page` in Service.install_features, for GET / with Accept: text/html.
+# Entered: `install_start_page` in install_features, for GET / with Accept: text/html.
 
 # The words in {{ }} are replaced by those of CHINESE, and the nonce by a new one.
 PAGE = r"""<!doctype html><html lang="{{en}}"><title>{{aiproxy: an AI endpoint}}</title>
@@ -8226,7 +8343,7 @@ def start_page(request):
 # ---- Demo ----------------------------------------------------------------------------------------
 # Does: starts a small OpenAI-style provider inside, and sends it one chat request by the relay.
 # Touches: two settings in the environment, before they are read, and threads of its own.
-# Entered: `start_demo` in main().
+# Entered: `start_demo` in read_command_line.
 
 DEMO_TEXT = ("This answer comes from the small provider inside aiproxy: "
              "each word is an event, relayed as it arrives.")

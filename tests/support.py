@@ -278,7 +278,7 @@ class Relay:
 
     def record(self, record):
         with self.recorded:
-            self.records.append(record.as_dict())
+            self.records.append(record.as_dict(lambda text, most: text[:most]))
             self.recorded.notify_all()
 
     def wait_for_record(self, count=1):

@@ -80,8 +80,8 @@ def wait_until_no_client(running):
     server = running.server
     with server.client_ended:
         assert server.client_ended.wait_for(
-            lambda: not (server.clients or server.lingering), PATIENCE)
-        assert not server.client_counts
+            lambda: not (server.clients or aiproxy.find_room(server).lingering), PATIENCE)
+        assert not aiproxy.find_room(server).counts
         assert not server.idle
 
 
@@ -188,11 +188,11 @@ def test_a_trusted_proxy_has_any_number_of_connections(relay, monkeypatch):
         assert [status_of(client) for client in (first, second, third)] == [200, 200, 200]
 
 
-@pytest.mark.parametrize("place", ["is_closed", "shutdown_request"])
+@pytest.mark.parametrize("place", ["has_sent", "shutdown_request"])
 def test_an_idle_client_that_has_hung_up_takes_no_place(relay, monkeypatch, place):
     """Wherever the thread that served it is: before it has seen that, or at its end."""
     running = relay(MAX_CONNECTIONS="1")
-    owner = aiproxy if place == "is_closed" else running.server
+    owner = aiproxy if place == "has_sent" else running.server
     idle = watch(monkeypatch, running.server, "mark_idle")
     original = getattr(owner, place)
     main_thread = running.thread
@@ -222,7 +222,7 @@ def test_an_idle_client_that_has_hung_up_takes_no_place(relay, monkeypatch, plac
 
 def test_a_client_above_the_maximum_starts_no_thread(relay, monkeypatch):
     running = relay(MAX_CONNECTIONS="1")
-    monkeypatch.setattr(running.server, "evict_idle", lambda *args: 0)
+    monkeypatch.setattr(running.server, "evict", lambda *args: False)
 
     with running.client() as first:
         assert status_of(first) == 200
@@ -330,7 +330,7 @@ class Pieces:
 def read_all_of_a_response():
     exchange = aiproxy.Exchange(None, None, None)
     exchange.body = Pieces()
-    return exchange.read_all(1 << 30)
+    return aiproxy.read_all(exchange, 1 << 30)
 
 
 def read_all_of_a_request():

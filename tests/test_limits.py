@@ -500,7 +500,7 @@ def test_a_client_whose_request_has_just_arrived_is_not_idle(relay, monkeypatch)
     arrived = threading.Event()
     evicted = threading.Event()
     mark_busy = running.server.mark_busy
-    evict_idle = running.server.evict_idle
+    evict = running.server.evict
 
     def mark_busy_late(handler):
         if not arrived.is_set():
@@ -509,12 +509,12 @@ def test_a_client_whose_request_has_just_arrived_is_not_idle(relay, monkeypatch)
         return mark_busy(handler)
 
     def give_up_and_tell(*args):
-        count = evict_idle(*args)
+        is_evicted = evict(*args)
         evicted.set()
-        return count
+        return is_evicted
 
     monkeypatch.setattr(running.server, "mark_busy", mark_busy_late)
-    monkeypatch.setattr(running.server, "evict_idle", give_up_and_tell)
+    monkeypatch.setattr(running.server, "evict", give_up_and_tell)
 
     with running.client() as client:
         client.request()
@@ -729,9 +729,9 @@ def test_a_lingering_close_ends_when_the_client_is_silent(relay, limit):
 
 def wait_for_lingering(running, count):
     deadline = time.monotonic() + PATIENCE
-    while len(running.server.lingering) != count and time.monotonic() < deadline:
+    while len(aiproxy.find_room(running.server).lingering) != count and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(running.server.lingering) == count
+    assert len(aiproxy.find_room(running.server).lingering) == count
 
 
 def test_lingering_clients_count_and_are_given_up_for_new_ones(relay, monkeypatch):
@@ -747,7 +747,7 @@ def test_lingering_clients_count_and_are_given_up_for_new_ones(relay, monkeypatc
     with running.client() as client:
         client.request("GET", "/health")
         assert client.read_reply().status == 200
-        assert len(running.server.lingering) == 2
+        assert len(aiproxy.find_room(running.server).lingering) == 2
 
     for client in refused:
         client.sock.close()

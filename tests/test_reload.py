@@ -142,7 +142,8 @@ def test_a_program_run_by_hand_ends_with_its_terminal(upstream, is_on_stdin):
         if is_on_stdin:
             assert process.wait(PATIENCE) == 0
         else:
-            assert "are in force" in "".join(process.stderr.readline() for _ in range(2))
+            said = "".join(process.stderr.readline() for _ in range(2))
+            assert "there is no file to read settings from again" in said
             process.kill()
 
 

@@ -68,6 +68,10 @@ CORE_TESTS = {
 WITHOUT_TLS = ("-k", "not tls")
 
 DESELECTED = {      # section: tests of the core that cannot pass without it, and why
+    "Another key header": {
+        "test_relay.py::test_the_header_field_of_the_provider_key_can_be_configured":
+        "it is that setting",
+    },
     "Forgiving paths": {
         "test_relay.py::test_a_slightly_wrong_base_url_is_fixed_if_a_provider_key_is_configured":
         "it sends such paths",

@@ -29,7 +29,10 @@ def check(monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", dict(environ))
             patch.setattr("sys.argv", ["aiproxy.py", "--check"] + list(arguments))
-            status = aiproxy.main()
+            try:
+                status = aiproxy.main()
+            except SystemExit as end:       # of --help and --version
+                status = end.code
         return (status,) + tuple(capsys.readouterr())
 
     return run
