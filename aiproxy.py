@@ -71,7 +71,7 @@ RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
 import sys
 
-# The whole file must compile on those (2.7, 3.5), so that they get here.
+# The whole file must compile on those (3.5), so that they get here.
 if sys.version_info < (3, 8):
     sys.exit("aiproxy needs Python 3.8 or newer, and this is %d.%d" % sys.version_info[:2])
 
@@ -292,6 +292,7 @@ JSON_TYPE = (b"Content-Type", b"application/json")
 OP_IGNORE_UNEXPECTED_EOF = 0x80     # OpenSSL's number; the ssl module names it since 3.10
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
+POLL_EVENTS = {READ: 1, WRITE: 4, READ | WRITE: 5}      # POLLIN and POLLOUT, where there is poll
 
 
 class ErrorResponse(Exception):
@@ -704,6 +705,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not begun and not self.client.has_decrypted():
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
             self.wait_idle(limit, is_first)         # a silent new client gets a 408
+            if not self.client.fill():
+                raise ClientGone("idle")
         self.record.began = time.monotonic()
         if not is_first:
             self.head_deadline = self.record.began + HEAD_SECONDS
@@ -1286,8 +1289,7 @@ def own_headers(present, request_id, is_open_ended):
 
     `present` has its fields, by names in lower case.
     """
-    now = email.utils.formatdate(usegmt=True)
-    fields = [(b"Date", now.encode()),                      # RFC 9110 section 6.6.1
+    fields = [(b"Date", http_date(int(time.time()))),      # RFC 9110 section 6.6.1
               (b"x-request-id", request_id.encode("latin-1"))]
     is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
     if is_event_stream or is_open_ended:
@@ -1295,6 +1297,10 @@ def own_headers(present, request_id, is_open_ended):
     if is_event_stream:
         fields.append((b"Cache-Control", b"no-cache"))
     return [field for field in fields if field[0].lower() not in present]
+
+@functools.lru_cache(2)             # many responses in a second
+def http_date(seconds):
+    return email.utils.formatdate(seconds, usegmt=True).encode()
 
 def framing_headers(status, length, is_chunked, must_close):
     """How the client sees where a response ends, and whether its connection does."""
@@ -2126,11 +2132,10 @@ def wait_ready(seconds, connection, mask, other=None):
             selector.register(other, READ)
         return [key.fileobj for key, _ in selector.select(seconds)]
     poll = select.poll()                    # in less than half of the time of a PollSelector
-    events = (mask & READ and select.POLLIN) | (mask & WRITE and select.POLLOUT)
-    poll.register(connection.sock, events)
-    if other:
-        poll.register(other.sock, select.POLLIN)
     number = connection.fileno()
+    poll.register(number, POLL_EVENTS[mask])
+    if other:
+        poll.register(other.fileno(), select.POLLIN)
     ready = poll.poll(max(0, seconds) * 1000)
     return [connection if found == number else other for found, _ in ready]
 
@@ -2165,6 +2170,8 @@ class Headers:
 
     def elements(self, name):
         """The comma-separated elements of all fields of this name."""
+        if name not in self.first:
+            return []
         elements = [one.strip(b" \t") for one in b",".join(self.get_all(name)).split(b",")]
         return [one for one in elements if one]
 
@@ -6741,7 +6748,9 @@ class Crew:
             reader.begin(settings)
         self.count = settings.workers
         self.listener = open_listener(settings)
-        self.listener.setblocking(False)    # who comes second must not wait for the next client
+        # Who comes second must not wait for the next client. (Python need not know: it would not
+        # wait for the first one either.)
+        os.set_blocking(self.listener.fileno(), False)
         # How many clients each worker has, in memory that all of them share.
         shared = mmap.mmap(-1, 4 * self.count)
         self.client_numbers = memoryview(shared).cast("I")
