@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 
+import yaml
+
 from stand import TESTS, Checks, start
 from support import (
     CHAT,
@@ -235,22 +237,33 @@ def check_page(checks, front):
 
 
 def check_container(checks, upstream):
-    """Start what Kubernetes would, and ask what its probe asks."""
+    """Start what Kubernetes would, and ask what its probes ask."""
+    pod = yaml.safe_load(recipe("Kubernetes"))["spec"]["template"]["spec"]
+    container = pod["containers"][0]
     port = free_port()
-    # What Kubernetes makes up for a service of this name, and what the README names.
-    environ = dict(KEYS, AIPROXY_PORT="tcp://10.0.0.1:8000", AIPROXY_SERVICE_HOST="10.0.0.1")
-    environ.update(re.findall(r"`(AIPROXY_(?:HOST|TRUSTED_PROXIES))=(.*?)`", README))
+    environ = {one["name"]: one["value"] for one in container["env"]}
+    # What Kubernetes makes up for a service of this name, and the secret.
+    environ.update(KEYS, AIPROXY_PORT="tcp://10.0.0.1:8000", AIPROXY_SERVICE_HOST="10.0.0.1")
     environ["AIPROXY_UPSTREAM"] = upstream.url
     environ["PORT"] = str(port)
-    with checks("Kubernetes: the container starts and its probe is answered"):
-        assert environ["AIPROXY_HOST"] == "0.0.0.0"
+    command = [sys.executable if part == "python3" else part for part in container["command"]]
+    command = [part.replace("/code/aiproxy.py", PROGRAM) for part in command]
+    with checks("Kubernetes: the container starts and its probes are answered"):
+        assert environ["AIPROXY_HOST"] == "0.0.0.0" and PROGRAM in command
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-u", PROGRAM]
             with Front(folder, command, port, clean_environ(environ)):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-                connection.request("GET", "/health", headers={"Host": "10.1.2.3:8000"})
-                assert connection.getresponse().status == 200
-                connection.close()
+                for name in ("readinessProbe", "livenessProbe"):
+                    probe = container[name]["httpGet"]
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                    connection.request("GET", probe["path"], headers={"Host": "10.1.2.3:8000"})
+                    assert (connection.getresponse().status, probe["port"]) == (200, 8000)
+                    connection.close()
+    with checks("Kubernetes: the pod pauses before it is stopped, and may not write"):
+        assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    with checks("Kubernetes: the program is mounted where the command looks for it"):
+        mounts = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+        assert [mounts[volume["name"]] for volume in pod["volumes"]] == ["/code"]
 
 
 def check_unit(checks, folder):
