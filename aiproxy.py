@@ -2838,7 +2838,6 @@ class Settings:
         self.models_shown = []          # those that clients get to see
         self.set_defaults()
         self.derive_keys()
-        self.derive_default_path()
         self.derive_guards()
         for read_more in MORE_SETTINGS:
             read_more(self)
@@ -2888,13 +2887,6 @@ class Settings:
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
-
-    def derive_default_path(self):
-        """The path of the examples that we give."""
-        paths = self.upstream.provider.paths + INFERENCE_PATHS
-        allowed = [path for path in paths
-                   if self.paths is None or "POST" in allowed_methods(path, self.paths)]
-        self.default_path = (allowed or paths)[0]
 
     def derive_guards(self):
         """Who is kept out, and how."""
@@ -3659,7 +3651,14 @@ def is_working(loop):
 def describe_api(settings):
     """What / answers to a program."""
     return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
-            "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
+            "default_path": example_path(settings), "client_key_needed": settings.callers_need_key}
+
+def example_path(settings):
+    """The path of the examples that we give."""
+    paths = settings.upstream.provider.paths + INFERENCE_PATHS
+    allowed = [path for path in paths
+               if settings.paths is None or "POST" in allowed_methods(path, settings.paths)]
+    return (allowed or paths)[0]
 
 # ---- Another key header --------------------------------------------------------------------------
 # Does: sends the provider key in the field that AIPROXY_KEY_HEADER names.
@@ -6483,6 +6482,7 @@ PROVIDER_HOSTS.append((AZURE_HOST, Provider("", "api-key")))
 # Does: tells the operator what is in force, with keys masked, and a command to try.
 # Touches: nothing.
 # Entered: `print_banner` in serve().
+# Needs: Health.
 
 def print_banner(server):
     settings = server.settings
@@ -6557,12 +6557,13 @@ def warn_of_others_names(settings):
 def curl_command(server):
     """A command to paste that asks this server for something."""
     settings = server.settings
+    path = example_path(settings)
     default = settings.environ.get("AIPROXY_DEFAULT_MODEL", "MODEL")
     model = (settings.models_shown or list(settings.aliases) or [default])[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
     fields = ["Content-Type: application/json"]
     key_field = "Authorization: Bearer YOUR_KEY"
-    if settings.default_path in ANTHROPIC_PATHS:
+    if path in ANTHROPIC_PATHS:
         body["max_tokens"] = 256
         fields.append("anthropic-version: 2023-06-01")
         key_field = "x-api-key: YOUR_KEY"
@@ -6572,7 +6573,7 @@ def curl_command(server):
     # No certificate is for the address that we name here.
     curl = "curl -kN" if settings.scheme == "https" else "curl -N"
     return "%s %s%s %s \\\n  -d '%s'" % (
-        curl, server.url(), settings.default_path, options, json.dumps(body))
+        curl, server.url(), path, options, json.dumps(body))
 
 # ---- A live check --------------------------------------------------------------------------------
 # Does: `--check --live` asks the upstream for its model list with each provider key, and says
