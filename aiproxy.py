@@ -269,11 +269,6 @@ LOOPBACK = re.compile(
     r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::(?:1|ffff:127(?:\.[0-9]{1,3}){3})\]?", re.I)
 LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
-# A client's address as proxies write it, with brackets, port and zone or without.
-NAMED_ADDRESS = re.compile(
-    r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
-    r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
-
 # Where a proxy in front tells for whom it asks; in CDN-Loop a CDN names itself.
 FORWARDED_FIELDS = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"x-client-ip",
                     b"true-client-ip", b"cf-connecting-ip", b"cdn-loop")
@@ -589,8 +584,10 @@ def do_nothing(*arguments):
 
 def open_listener(settings):
     """The listening socket. CannotListen says why it cannot be had."""
+    host = "AIPROXY_HOST"           # what it holds, unless it is an address, may be a key
     try:
         found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+        host = found[4][0]
         listener = socket.socket(*found[:3])
         if os.name == "posix":      # elsewhere it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -598,7 +595,6 @@ def open_listener(settings):
         listener.listen(LISTEN_QUEUE)
         return listener
     except (OSError, UnicodeError) as error:
-        host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
         reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             reason += " (AIPROXY_PORT sets another)"
@@ -608,17 +604,6 @@ def hang_up(sock):
     """End the connection of a socket that another thread is using."""
     # Not the method of the class for TLS: that thread would go on in plain text.
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-def plain_address(text):
-    """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
-    match = NAMED_ADDRESS.fullmatch(text[:64])
-    if not match:
-        return ""
-    try:
-        ip = ipaddress.ip_address(match.group(match.lastindex))
-    except ValueError:
-        return ""
-    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
@@ -2646,11 +2631,11 @@ def split_base_url(url):
 
 def numeric_host(host):
     """The address that a host is in whatever form (127.1 is one), or its name."""
-    with contextlib.suppress(OSError):
-        host = socket.inet_ntoa(socket.inet_aton(host))
-    host = plain_address(host) or host.rstrip(".")
+    host = host.rstrip(".")
+    with contextlib.suppress(OSError, UnicodeError):
+        host = socket.getaddrinfo(host, 0, flags=socket.AI_NUMERICHOST)[0][4][0]
     # To connect to "any address" is to connect to this machine.
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "::ffff:0.0.0.0": "127.0.0.1"}.get(host, host)
 
 def find_provider(netloc):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
@@ -4370,6 +4355,10 @@ OPTIONS += (
 # Entered: `install_trusted_proxies` in install_features takes the place of `is_forwarded`,
 # and in "Room for clients" that of `is_loopback`.
 
+# A client's address as proxies write it, with brackets, port and zone or without.
+NAMED_ADDRESS = re.compile(
+    r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
+    r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
 # Where a client's address stands in Forwarded (RFC 7239 section 6).
 FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
 # RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
@@ -4420,6 +4409,17 @@ def forwarded_clients(headers):
         names += FORWARDED_FOR.findall(value)
     texts = [name.decode("latin-1").strip('"') for name in names]
     return [plain_address(text) or text for text in texts if text]
+
+def plain_address(text):
+    """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
+    match = NAMED_ADDRESS.fullmatch(text[:64])
+    if not match:
+        return ""
+    try:
+        ip = ipaddress.ip_address(match.group(match.lastindex))
+    except ValueError:
+        return ""
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 def parse_networks(text):
     """The networks of a list of addresses, networks and words."""
