@@ -210,7 +210,6 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds many more, and wor
     "gemini": Provider("https://generativelanguage.googleapis.com/v1beta/openai"),
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
-PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern, and a row
 
 # Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
@@ -2600,7 +2599,8 @@ class Upstream:
             netloc += ":%d" % explicit_port
         self.netloc = netloc.encode()
         self.url = "%s://%s" % (self.scheme, netloc)
-        known = provider or find_provider(netloc)
+        known = provider
+        known = provider or find_provider(netloc)       # part two: More providers
         self.provider = known or Provider(netloc)
         self.wants_key = bool(self.provider.key_header) and not self.is_loopback
         self.surely_wants_key = self.wants_key and known is not None
@@ -2636,13 +2636,6 @@ def numeric_host(host):
         host = socket.getaddrinfo(host, 0, flags=socket.AI_NUMERICHOST)[0][4][0]
     # To connect to "any address" is to connect to this machine.
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "::ffff:0.0.0.0": "127.0.0.1"}.get(host, host)
-
-def find_provider(netloc):
-    """For a base URL on a known host a Provider with that row's key header and paths, or None."""
-    rows = [row for row in PROVIDERS.values()
-            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
-    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
-    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
@@ -2876,8 +2869,6 @@ class Settings:
     def derive_guards(self):
         """Who is kept out, and how."""
         is_transparent = not self.provider_keys
-        callers_bring_key = is_transparent and self.upstream.wants_key
-        self.callers_need_key = callers_bring_key or bool(self.client_keys)
         # Does nobody get through without a key, ours or one that the provider surely wants?
         self.is_guarded_by_keys = bool(self.client_keys) or (
             is_transparent and self.upstream.surely_wants_key)
@@ -2895,11 +2886,6 @@ class Settings:
                 "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
                 "  AIPROXY_OPEN=1   (anyone may spend the key)"
                 % os.urandom(18).hex())
-        if self.client_keys and not self.provider_keys and self.upstream.wants_key:
-            raise SettingError(
-                "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
-                "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
-                "AIPROXY_CLIENT_KEYS empty")
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3261,10 +3247,15 @@ def check_names(environ):
                                % (printable(name[:64]), nearest[0]))
 
 def check_keys(settings):
-    """SettingError for a key in a place that is not its own."""
+    """SettingError for keys in places that are not theirs, or without those that they need."""
     if any(client_key in settings.provider_keys for _, client_key in settings.client_keys):
         raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                            "for the client")
+    if settings.client_keys and not settings.provider_keys and settings.upstream.wants_key:
+        raise SettingError(
+            "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
+            "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
+            "AIPROXY_CLIENT_KEYS empty")
 
 def check_upstream(settings):
     """SettingError for a base URL that goes too far, or comes back to us."""
@@ -3636,7 +3627,12 @@ def is_working(loop):
 def describe_api(settings):
     """What / answers to a program."""
     return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
-            "default_path": example_path(settings), "client_key_needed": settings.callers_need_key}
+            "default_path": example_path(settings), "client_key_needed": callers_need_key(settings)}
+
+def callers_need_key(settings):
+    """Must a request carry a key, ours or the provider's?"""
+    bring_their_own = settings.upstream.wants_key and not settings.provider_keys
+    return bring_their_own or bool(settings.client_keys)
 
 def example_path(settings):
     """The path of the examples that we give."""
@@ -6419,9 +6415,9 @@ class Direction:
             return b""
 
 # ---- More providers ------------------------------------------------------------------------------
-# Does: knows more providers by name, and Azure's resources by their hosts.
-# Touches: nothing.
-# Entered: the rows that it adds to PROVIDERS and PROVIDER_HOSTS.
+# Does: knows more providers by name, and those of the table by the hosts of base URLs, too.
+# Touches: which field carries the key to a base URL on such a host, and which paths are served.
+# Entered: the rows that it adds to PROVIDERS; `find_provider` in Upstream.
 #
 # Each with the page of the provider's own documentation that names its base URL and its key's
 # field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
@@ -6476,7 +6472,14 @@ PROVIDERS.update({
 # https://learn.microsoft.com/azure/foundry/openai/api-version-lifecycle (the base URL)
 AZURE_HOST = re.compile(
     r"[a-z0-9.-]+\.(?:openai|cognitiveservices|services\.ai)\.azure\.(?:com|us|cn)")
-PROVIDER_HOSTS.append((AZURE_HOST, Provider("", "api-key")))
+PROVIDER_HOSTS = [(AZURE_HOST, Provider("", "api-key"))]
+
+def find_provider(netloc):
+    """For a base URL on a known host a Provider with that row's key header and paths, or None."""
+    rows = [row for row in PROVIDERS.values()
+            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
+    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
+    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
 
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.
@@ -6567,7 +6570,7 @@ def curl_command(server):
         body["max_tokens"] = 256
         fields.append("anthropic-version: 2023-06-01")
         key_field = "x-api-key: YOUR_KEY"
-    if settings.callers_need_key:
+    if callers_need_key(settings):
         fields.append(key_field)
     options = " ".join("-H '%s'" % field for field in fields)
     # No certificate is for the address that we name here.
