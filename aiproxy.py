@@ -6,9 +6,10 @@
     client <-- response head ---- Handler: wait, watching the client    <-- head ------ upstream
     client <-- response body ---- RelayLoop: move what has arrived      <-- events ---- upstream
 
-Start reading at `Server` and scroll down: part one stands in the order in which a request meets
-it. Only the lowest layer, HTTP on the wire, comes late, because everything uses it.
-Part two holds what can be taken out, each section entered at one place.
+Begin with `Handler.answer_request`, the steps of every request. Then start at `Server` and scroll
+down: part one stands in the order in which a request meets it. Only the lowest layer, HTTP on the
+wire, comes late, because everything uses it. Part two holds what can be taken out, each section
+entered at one place, most of them through the hooks of `Service`.
 
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
@@ -335,79 +336,6 @@ class CannotListen(Exception):
 
 # ---- Server: accepting clients -------------------------------------------------------------------
 
-class Service:
-    """What follows from the settings: the way to the upstream, and what part two adds.
-
-    New settings make a new one. A request keeps the one that was in force when it came.
-    """
-
-    def __init__(self, settings, server):
-        self.settings = settings
-        self.server = server
-        self.log = server.log
-        self.upstream_handler = UpstreamHandler(settings)
-        self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
-        self.opener.add_handler(self.upstream_handler)
-        self.set_hooks()
-        install_features(self)              # where part two enters
-
-    def set_hooks(self):
-        """What part two may replace or add to."""
-        self.wrap_client = lambda sock: sock    # what to serve an accepted one through
-        self.make_room = self.server.has_room   # (socket, address): is there a place for it?
-        self.forget_client = do_nothing     # (socket): it has gone
-        self.refuse = self.server.send_busy     # (socket, record), where there is no room
-        self.may_linger = lambda: True      # may one that was refused linger?
-        self.begin_client = do_nothing      # (handler), before the first head is read
-        self.end_client = do_nothing        # (handler), when nothing is missing at its end
-        self.must_linger = do_nothing       # (handler): must its client be read on from?
-        self.linger = do_nothing            # (socket, address): it has an answer, and may send on
-        # Of a request, in the order in which they are called. (handler) unless said otherwise.
-        self.normalize_path = lambda path, rules: path          # the path that the client meant
-        self.find_client = lambda address, headers: address     # whose request is it?
-        self.free_answers = []              # did it answer, whoever asks?
-        self.prepare_request = do_nothing   # before its client key is looked for
-        self.asks_for_others = is_forwarded     # (headers): for others than this machine?
-        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
-        self.own_answers = []               # did it answer a client that may ask?
-        self.suggest_path = lambda path, rules: ""      # what to add to a 404
-        self.checks = []                    # before the body is read; may raise
-        self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
-        self.observe_request = do_nothing   # (record): what to call with each piece of the others
-        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
-        self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
-        self.use_key = lambda send: send(0)     # calls it with the index of a provider key
-        # Of its response.
-        self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
-        self.switch_protocols = None        # (handler, exchange): what to do after a 101
-        self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
-        self.response_checks = []           # (handler, exchange), before its head goes down
-        self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
-        self.cors_headers = lambda request, settings, names: []     # header fields to add
-        # (path, error, request_id): what the body of an error in the API there is the JSON of
-        self.error_body = lambda path, error, request_id: {"error": error_object(error)}
-        self.observe_response = do_nothing  # (record): what to call with each piece of its body
-        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
-        self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
-        self.on_silence = do_nothing        # (job): called while the upstream is silent
-        # Of the service itself.
-        self.on_tick = do_nothing           # (now), twice a second
-        self.retire = do_nothing            # another one has taken its place
-        # For the banner.
-        self.warnings = []
-        self.proxy = ""                     # in front of the upstream
-
-    def render_error(self, error, record):
-        """The body of an error response, in the form of the API that was called."""
-        return json.dumps(self.error_body(record.path, error, record.id)).encode()
-
-    def complete_headers(self, headers, request, request_id, is_open_ended=False):
-        """`headers` with what every response gets. `request` is None if it could not be read."""
-        present = {name.lower(): value for name, value in headers}
-        headers = headers + own_headers(present, request_id, is_open_ended)
-        return headers + self.cors_headers(request, self.settings, present)
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The listener, and what all clients share: the service, the relay loop, the log."""
 
@@ -578,9 +506,6 @@ class Server(http.server.ThreadingHTTPServer):
         return "%s://%s:%d" % (self.settings.scheme, host, port)
 
 
-def do_nothing(*arguments):
-    """Where a section of part two may do more."""
-
 def open_listener(settings):
     """The listening socket. CannotListen says why it cannot be had."""
     host = "AIPROXY_HOST"           # what it holds, unless it is an address, may be a key
@@ -607,6 +532,83 @@ def hang_up(sock):
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
     return LOOPBACK.fullmatch(address) is not None
+
+
+class Service:
+    """What follows from the settings: the way to the upstream, and what part two adds.
+
+    New settings make a new one. A request keeps the one that was in force when it came.
+    """
+
+    def __init__(self, settings, server):
+        self.settings = settings
+        self.server = server
+        self.log = server.log
+        self.upstream_handler = UpstreamHandler(settings)
+        self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
+        self.opener.add_handler(self.upstream_handler)
+        self.set_hooks()
+        install_features(self)              # where part two enters
+
+    def set_hooks(self):
+        """What part two may replace or add to."""
+        self.wrap_client = lambda sock: sock    # what to serve an accepted client through
+        self.make_room = self.server.has_room   # (socket, address): is there a place for it?
+        self.forget_client = do_nothing     # (socket): it has gone
+        self.refuse = self.server.send_busy     # (socket, record), where there is no room
+        self.may_linger = lambda: True      # may one that was refused linger?
+        self.begin_client = do_nothing      # (handler), before the first head is read
+        self.end_client = do_nothing        # (handler), when nothing is missing at its end
+        self.must_linger = do_nothing       # (handler): must its client be read on from?
+        self.linger = do_nothing            # (socket, address): it has an answer, and may send on
+        # Of a request, in the order in which they are called. (handler) unless said otherwise.
+        self.normalize_path = lambda path, rules: path          # the path that the client meant
+        self.find_client = lambda address, headers: address     # whose request is it?
+        self.free_answers = []              # did it answer, whoever asks?
+        self.prepare_request = do_nothing   # before its client key is looked for
+        self.asks_for_others = is_forwarded     # (headers): for others than this machine?
+        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
+        self.own_answers = []               # did it answer a client that may ask?
+        self.suggest_path = lambda path, rules: ""      # what to add to a 404
+        self.checks = []                    # before the body is read; may raise
+        self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
+        self.observe_request = do_nothing   # (record): what to call with each piece of the others
+        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
+        self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
+        self.use_key = lambda send: send(0)     # calls it with the index of a provider key
+        # Of its response.
+        self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
+        self.switch_protocols = None        # (handler, exchange): what to do after a 101
+        self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
+        self.response_checks = []           # (handler, exchange), before its head goes down
+        self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
+        self.cors_headers = lambda request, settings, names: []     # header fields to add
+        # (path, error, request_id): what the body of an error in the API there is the JSON of
+        self.error_body = lambda path, error, request_id: {"error": error_object(error)}
+        self.observe_response = do_nothing  # (record): what to call with each piece of its body
+        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
+        self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
+        self.on_silence = do_nothing        # (job): called while the upstream is silent
+        # Of the service itself.
+        self.on_tick = do_nothing           # (now), twice a second
+        self.retire = do_nothing            # another one has taken its place
+        # For the banner.
+        self.warnings = []
+        self.proxy = ""                     # in front of the upstream
+
+    def render_error(self, error, record):
+        """The body of an error response, in the form of the API that was called."""
+        return json.dumps(self.error_body(record.path, error, record.id)).encode()
+
+    def complete_headers(self, headers, request, request_id, is_open_ended=False):
+        """`headers` with what every response gets. `request` is None if it could not be read."""
+        present = {name.lower(): value for name, value in headers}
+        headers = headers + own_headers(present, request_id, is_open_ended)
+        return headers + self.cors_headers(request, self.settings, present)
+
+
+def do_nothing(*arguments):
+    """Where a section of part two may do more."""
 
 # ---- Handler: one request, top to bottom ---------------------------------------------------------
 
