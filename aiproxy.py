@@ -582,7 +582,9 @@ class Service:
         self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
         self.response_checks = []           # (handler, exchange), before its head goes down
         self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
-        self.cors_headers = lambda request, settings, names: []     # header fields to add
+        # Header fields to add. `present` has those that are there, by names in lower case.
+        self.stream_headers = lambda present, is_open_ended: []
+        self.cors_headers = lambda request, settings, present: []
         # (path, error, request_id): what the body of an error in the API there is the JSON of
         self.error_body = lambda path, error, request_id: {"error": error_object(error)}
         self.observe_response = do_nothing  # (record): what to call with each piece of its body
@@ -603,8 +605,11 @@ class Service:
     def complete_headers(self, headers, request, request_id, is_open_ended=False):
         """`headers` with what every response gets. `request` is None if it could not be read."""
         present = {name.lower(): value for name, value in headers}
-        headers = headers + own_headers(present, request_id, is_open_ended)
-        return headers + self.cors_headers(request, self.settings, present)
+        date = email.utils.formatdate(usegmt=True)          # RFC 9110 section 6.6.1
+        more = [(b"Date", date.encode()), (b"x-request-id", request_id.encode("latin-1"))]
+        more += self.stream_headers(present, is_open_ended)
+        more = [field for field in more if field[0].lower() not in present]
+        return headers + more + self.cors_headers(request, self.settings, present)
 
 
 def do_nothing(*arguments):
@@ -1266,21 +1271,6 @@ def downstream_headers(headers, settings):
         if low not in dropped and not low.startswith(b"access-control-"):
             fields.append((name, value))
     return fields
-
-def own_headers(present, request_id, is_open_ended):
-    """What every response gets where it has none; more if its length is not declared.
-
-    `present` has its fields, by names in lower case.
-    """
-    now = email.utils.formatdate(usegmt=True)
-    fields = [(b"Date", now.encode()),                      # RFC 9110 section 6.6.1
-              (b"x-request-id", request_id.encode("latin-1"))]
-    is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-    if is_event_stream or is_open_ended:
-        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold it back
-    if is_event_stream:
-        fields.append((b"Cache-Control", b"no-cache"))
-    return [field for field in fields if field[0].lower() not in present]
 
 def framing_headers(status, length, is_chunked, must_close):
     """How the client sees where a response ends, and whether its connection does."""
@@ -5752,16 +5742,27 @@ class TwoWayJob(ResponseJob):
             self.end_early(error.code)
 
 # ---- Event streams -------------------------------------------------------------------------------
-# Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
-# for the end where TLS ends without close_notify.
-# Touches: event streams, between two events; what counts as a cut.
-# Entered: `install_event_streams` in install_features sets `follow_events`.
+# Does: tells of a cut in an event stream by an event of our own, takes the API's own last event
+# for the end where TLS ends without close_notify, and has proxies in front hold nothing back.
+# Touches: event streams, between two events; what counts as a cut; header fields of streams.
+# Entered: `install_event_streams` in install_features sets `follow_events` and `stream_headers`.
 
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 def install_event_streams(service):
     service.follow_events = follow_events
+    service.stream_headers = stream_headers
     service.error_form = lambda path: OPENAI_ERRORS      # of the events of the API there
+
+def stream_headers(present, is_open_ended):
+    """What a response gets whose length is not declared, or that is an event stream."""
+    fields = []
+    is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+    if is_event_stream or is_open_ended:
+        fields.append((b"X-Accel-Buffering", b"no"))        # nginx would buffer it
+    if is_event_stream:
+        fields.append((b"Cache-Control", b"no-cache"))
+    return fields
 
 def follow_events(job, handler):
     """What follows the events of a response; None where no event of ours can go down."""
