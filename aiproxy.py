@@ -16,16 +16,17 @@ entered at one place, most of them through the hooks of `Service`.
                HTTP on the wire . The log . Reading the settings . Main
     Part two   Command line . Quotes and empty values . Env files . Placeholders .
                Values from files . Review of the settings . Reload . HTTPS . Health .
-               Another key header . Keys in URLs . Forgiving paths . CORS . Room for clients .
-               Lingering close . Refusals in the right form . Keys in long errors . Redirects .
-               Rates . Trusted proxies . Body rules . Model rules . Model list .
-               Token and prompt limits . Several provider keys . Kept connections .
-               TLS errors in words . Proxies on the way up . Fields for the upstream .
-               Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
-               Log lines as text . Raw output . Queued log . Model names for the log .
-               Token counts . Early hints . WebSocket . More providers . Banner . A live check .
-               Several processes . Tuning of the process . Open files . Responses made of chat .
-               Workers AI . Start page . Demo
+               Another key header . Keys in URLs . Patterns of paths . Forgiving paths . CORS .
+               Room for clients . Lingering close . Refusals in the right form .
+               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
+               Model rules . Model list . Token and prompt limits . Several provider keys .
+               Kept connections . TLS errors in words . Proxies on the way up .
+               Fields for the upstream . Early responses . Event streams .
+               Errors in the form of other APIs . Heartbeats . Log lines as text . Raw output .
+               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
+               More providers . Banner . A live check . Several processes .
+               Tuning of the process . Open files . Responses made of chat . Workers AI .
+               Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -278,9 +279,6 @@ SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
 DOT_SEGMENT = re.compile(
     r"(?:^|" + SEPARATOR + r")(?:\.|%(?:25)*2e){1,2}(?:" + SEPARATOR + r"|;|%(?:25)*3b|$)", re.I)
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
-# What a `*` in a path may be, decoded; behind /v1/models/, the name of a model, with slashes in it.
-SEGMENT = re.compile(r"[\w@:.~+,=()!$&'* -]+")
-MODEL_SEGMENTS = re.compile(r"%s(?:/%s)*" % (SEGMENT.pattern, SEGMENT.pattern))
 
 NO_RETRY = (b"x-should-retry", b"false")        # the SDKs retry 5xx unless a header forbids it
 JSON_TYPE = (b"Content-Type", b"application/json")
@@ -1139,26 +1137,11 @@ def allowed_methods(path, rules):
     """The methods that `rules`, pairs of a method and a path's pattern, allow on `path`."""
     allowed = set()
     for method, pattern in rules:
-        if pattern == "*" or path_matches(path, pattern):
+        fits = pattern in ("*", path)
+        fits = fits or fits_pattern(path, pattern)          # part two: Patterns of paths
+        if fits:
             allowed.update({"*": METHODS, "GET": ("GET", "HEAD")}.get(method, (method,)))
     return sorted(allowed, key=METHODS.index)
-
-def path_matches(path, pattern):
-    """Does `pattern` fit the raw path? A `*` in it stands for exactly one plain segment."""
-    if pattern == "/v1/models/*" and path.startswith("/v1/models/"):
-        return is_plain(path[len("/v1/models/"):], MODEL_SEGMENTS)
-    segments = path.split("/")
-    wanted = pattern.split("/")
-    return len(segments) == len(wanted) and all(
-        want == segment or (want == "*" and is_plain(segment, SEGMENT))
-        for segment, want in zip(segments, wanted))
-
-def is_plain(text, pattern):
-    """Is it plain when decoded once? (`check_target` has refused dot segments already.)"""
-    try:
-        return pattern.fullmatch(urllib.parse.unquote(text, errors="strict")) is not None
-    except UnicodeDecodeError:
-        return False
 
 # -- the form of our own errors
 
@@ -3683,6 +3666,32 @@ def has_key_in_query(query, client_keys):
         if words & values:
             return True
     return False
+
+# ---- Patterns of paths ---------------------------------------------------------------------------
+# Does: lets a `*` in AIPROXY_PATHS stand for a segment. (Part one allows the paths as they are.)
+# Touches: nothing. Without it the paths of single models are not served, either.
+# Entered: `fits_pattern` in allowed_methods.
+
+# What a `*` in a path may be, decoded; behind /v1/models/, the name of a model, with slashes in it.
+SEGMENT = re.compile(r"[\w@:.~+,=()!$&'* -]+")
+MODEL_SEGMENTS = re.compile(r"%s(?:/%s)*" % (SEGMENT.pattern, SEGMENT.pattern))
+
+def fits_pattern(path, pattern):
+    """Does `pattern` fit the raw path? A `*` in it stands for exactly one plain segment."""
+    if pattern == "/v1/models/*" and path.startswith("/v1/models/"):
+        return is_plain(path[len("/v1/models/"):], MODEL_SEGMENTS)
+    segments = path.split("/")
+    wanted = pattern.split("/")
+    return len(segments) == len(wanted) and all(
+        want == segment or (want == "*" and is_plain(segment, SEGMENT))
+        for segment, want in zip(segments, wanted))
+
+def is_plain(text, pattern):
+    """Is it plain when decoded once? (`check_target` has refused dot segments already.)"""
+    try:
+        return pattern.fullmatch(urllib.parse.unquote(text, errors="strict")) is not None
+    except UnicodeDecodeError:
+        return False
 
 # ---- Forgiving paths -----------------------------------------------------------------------------
 # Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
