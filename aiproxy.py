@@ -342,7 +342,6 @@ class Server(http.server.ThreadingHTTPServer):
     announces = True                # does it print the banner?
 
     def __init__(self, settings, listener=None):
-        self.started = int(time.time())
         self.closing = False        # after a signal: no more clients, and none is kept alive
         self.clients = set()        # the client connections, guarded by the condition
         self.client_ended = threading.Condition()
@@ -5037,6 +5036,8 @@ OPTIONS += (
 # Entered: `install_model_list` in install_features adds an answer.
 # Needs: Model rules.
 
+STARTED = int(time.time())      # when each model was created, as the list has it
+
 def install_model_list(service):
     if service.settings.aliases:
         service.own_answers.append(answer_model_list)
@@ -5052,7 +5053,7 @@ def send_models(handler, items):
 
 def list_models(service):
     """The items of the model list, in OpenAI's form."""
-    return [{"id": name, "object": "model", "created": service.server.started,
+    return [{"id": name, "object": "model", "created": STARTED,
              "owned_by": "aiproxy"} for name in service.settings.models_shown]
 
 def is_model_list(request):
@@ -7946,7 +7947,7 @@ class WorkersHandler(Handler):
             return items
         if not (self.settings.models or catalogue.failure.code in NOT_ALLOWED):
             raise catalogue.failure
-        return [{"id": name, "object": "model", "created": self.server.started,
+        return [{"id": name, "object": "model", "created": STARTED,
                  "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
 
     def read_catalogue(self):
