@@ -2606,8 +2606,10 @@ def split_base_url(url):
 def numeric_host(host):
     """The address that a host is in whatever form (127.1 is one), or its name."""
     host = host.rstrip(".")
-    with contextlib.suppress(OSError, UnicodeError):
-        host = socket.getaddrinfo(host, 0, flags=socket.AI_NUMERICHOST)[0][4][0]
+    with contextlib.suppress(OSError):
+        host = socket.inet_ntoa(socket.inet_aton(host))
+    with contextlib.suppress(OSError):
+        host = socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, host))
     # To connect to "any address" is to connect to this machine.
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "::ffff:0.0.0.0": "127.0.0.1"}.get(host, host)
 

@@ -374,7 +374,7 @@ def test_a_byte_order_mark_in_front_of_a_name_is_not_passed_over():
 def test_every_address_of_this_machine_is_recognized(monkeypatch):
     own = ("192.0.2.1", 0)
     found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", own)]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: found)
     assert not aiproxy.is_own_address("host.example")
     monkeypatch.setattr(socket.socket, "bind", lambda sock, address: None)
     assert aiproxy.is_own_address("host.example")
