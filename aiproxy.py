@@ -1662,7 +1662,6 @@ class RelayLoop(threading.Thread):
             self.wakeup_writer.send(b"!")
 
     def run_and_wait(self, job):
-        """Submit a job and sleep until it has ended."""
         job.ended = threading.Event()
         self.submit(job)
         job.ended.wait()
@@ -1754,7 +1753,6 @@ class Job:
         self.loop = None                    # set when the loop takes the job over
 
     def stop(self):
-        """The proxy is being stopped."""
         self.finish("shutdown")
 
     def finish(self, outcome):
