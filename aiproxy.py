@@ -6,25 +6,27 @@
     client <-- response head ---- Handler: wait, watching the client    <-- head ------ upstream
     client <-- response body ---- RelayLoop: move what has arrived      <-- events ---- upstream
 
-Start reading at `Server` and scroll down: part one stands in the order in which a request meets
-it. Only the lowest layer, HTTP on the wire, comes late, because everything uses it.
-Part two holds what can be taken out, each section entered at one place.
+Begin with `Handler.answer_request`, the steps of every request. Then start at `Server` and scroll
+down: part one stands in the order in which a request meets it. Only the lowest layer, HTTP on the
+wire, comes late, because everything uses it. Part two holds what can be taken out, each section
+entered at one place, most of them through the hooks of `Service`.
 
     Part one   Settings and limits . Tables . Server . Handler . The checks .
                The request's body . Header fields up and down . The upstream . The relay loop .
                HTTP on the wire . The log . Reading the settings . Main
     Part two   Command line . Quotes and empty values . Env files . Placeholders .
                Values from files . Review of the settings . Reload . HTTPS . Health .
-               Another key header . Keys in URLs . Forgiving paths . CORS . Room for clients .
-               Lingering close . Refusals in the right form . Keys in long errors . Redirects .
-               Rates . Trusted proxies . Body rules . Model rules . Model list .
-               Token and prompt limits . Several provider keys . Kept connections .
-               TLS errors in words . Proxies on the way up . Fields for the upstream .
-               Early responses . Event streams . Errors in the form of other APIs . Heartbeats .
-               Log lines as text . Raw output . Queued log . Model names for the log .
-               Token counts . Early hints . WebSocket . More providers . Banner . A live check .
-               Several processes . Tuning of the process . Open files . Responses made of chat .
-               Workers AI . Start page . Demo
+               Another key header . Keys in URLs . Patterns of paths . Forgiving paths . CORS .
+               Room for clients . Lingering close . Refusals in the right form .
+               Keys in long errors . Redirects . Rates . Trusted proxies . Body rules .
+               Model rules . Model list . Token and prompt limits . Several provider keys .
+               Kept connections . TLS errors in words . Proxies on the way up .
+               Fields for the upstream . Early responses . Event streams .
+               Errors in the form of other APIs . Heartbeats . Log lines as text . Raw output .
+               Queued log . Model names for the log . Token counts . Early hints . WebSocket .
+               More providers . Banner . A live check . Several processes .
+               Tuning of the process . Open files . Responses made of chat . Workers AI .
+               Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
 Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
@@ -210,7 +212,6 @@ PROVIDERS = {   # To add a provider, add a row. Part two adds many more, and wor
     "gemini": Provider("https://generativelanguage.googleapis.com/v1beta/openai"),
     "ollama": Provider("http://127.0.0.1:11434", key_header=""),
 }
-PROVIDER_HOSTS = []     # for those that give each customer a host: its pattern, and a row
 
 # Where a client may carry its key, besides Authorization.
 API_KEY_FIELDS = (b"x-api-key", b"api-key", b"x-goog-api-key")
@@ -269,11 +270,6 @@ LOOPBACK = re.compile(
     r"localhost|127(?:\.[0-9]{1,3}){3}|\[?::(?:1|ffff:127(?:\.[0-9]{1,3}){3})\]?", re.I)
 LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
-# A client's address as proxies write it, with brackets, port and zone or without.
-NAMED_ADDRESS = re.compile(
-    r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
-    r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
-
 # Where a proxy in front tells for whom it asks; in CDN-Loop a CDN names itself.
 FORWARDED_FIELDS = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"x-client-ip",
                     b"true-client-ip", b"cf-connecting-ip", b"cdn-loop")
@@ -283,9 +279,6 @@ SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
 DOT_SEGMENT = re.compile(
     r"(?:^|" + SEPARATOR + r")(?:\.|%(?:25)*2e){1,2}(?:" + SEPARATOR + r"|;|%(?:25)*3b|$)", re.I)
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00|\\|#")
-# What a `*` in a path may be, decoded; behind /v1/models/, the name of a model, with slashes in it.
-SEGMENT = re.compile(r"[\w@:.~+,=()!$&'* -]+")
-MODEL_SEGMENTS = re.compile(r"%s(?:/%s)*" % (SEGMENT.pattern, SEGMENT.pattern))
 
 NO_RETRY = (b"x-should-retry", b"false")        # the SDKs retry 5xx unless a header forbids it
 JSON_TYPE = (b"Content-Type", b"application/json")
@@ -342,79 +335,6 @@ class CannotListen(Exception):
 
 # ---- Server: accepting clients -------------------------------------------------------------------
 
-class Service:
-    """What follows from the settings: the way to the upstream, and what part two adds.
-
-    New settings make a new one. A request keeps the one that was in force when it came.
-    """
-
-    def __init__(self, settings, server):
-        self.settings = settings
-        self.server = server
-        self.log = server.log
-        self.upstream_handler = UpstreamHandler(settings)
-        self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
-        self.opener.add_handler(self.upstream_handler)
-        self.set_hooks()
-        install_features(self)              # where part two enters
-
-    def set_hooks(self):
-        """What part two may replace or add to."""
-        self.wrap_client = lambda sock: sock    # what to serve an accepted one through
-        self.make_room = self.server.has_room   # (socket, address): is there a place for it?
-        self.forget_client = do_nothing     # (socket): it has gone
-        self.refuse = self.server.send_busy     # (socket, record), where there is no room
-        self.may_linger = lambda: True      # may one that was refused linger?
-        self.begin_client = do_nothing      # (handler), before the first head is read
-        self.end_client = do_nothing        # (handler), when nothing is missing at its end
-        self.must_linger = do_nothing       # (handler): must its client be read on from?
-        self.linger = do_nothing            # (socket, address): it has an answer, and may send on
-        # Of a request, in the order in which they are called. (handler) unless said otherwise.
-        self.normalize_path = lambda path, rules: path          # the path that the client meant
-        self.find_client = lambda address, headers: address     # whose request is it?
-        self.free_answers = []              # did it answer, whoever asks?
-        self.prepare_request = do_nothing   # before its client key is looked for
-        self.asks_for_others = is_forwarded     # (headers): for others than this machine?
-        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
-        self.own_answers = []               # did it answer a client that may ask?
-        self.suggest_path = lambda path, rules: ""      # what to add to a 404
-        self.checks = []                    # before the body is read; may raise
-        self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
-        self.observe_request = do_nothing   # (record): what to call with each piece of the others
-        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
-        self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
-        self.use_key = lambda send: send(0)     # calls it with the index of a provider key
-        # Of its response.
-        self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
-        self.switch_protocols = None        # (handler, exchange): what to do after a 101
-        self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
-        self.response_checks = []           # (handler, exchange), before its head goes down
-        self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
-        self.cors_headers = lambda request, settings, names: []     # header fields to add
-        # (path, error, request_id): what the body of an error in the API there is the JSON of
-        self.error_body = lambda path, error, request_id: {"error": error_object(error)}
-        self.observe_response = do_nothing  # (record): what to call with each piece of its body
-        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
-        self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
-        self.on_silence = do_nothing        # (job): called while the upstream is silent
-        # Of the service itself.
-        self.on_tick = do_nothing           # (now), twice a second
-        self.retire = do_nothing            # another one has taken its place
-        # For the banner.
-        self.warnings = []
-        self.proxy = ""                     # in front of the upstream
-
-    def render_error(self, error, record):
-        """The body of an error response, in the form of the API that was called."""
-        return json.dumps(self.error_body(record.path, error, record.id)).encode()
-
-    def complete_headers(self, headers, request, request_id, is_open_ended=False):
-        """`headers` with what every response gets. `request` is None if it could not be read."""
-        present = {name.lower(): value for name, value in headers}
-        headers = headers + own_headers(present, request_id, is_open_ended)
-        return headers + self.cors_headers(request, self.settings, present)
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The listener, and what all clients share: the service, the relay loop, the log."""
 
@@ -423,7 +343,6 @@ class Server(http.server.ThreadingHTTPServer):
     announces = True                # does it print the banner?
 
     def __init__(self, settings, listener=None):
-        self.started = int(time.time())
         self.closing = False        # after a signal: no more clients, and none is kept alive
         self.clients = set()        # the client connections, guarded by the condition
         self.client_ended = threading.Condition()
@@ -585,13 +504,12 @@ class Server(http.server.ThreadingHTTPServer):
         return "%s://%s:%d" % (self.settings.scheme, host, port)
 
 
-def do_nothing(*arguments):
-    """Where a section of part two may do more."""
-
 def open_listener(settings):
     """The listening socket. CannotListen says why it cannot be had."""
+    host = "AIPROXY_HOST"           # what it holds, unless it is an address, may be a key
     try:
         found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
+        host = found[4][0]
         listener = socket.socket(*found[:3])
         if os.name == "posix":      # elsewhere it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -599,7 +517,6 @@ def open_listener(settings):
         listener.listen(LISTEN_QUEUE)
         return listener
     except (OSError, UnicodeError) as error:
-        host = plain_address(settings.host) or "AIPROXY_HOST"   # anything else may be a key
         reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             reason += " (AIPROXY_PORT sets another)"
@@ -610,20 +527,91 @@ def hang_up(sock):
     # Not the method of the class for TLS: that thread would go on in plain text.
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-def plain_address(text):
-    """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
-    match = NAMED_ADDRESS.fullmatch(text[:64])
-    if not match:
-        return ""
-    try:
-        ip = ipaddress.ip_address(match.group(match.lastindex))
-    except ValueError:
-        return ""
-    return str(getattr(ip, "ipv4_mapped", None) or ip)
-
 def is_loopback(address):
     """Is this an address or a name of this machine?"""
     return LOOPBACK.fullmatch(address) is not None
+
+
+class Service:
+    """What follows from the settings: the way to the upstream, and what part two adds.
+
+    New settings make a new one. A request keeps the one that was in force when it came.
+    """
+
+    def __init__(self, settings, server):
+        self.settings = settings
+        self.server = server
+        self.log = server.log
+        self.upstream_handler = UpstreamHandler(settings)
+        self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
+        self.opener.add_handler(self.upstream_handler)
+        self.set_hooks()
+        install_features(self)              # where part two enters
+
+    def set_hooks(self):
+        """What part two may replace or add to."""
+        self.wrap_client = lambda sock: sock    # what to serve an accepted client through
+        self.make_room = self.server.has_room   # (socket, address): is there a place for it?
+        self.forget_client = do_nothing     # (socket): it has gone
+        self.refuse = self.server.send_busy     # (socket, record), where there is no room
+        self.may_linger = lambda: True      # may one that was refused linger?
+        self.begin_client = do_nothing      # (handler), before the first head is read
+        self.end_client = do_nothing        # (handler), when nothing is missing at its end
+        self.must_linger = do_nothing       # (handler): must its client be read on from?
+        self.linger = do_nothing            # (socket, address): it has an answer, and may send on
+        # Of a request, in the order in which they are called. (handler) unless said otherwise.
+        self.normalize_path = lambda path, rules: path          # the path that the client meant
+        self.find_client = lambda address, headers: address     # whose request is it?
+        self.free_answers = []              # did it answer, whoever asks?
+        self.prepare_request = do_nothing   # before its client key is looked for
+        self.asks_for_others = is_forwarded     # (headers): for others than this machine?
+        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
+        self.own_answers = []               # did it answer a client that may ask?
+        self.suggest_path = lambda path, rules: ""      # what to add to a 404
+        self.checks = []                    # before the body is read; may raise
+        self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
+        self.observe_request = do_nothing   # (record): what to call with each piece of the others
+        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
+        self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
+        self.use_key = lambda send: send(0)     # calls it with the index of a provider key
+        # Of its response.
+        self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
+        self.switch_protocols = None        # (handler, exchange): what to do after a 101
+        self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
+        self.response_checks = []           # (handler, exchange), before its head goes down
+        self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
+        # Header fields to add. `present` has those that are there, by names in lower case.
+        self.stream_headers = lambda present, is_open_ended: []
+        self.cors_headers = lambda request, settings, present: []
+        # (path, error, request_id): what the body of an error in the API there is the JSON of
+        self.error_body = lambda path, error, request_id: {"error": error_object(error)}
+        self.observe_response = do_nothing  # (record): what to call with each piece of its body
+        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
+        self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
+        self.on_silence = do_nothing        # (job): called while the upstream is silent
+        # Of the service itself.
+        self.on_tick = do_nothing           # (now), twice a second
+        self.retire = do_nothing            # another one has taken its place
+        # For the banner.
+        self.warnings = []
+        self.proxy = ""                     # in front of the upstream
+
+    def render_error(self, error, record):
+        """The body of an error response, in the form of the API that was called."""
+        return json.dumps(self.error_body(record.path, error, record.id)).encode()
+
+    def complete_headers(self, headers, request, request_id, is_open_ended=False):
+        """`headers` with what every response gets. `request` is None if it could not be read."""
+        present = {name.lower(): value for name, value in headers}
+        date = email.utils.formatdate(usegmt=True)          # RFC 9110 section 6.6.1
+        more = [(b"Date", date.encode()), (b"x-request-id", request_id.encode("latin-1"))]
+        more += self.stream_headers(present, is_open_ended)
+        more = [field for field in more if field[0].lower() not in present]
+        return headers + more + self.cors_headers(request, self.settings, present)
+
+
+def do_nothing(*arguments):
+    """Where a section of part two may do more."""
 
 # ---- Handler: one request, top to bottom ---------------------------------------------------------
 
@@ -1151,26 +1139,11 @@ def allowed_methods(path, rules):
     """The methods that `rules`, pairs of a method and a path's pattern, allow on `path`."""
     allowed = set()
     for method, pattern in rules:
-        if pattern == "*" or path_matches(path, pattern):
+        fits = pattern in ("*", path)
+        fits = fits or fits_pattern(path, pattern)          # part two: Patterns of paths
+        if fits:
             allowed.update({"*": METHODS, "GET": ("GET", "HEAD")}.get(method, (method,)))
     return sorted(allowed, key=METHODS.index)
-
-def path_matches(path, pattern):
-    """Does `pattern` fit the raw path? A `*` in it stands for exactly one plain segment."""
-    if pattern == "/v1/models/*" and path.startswith("/v1/models/"):
-        return is_plain(path[len("/v1/models/"):], MODEL_SEGMENTS)
-    segments = path.split("/")
-    wanted = pattern.split("/")
-    return len(segments) == len(wanted) and all(
-        want == segment or (want == "*" and is_plain(segment, SEGMENT))
-        for segment, want in zip(segments, wanted))
-
-def is_plain(text, pattern):
-    """Is it plain when decoded once? (`check_target` has refused dot segments already.)"""
-    try:
-        return pattern.fullmatch(urllib.parse.unquote(text, errors="strict")) is not None
-    except UnicodeDecodeError:
-        return False
 
 # -- the form of our own errors
 
@@ -1283,24 +1256,6 @@ def downstream_headers(headers, settings):
         if low not in dropped and not low.startswith(b"access-control-"):
             fields.append((name, value))
     return fields
-
-def own_headers(present, request_id, is_open_ended):
-    """What every response gets where it has none; more if its length is not declared.
-
-    `present` has its fields, by names in lower case.
-    """
-    fields = [(b"Date", http_date(int(time.time()))),      # RFC 9110 section 6.6.1
-              (b"x-request-id", request_id.encode("latin-1"))]
-    is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-    if is_event_stream or is_open_ended:
-        fields.append((b"X-Accel-Buffering", b"no"))        # nginx in front would hold it back
-    if is_event_stream:
-        fields.append((b"Cache-Control", b"no-cache"))
-    return [field for field in fields if field[0].lower() not in present]
-
-@functools.lru_cache(2)             # many responses in a second
-def http_date(seconds):
-    return email.utils.formatdate(seconds, usegmt=True).encode()
 
 def framing_headers(status, length, is_chunked, must_close):
     """How the client sees where a response ends, and whether its connection does."""
@@ -1710,7 +1665,6 @@ class RelayLoop(threading.Thread):
             self.wakeup_writer.send(b"!")
 
     def run_and_wait(self, job):
-        """Submit a job and sleep until it has ended."""
         job.ended = threading.Event()
         self.submit(job)
         job.ended.wait()
@@ -1802,7 +1756,6 @@ class Job:
         self.loop = None                    # set when the loop takes the job over
 
     def stop(self):
-        """The proxy is being stopped."""
         self.finish("shutdown")
 
     def finish(self, outcome):
@@ -2622,7 +2575,8 @@ class Upstream:
             netloc += ":%d" % explicit_port
         self.netloc = netloc.encode()
         self.url = "%s://%s" % (self.scheme, netloc)
-        known = provider or find_provider(netloc)
+        known = provider
+        known = provider or find_provider(netloc)       # part two: More providers
         self.provider = known or Provider(netloc)
         self.wants_key = bool(self.provider.key_header) and not self.is_loopback
         self.surely_wants_key = self.wants_key and known is not None
@@ -2653,18 +2607,13 @@ def split_base_url(url):
 
 def numeric_host(host):
     """The address that a host is in whatever form (127.1 is one), or its name."""
+    host = host.rstrip(".")
     with contextlib.suppress(OSError):
         host = socket.inet_ntoa(socket.inet_aton(host))
-    host = plain_address(host) or host.rstrip(".")
+    with contextlib.suppress(OSError):
+        host = socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, host))
     # To connect to "any address" is to connect to this machine.
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-def find_provider(netloc):
-    """For a base URL on a known host a Provider with that row's key header and paths, or None."""
-    rows = [row for row in PROVIDERS.values()
-            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
-    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
-    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "::ffff:0.0.0.0": "127.0.0.1"}.get(host, host)
 
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
@@ -2845,7 +2794,6 @@ class Settings:
         self.models_shown = []          # those that clients get to see
         self.set_defaults()
         self.derive_keys()
-        self.derive_default_path()
         self.derive_guards()
         for read_more in MORE_SETTINGS:
             read_more(self)
@@ -2896,18 +2844,9 @@ class Settings:
         self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
         self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
 
-    def derive_default_path(self):
-        """The path of the examples that we give."""
-        paths = self.upstream.provider.paths + INFERENCE_PATHS
-        allowed = [path for path in paths
-                   if self.paths is None or "POST" in allowed_methods(path, self.paths)]
-        self.default_path = (allowed or paths)[0]
-
     def derive_guards(self):
         """Who is kept out, and how."""
         is_transparent = not self.provider_keys
-        callers_bring_key = is_transparent and self.upstream.wants_key
-        self.callers_need_key = callers_bring_key or bool(self.client_keys)
         # Does nobody get through without a key, ours or one that the provider surely wants?
         self.is_guarded_by_keys = bool(self.client_keys) or (
             is_transparent and self.upstream.surely_wants_key)
@@ -2925,11 +2864,6 @@ class Settings:
                 "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
                 "  AIPROXY_OPEN=1   (anyone may spend the key)"
                 % os.urandom(18).hex())
-        if self.client_keys and not self.provider_keys and self.upstream.wants_key:
-            raise SettingError(
-                "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
-                "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
-                "AIPROXY_CLIENT_KEYS empty")
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3291,10 +3225,15 @@ def check_names(environ):
                                % (printable(name[:64]), nearest[0]))
 
 def check_keys(settings):
-    """SettingError for a key in a place that is not its own."""
+    """SettingError for keys in places that are not theirs, or without those that they need."""
     if any(client_key in settings.provider_keys for _, client_key in settings.client_keys):
         raise SettingError("AIPROXY_CLIENT_KEYS holds the provider key; make up another key "
                            "for the client")
+    if settings.client_keys and not settings.provider_keys and settings.upstream.wants_key:
+        raise SettingError(
+            "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
+            "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
+            "AIPROXY_CLIENT_KEYS empty")
 
 def check_upstream(settings):
     """SettingError for a base URL that goes too far, or comes back to us."""
@@ -3666,7 +3605,19 @@ def is_working(loop):
 def describe_api(settings):
     """What / answers to a program."""
     return {"name": "aiproxy", "version": __version__, "api": "/v1", "health": "/health",
-            "default_path": settings.default_path, "client_key_needed": settings.callers_need_key}
+            "default_path": example_path(settings), "client_key_needed": callers_need_key(settings)}
+
+def callers_need_key(settings):
+    """Must a request carry a key, ours or the provider's?"""
+    bring_their_own = settings.upstream.wants_key and not settings.provider_keys
+    return bring_their_own or bool(settings.client_keys)
+
+def example_path(settings):
+    """The path of the examples that we give."""
+    paths = settings.upstream.provider.paths + INFERENCE_PATHS
+    allowed = [path for path in paths
+               if settings.paths is None or "POST" in allowed_methods(path, settings.paths)]
+    return (allowed or paths)[0]
 
 # ---- Another key header --------------------------------------------------------------------------
 # Does: sends the provider key in the field that AIPROXY_KEY_HEADER names.
@@ -3718,6 +3669,32 @@ def has_key_in_query(query, client_keys):
         if words & values:
             return True
     return False
+
+# ---- Patterns of paths ---------------------------------------------------------------------------
+# Does: lets a `*` in AIPROXY_PATHS stand for a segment. (Part one allows the paths as they are.)
+# Touches: nothing. Without it the paths of single models are not served, either.
+# Entered: `fits_pattern` in allowed_methods.
+
+# What a `*` in a path may be, decoded; behind /v1/models/, the name of a model, with slashes in it.
+SEGMENT = re.compile(r"[\w@:.~+,=()!$&'* -]+")
+MODEL_SEGMENTS = re.compile(r"%s(?:/%s)*" % (SEGMENT.pattern, SEGMENT.pattern))
+
+def fits_pattern(path, pattern):
+    """Does `pattern` fit the raw path? A `*` in it stands for exactly one plain segment."""
+    if pattern == "/v1/models/*" and path.startswith("/v1/models/"):
+        return is_plain(path[len("/v1/models/"):], MODEL_SEGMENTS)
+    segments = path.split("/")
+    wanted = pattern.split("/")
+    return len(segments) == len(wanted) and all(
+        want == segment or (want == "*" and is_plain(segment, SEGMENT))
+        for segment, want in zip(segments, wanted))
+
+def is_plain(text, pattern):
+    """Is it plain when decoded once? (`check_target` has refused dot segments already.)"""
+    try:
+        return pattern.fullmatch(urllib.parse.unquote(text, errors="strict")) is not None
+    except UnicodeDecodeError:
+        return False
 
 # ---- Forgiving paths -----------------------------------------------------------------------------
 # Does: reads what a slightly wrong base URL leads to as what was meant, names the nearest path in
@@ -4378,6 +4355,10 @@ OPTIONS += (
 # Entered: `install_trusted_proxies` in install_features takes the place of `is_forwarded`,
 # and in "Room for clients" that of `is_loopback`.
 
+# A client's address as proxies write it, with brackets, port and zone or without.
+NAMED_ADDRESS = re.compile(
+    r"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?"
+    r"|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%.*)?")
 # Where a client's address stands in Forwarded (RFC 7239 section 6).
 FORWARDED_FOR = re.compile(br'(?i)\bfor\s*=\s*("[^"]*"|[^;,\s]*)')
 # RFC 1918, RFC 4193, link-local addresses (RFC 3927, RFC 4291), shared ones (RFC 6598).
@@ -4428,6 +4409,17 @@ def forwarded_clients(headers):
         names += FORWARDED_FOR.findall(value)
     texts = [name.decode("latin-1").strip('"') for name in names]
     return [plain_address(text) or text for text in texts if text]
+
+def plain_address(text):
+    """The IP address that a proxy or a socket names, without brackets, port and zone; or ""."""
+    match = NAMED_ADDRESS.fullmatch(text[:64])
+    if not match:
+        return ""
+    try:
+        ip = ipaddress.ip_address(match.group(match.lastindex))
+    except ValueError:
+        return ""
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 def parse_networks(text):
     """The networks of a list of addresses, networks and words."""
@@ -5048,6 +5040,8 @@ OPTIONS += (
 # Entered: `install_model_list` in install_features adds an answer.
 # Needs: Model rules.
 
+STARTED = int(time.time())      # when each model was created, as the list has it
+
 def install_model_list(service):
     if service.settings.aliases:
         service.own_answers.append(answer_model_list)
@@ -5063,7 +5057,7 @@ def send_models(handler, items):
 
 def list_models(service):
     """The items of the model list, in OpenAI's form."""
-    return [{"id": name, "object": "model", "created": service.server.started,
+    return [{"id": name, "object": "model", "created": STARTED,
              "owned_by": "aiproxy"} for name in service.settings.models_shown]
 
 def is_model_list(request):
@@ -5762,16 +5756,27 @@ class TwoWayJob(ResponseJob):
             self.end_early(error.code)
 
 # ---- Event streams -------------------------------------------------------------------------------
-# Does: tells of a cut in an event stream by an event of our own, and takes the API's own last event
-# for the end where TLS ends without close_notify.
-# Touches: event streams, between two events; what counts as a cut.
-# Entered: `install_event_streams` in install_features sets `follow_events`.
+# Does: tells of a cut in an event stream by an event of our own, takes the API's own last event
+# for the end where TLS ends without close_notify, and has proxies in front hold nothing back.
+# Touches: event streams, between two events; what counts as a cut; header fields of streams.
+# Entered: `install_event_streams` in install_features sets `follow_events` and `stream_headers`.
 
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 def install_event_streams(service):
     service.follow_events = follow_events
+    service.stream_headers = stream_headers
     service.error_form = lambda path: OPENAI_ERRORS      # of the events of the API there
+
+def stream_headers(present, is_open_ended):
+    """What a response gets whose length is not declared, or that is an event stream."""
+    fields = []
+    is_event_stream = present.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+    if is_event_stream or is_open_ended:
+        fields.append((b"X-Accel-Buffering", b"no"))        # nginx would buffer it
+    if is_event_stream:
+        fields.append((b"Cache-Control", b"no-cache"))
+    return fields
 
 def follow_events(job, handler):
     """What follows the events of a response; None where no event of ours can go down."""
@@ -6427,9 +6432,9 @@ class Direction:
             return b""
 
 # ---- More providers ------------------------------------------------------------------------------
-# Does: knows more providers by name, and Azure's resources by their hosts.
-# Touches: nothing.
-# Entered: the rows that it adds to PROVIDERS and PROVIDER_HOSTS.
+# Does: knows more providers by name, and those of the table by the hosts of base URLs, too.
+# Touches: which field carries the key to a base URL on such a host, and which paths are served.
+# Entered: the rows that it adds to PROVIDERS; `find_provider` in Upstream.
 #
 # Each with the page of the provider's own documentation that names its base URL and its key's
 # field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
@@ -6484,12 +6489,20 @@ PROVIDERS.update({
 # https://learn.microsoft.com/azure/foundry/openai/api-version-lifecycle (the base URL)
 AZURE_HOST = re.compile(
     r"[a-z0-9.-]+\.(?:openai|cognitiveservices|services\.ai)\.azure\.(?:com|us|cn)")
-PROVIDER_HOSTS.append((AZURE_HOST, Provider("", "api-key")))
+PROVIDER_HOSTS = [(AZURE_HOST, Provider("", "api-key"))]
+
+def find_provider(netloc):
+    """For a base URL on a known host a Provider with that row's key header and paths, or None."""
+    rows = [row for row in PROVIDERS.values()
+            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
+    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
+    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
 
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.
 # Touches: nothing.
 # Entered: `print_banner` in serve().
+# Needs: Health.
 
 def print_banner(server):
     settings = server.settings
@@ -6564,22 +6577,23 @@ def warn_of_others_names(settings):
 def curl_command(server):
     """A command to paste that asks this server for something."""
     settings = server.settings
+    path = example_path(settings)
     default = settings.environ.get("AIPROXY_DEFAULT_MODEL", "MODEL")
     model = (settings.models_shown or list(settings.aliases) or [default])[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
     fields = ["Content-Type: application/json"]
     key_field = "Authorization: Bearer YOUR_KEY"
-    if settings.default_path in ANTHROPIC_PATHS:
+    if path in ANTHROPIC_PATHS:
         body["max_tokens"] = 256
         fields.append("anthropic-version: 2023-06-01")
         key_field = "x-api-key: YOUR_KEY"
-    if settings.callers_need_key:
+    if callers_need_key(settings):
         fields.append(key_field)
     options = " ".join("-H '%s'" % field for field in fields)
     # No certificate is for the address that we name here.
     curl = "curl -kN" if settings.scheme == "https" else "curl -N"
     return "%s %s%s %s \\\n  -d '%s'" % (
-        curl, server.url(), settings.default_path, options, json.dumps(body))
+        curl, server.url(), path, options, json.dumps(body))
 
 # ---- A live check --------------------------------------------------------------------------------
 # Does: `--check --live` asks the upstream for its model list with each provider key, and says
@@ -7939,7 +7953,7 @@ class WorkersHandler(Handler):
             return items
         if not (self.settings.models or catalogue.failure.code in NOT_ALLOWED):
             raise catalogue.failure
-        return [{"id": name, "object": "model", "created": self.server.started,
+        return [{"id": name, "object": "model", "created": STARTED,
                  "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
 
     def read_catalogue(self):

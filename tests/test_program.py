@@ -506,6 +506,17 @@ def test_a_host_that_is_no_name_is_reported_as_one():
     assert str(raised.value).startswith("cannot listen on AIPROXY_HOST port 8000: ")
 
 
+def test_a_port_that_is_taken_is_reported_with_its_address():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = aiproxy.Settings({"AIPROXY_HOST": "127.0.0.1", "AIPROXY_PORT": str(port)})
+        with pytest.raises(aiproxy.CannotListen) as raised:
+            aiproxy.open_listener(settings)
+    assert str(raised.value).startswith("cannot listen on 127.0.0.1 port %d: " % port)
+
+
 def test_the_status_after_a_signal_is_0_though_the_end_fails():
     fail = "def stop(server): raise MemoryError()\naiproxy.Server.stop = stop\n"
     kill = "def banner(server): os.kill(os.getpid(), signal.SIGTERM)\naiproxy.print_banner = banner"
