@@ -2123,8 +2123,6 @@ class Headers:
 
     def elements(self, name):
         """The comma-separated elements of all fields of this name."""
-        if name not in self.first:
-            return []
         elements = [one.strip(b" \t") for one in b",".join(self.get_all(name)).split(b",")]
         return [one for one in elements if one]
 
