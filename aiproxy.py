@@ -4678,6 +4678,8 @@ def find_values(text, start, wanted):
         name_start = position
         if has_names:
             name, name_end = JSON.raw_decode(text, position)
+            if not name.isascii():          # `text` is UTF-8, read as Latin-1
+                name = json.loads(text[position:name_end].encode("latin-1"))
             position = JSON_GAP.match(text, name_end).end()
         called = wanted.get(name)
         if isinstance(called, dict):

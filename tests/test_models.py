@@ -623,3 +623,13 @@ def test_the_default_model_is_for_inference_paths(upstream, relay):
         assert running.ask("POST", path, b'{"x":1}').status == 200
     sent = [received.body for received in upstream.received]
     assert sent == [b'{"x":1}', b'{"model": "small", "x":1}']
+
+
+@pytest.mark.parametrize("name", ["\u952e", "\\u952e", "\u00e9", "\U0001f511"])
+def test_an_alias_below_a_name_of_another_script_is_replaced(upstream, relay, name):
+    running = relay(MODELS="m,fast=m")
+    tools = '[{"%s": {"model": "fast"}}]'
+    body = ('{"model": "m", "tools": ' + tools % name + "}").encode()
+
+    assert running.ask("POST", CHAT, body).status == 200
+    assert upstream.wait_for().body == body.replace(b"fast", b"m")
