@@ -211,7 +211,8 @@ def check_responses(checks, client):
             answer = client.responses.create(model=model, input="Once")
             assert answer.output_text.startswith(text)
             assert (answer.model, answer.status) == (model, "completed")
-            assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+            usage = answer.usage
+            assert usage.total_tokens == usage.input_tokens + usage.output_tokens
     with checks("response, stream"):
         events = list(client.responses.create(model=LLAMA, input="Once", stream=True))
         types = [event.type.replace("response.", "") for event in events]
