@@ -261,7 +261,7 @@ def say_close_notify(client):
     client.sock.settimeout(0)
     try:
         client.sock.unwrap()
-    except ssl.SSLWantReadError:
+    except ssl.SSLError:            # it has not said so itself, or has hung up already
         pass
     client.sock.settimeout(PATIENCE)
 
