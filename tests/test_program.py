@@ -617,13 +617,14 @@ def two_streams(upstream, relay):
         client.sock.close()
 
 
-def jobs_of(running):
+def jobs_of(running, clients):
     """The two jobs, in the order of the clients."""
     loop = running.server.relay_loop
     deadline = time.monotonic() + PATIENCE
     while len(loop.masks) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    return loop, sorted(loop.jobs, key=lambda job: job.client.fileno())
+    by_client = {job.client.sock.getpeername(): job for job in loop.jobs}
+    return loop, [by_client[client.sock.getsockname()] for client in clients]
 
 
 def fail_for(connection, function):
@@ -640,7 +641,7 @@ def fail_for(connection, function):
 @pytest.mark.parametrize("name", ["modify", "unregister"])
 def test_an_error_of_the_selector_ends_one_job_and_not_the_loop(two_streams, monkeypatch, name):
     running, (first, second), gate = two_streams
-    loop, (bad, good) = jobs_of(running)
+    loop, (bad, _) = jobs_of(running, (first, second))
     monkeypatch.setattr(loop.selector, name, fail_for(bad.client, getattr(loop.selector, name)))
     bad.unsent = b"x"       # so that the client is to be watched for more
     loop.submit(Caller(lambda: loop.guard(bad.set_state, bad.BLOCKED)))
@@ -654,7 +655,7 @@ def test_an_error_of_the_selector_ends_one_job_and_not_the_loop(two_streams, mon
 
 def test_a_selector_that_takes_no_more_ends_only_what_is_new(two_streams, upstream, monkeypatch):
     running, clients, gate = two_streams
-    loop, _ = jobs_of(running)
+    loop, _ = jobs_of(running, clients)
 
     def register(*args):
         raise OSError(28, "No space left on device")
@@ -678,7 +679,7 @@ def test_a_selector_that_fails_because_of_one_descriptor_goes_on_without_it(
     two_streams, monkeypatch
 ):
     running, (first, second), gate = two_streams
-    loop, (bad, good) = jobs_of(running)
+    loop, (bad, _) = jobs_of(running, (first, second))
     select = loop.selector.select
 
     def fail_while_bad(seconds):
