@@ -271,8 +271,9 @@ LOOPBACK = re.compile(
 LOOPBACK_HOST = re.compile(br"(?:%b)(?::[0-9]*)?" % LOOPBACK.pattern.encode(), re.I)
 
 # Where a proxy in front tells for whom it asks; in CDN-Loop a CDN names itself.
-FORWARDED_FIELDS = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"x-client-ip",
-                    b"true-client-ip", b"cf-connecting-ip", b"cdn-loop")
+FORWARDED_FIELDS = frozenset(
+    b"forwarded x-forwarded-for x-real-ip x-client-ip true-client-ip cf-connecting-ip "
+    b"cdn-loop".split())
 
 # A segment `.` or `..`, however it is encoded: RFC 3986 section 5.2.4 makes another path of it.
 SEPARATOR = r"(?:[/\\]|%(?:25)*(?:2f|5c))"
@@ -603,8 +604,8 @@ class Service:
     def complete_headers(self, headers, request, request_id, is_open_ended=False):
         """`headers` with what every response gets. `request` is None if it could not be read."""
         present = {name.lower(): value for name, value in headers}
-        date = email.utils.formatdate(usegmt=True)          # RFC 9110 section 6.6.1
-        more = [(b"Date", date.encode()), (b"x-request-id", request_id.encode("latin-1"))]
+        date = http_date(int(time.time()))
+        more = [(b"Date", date), (b"x-request-id", request_id.encode("latin-1"))]
         more += self.stream_headers(present, is_open_ended)
         more = [field for field in more if field[0].lower() not in present]
         return headers + more + self.cors_headers(request, self.settings, present)
@@ -612,6 +613,11 @@ class Service:
 
 def do_nothing(*arguments):
     """Where a section of part two may do more."""
+
+@functools.lru_cache(1)         # a second's requests share it
+def http_date(seconds):
+    """A time in seconds since 1970, as HTTP has it (RFC 9110 section 5.6.7)."""
+    return email.utils.formatdate(seconds, usegmt=True).encode()
 
 # ---- Handler: one request, top to bottom ---------------------------------------------------------
 
@@ -730,7 +736,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_head()                                   # 505 400 405 501 417
         if request.path == "*":                             # RFC 9110 section 9.3.7
             return self.send_response(204)
-        if any(answer(self) for answer in self.service.free_answers):
+        if self.is_answered_by(self.service.free_answers):
             return None
         self.service.prepare_request(self)
         self.check_caller()                                 # 403 400 401
@@ -768,7 +774,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_ourselves(self):
         """Is this answered without the upstream? See "Model list" and "Forgiving paths"."""
-        return any(answer(self) for answer in self.service.own_answers)
+        return self.is_answered_by(self.service.own_answers)
+
+    def is_answered_by(self, answers):
+        for answer in answers:
+            if answer(self):
+                return True
+        return False
 
     def check_path(self):
         """A method, so that the handler of a translated API can serve other paths."""
@@ -853,7 +865,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if job.outcome:         # the body is over: the upstream's connection is free for others
                 exchange.close()
             headers = downstream_headers(exchange.headers, self.settings)
-            announced_close = self.must_close()
             self.start_response(exchange.status, exchange.reason, headers, first_bytes,
                                 exchange.length, is_chunked)
             if not job.outcome:
@@ -863,7 +874,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
         self.is_whole = job.outcome == "ok"
-        self.close_connection = announced_close or self.must_close()
+        self.close_connection = self.announced_close or self.must_close()
         return None
 
     def must_close(self):
@@ -885,14 +896,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.ends_by_close = length is None and self.request.is_http10
         headers = self.service.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
-        headers += framing_headers(status, length, is_chunked, self.must_close())
+        self.announced_close = self.must_close()
+        headers += framing_headers(status, length, is_chunked, self.announced_close)
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client takes nothing for too long, or too slowly."""
-        pace = Pace(time.monotonic())
         sent = self.client.send_some(data)
+        if sent == len(data):
+            return
+        pace = Pace(time.monotonic())
         while sent < len(data):
             if not wait_ready(pace.patience(time.monotonic()), self.client, WRITE):
                 raise ClientGone("client_stalled")
@@ -909,7 +923,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.start_response(status, reason, list(headers), body, len(content))
         self.is_whole = True
         self.record.outcome = self.record.outcome or "ok"
-        self.close_connection = self.must_close()
+        self.close_connection = self.announced_close or self.must_close()
 
     def send_json(self, value, status=200):
         self.send_response(status, [JSON_TYPE], json.dumps(value).encode())
@@ -1067,7 +1081,7 @@ def check_host_allowed(request, settings, asks_for_others):
 
 def is_forwarded(headers):
     """Does a proxy in front say for whom it asks? See "Trusted proxies"."""
-    return any(name in headers for name in FORWARDED_FIELDS)
+    return headers.has_any(FORWARDED_FIELDS)
 
 def is_loopback_host(host):
     """Is this the value of a Host field that leads to this machine?"""
@@ -1239,12 +1253,12 @@ def upstream_headers(request, settings):
 
 def goes_up(low, request, settings):
     """May a field of this name, in lower case, go up as it came?"""
+    if settings.has_own_keys and low not in ALLOWED_REQUEST_FIELDS:
+        return False
     name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
     if low in request.headers.connection or name in DROPPED_REQUEST_FIELDS:
         return False
-    if name.startswith(DROPPED_REQUEST_PREFIXES) or name in request.own_fields:
-        return False
-    return not settings.has_own_keys or low in ALLOWED_REQUEST_FIELDS
+    return name not in request.own_fields and not name.startswith(DROPPED_REQUEST_PREFIXES)
 
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
@@ -1288,13 +1302,16 @@ class UpstreamRequest(urllib.request.Request):
         self.upload = upload
         self.wait = None
         self.on_interim = do_nothing
-        self.may_switch = any(name == b"Upgrade" for name, _ in fields)     # to a 101?
         length = len(prefix) if upload.done else upload.length
         self.is_chunked = length is None
         if self.is_chunked:
             fields.append((b"Transfer-Encoding", b"chunked"))
         elif length or method in ("POST", "PUT", "PATCH"):
             fields.append((b"Content-Length", b"%d" % length))
+
+    def asks_to_switch(self):
+        """May the upstream answer 101?"""
+        return any(name == b"Upgrade" for name, _ in self.fields)
 
 
 class UpstreamHandler(urllib.request.BaseHandler):
@@ -1556,7 +1573,7 @@ class Exchange:
         """The head of the final response, and what it says of the body."""
         while not self.first_line:
             self.read_one_head()
-        if self.status == 101 and not self.request.may_switch:
+        if self.status == 101 and not self.request.asks_to_switch():
             raise ProtocolError("it switched protocols unasked")
 
         is_http10 = self.first_line[0] == b"0"
@@ -2099,12 +2116,9 @@ class Headers:
 
     def __init__(self, pairs, raw=b""):
         self.raw = raw                      # the whole head
-        self.fields = []                    # pairs of name and value
-        self.first = {}                     # by lower-case name; of a repeated field the first
-        for name, value in pairs:
-            value = value.strip(b" \t")
-            self.fields.append((name, value))
-            self.first.setdefault(name.lower(), value)
+        self.fields = [(name, value.strip(b" \t")) for name, value in pairs]
+        # By lower-case name; of a repeated field the first.
+        self.first = {name.lower(): value for name, value in reversed(self.fields)}
         self.get = self.first.get
         self.has_duplicates = len(self.first) < len(self.fields)
         # `close`, and the names of fields that are for this hop alone.
@@ -2112,6 +2126,10 @@ class Headers:
 
     def __contains__(self, name):
         return name in self.first
+
+    def has_any(self, names):
+        """Is there a field of one of these names, a set of them in lower case?"""
+        return not names.isdisjoint(self.first)
 
     def get_all(self, name):
         """The values of all fields of this name, which is in lower case."""
@@ -2123,7 +2141,10 @@ class Headers:
 
     def elements(self, name):
         """The comma-separated elements of all fields of this name."""
-        elements = [one.strip(b" \t") for one in b",".join(self.get_all(name)).split(b",")]
+        values = self.get_all(name)
+        if not values:
+            return values
+        elements = [one.strip(b" \t") for one in b",".join(values).split(b",")]
         return [one for one in elements if one]
 
 
@@ -4400,8 +4421,10 @@ def asks_for_others(headers):
 
 def forwarded_clients(headers):
     """Everybody for whom a proxy in front says that it asks."""
+    if not headers.has_any(FORWARDED_FIELDS):
+        return []
     names = []
-    for field in FORWARDED_FIELDS[1:]:
+    for field in FORWARDED_FIELDS - {b"forwarded"}:
         names += headers.elements(field)
     for value in headers.get_all(b"forwarded"):
         names += FORWARDED_FOR.findall(value)
@@ -4534,9 +4557,12 @@ def check_content_coding(request):
 
     A misspelt field counts, too: CGI-like servers take `_` for `-`.
     """
-    codings = [(name.lower(), value.lower()) for name, value in request.headers.fields
-               if name.lower().replace(b"_", b"-") == b"content-encoding"]
-    if codings and codings != [(b"content-encoding", b"identity")]:
+    headers = request.headers
+    names = [name for name in headers.first if name.replace(b"_", b"-") == b"content-encoding"]
+    if not names:
+        return
+    codings = [value.lower() for value in headers.get_all(b"content-encoding")]
+    if names != [b"content-encoding"] or codings != [b"identity"]:
         raise ErrorResponse(415, "unsupported_encoding",
                             "The body must not be compressed here: its model has to be read.",
                             headers=[(b"Accept-Encoding", b"identity")])
@@ -4870,11 +4896,14 @@ def find_other_models(members):
     """Pairs of a path and a name: the models of a request besides `model`."""
     for name in MODEL_LISTS:
         others = members.get(name)
+        if others is None:
+            continue
         for other in others if isinstance(others, list) else [others]:
             check_other_model(name, other)
         yield from find_models(others, (name,), True)
     for name in ("tools", "plugins"):
-        yield from find_models(members.get(name), (name,), False)
+        if name in members:
+            yield from find_models(members[name], (name,), False)
 
 def check_other_model(name, other):
     """400 unless an item of `models` or `fallbacks` has a form that we know."""
@@ -5397,21 +5426,21 @@ def try_kept(handler, request):
     connection = handler.pool.acquire()
     if connection is None:
         return None
-    may_repeat = is_repeatable(request)
+    is_all_here = request.upload.done
     exchange = Exchange(connection, request, handler.keep)
     try:
         return handler.run_exchange(exchange)
     except (OSError, ProtocolError) as error:
         is_answered = isinstance(error, ProtocolError) or connection.buffer or exchange.interim
-        is_taken = exchange.bytes_sent and not may_repeat
+        is_taken = exchange.bytes_sent and not (is_all_here and is_repeatable(request))
         if is_answered or is_taken or isinstance(error, socket.timeout):
             raise response_error(error)
     return None
 
 def is_repeatable(request):
-    """May it be carried out twice, and is all of it here?"""
+    """May it be carried out twice?"""
     is_idempotent = any(name.lower() == b"idempotency-key" for name, _ in request.fields)
-    return request.upload.done and (is_idempotent or request.method in ("GET", "HEAD"))
+    return is_idempotent or request.method in ("GET", "HEAD")
 
 
 class Pool:
