@@ -73,7 +73,7 @@ RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
 import sys
 
-# The whole file must compile on those (3.5), so that they get here.
+# Python 3.5 must be able to compile the whole file, or its users get a SyntaxError instead.
 if sys.version_info < (3, 8):
     sys.exit("aiproxy needs Python 3.8 or newer, and this is %d.%d" % sys.version_info[:2])
 
@@ -115,6 +115,8 @@ import urllib.request
 __version__ = "1.0"
 
 # ==== Part one: the relay =========================================================================
+# Where two lines set the same name and the second says `part two`, the first is what remains
+# without that section.
 
 # ---- Settings and limits -------------------------------------------------------------------------
 # What an operator may change. An environment variable of the same name overrides the constant, and
@@ -180,8 +182,9 @@ MAX_INTERIM = 100       # 1xx interim responses before the real one
 
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
-PREFETCH_BYTES = 65536  # of a request's body, read before connecting; of an error's, searched
-PREFETCH_SECONDS = 0.5  # before its head goes down; and for at most so long
+PREFETCH_BYTES = 65536  # of a request's body, read before we connect; of an error's body, searched
+                        # for our key before its head goes down
+PREFETCH_SECONDS = 0.5  # that either is waited for
 MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a response is running
 
 TICK_SECONDS = 0.5      # between two looks at the time limits of all responses
@@ -345,7 +348,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings, listener=None):
         self.closing = False        # after a signal: no more clients, and none is kept alive
-        self.clients = set()        # the client connections, guarded by the condition
+        self.clients = set()        # the client connections; changed under the condition
         self.client_ended = threading.Condition()
         # By connection the handlers whose clients are idle, and since when. No lock: adding,
         # removing and copying are single steps of a dict, and the removal decides (mark_busy).
@@ -696,7 +699,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.head_deadline = self.record.began + HEAD_SECONDS
             self.service.begin_client(self)                 # 400
         begun = self.client.buffer.strip(b"\r\n")       # some send an empty line behind a body
-        if not begun and not self.client.has_decrypted():
+        if not begun:
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
             self.wait_idle(limit, is_first)         # a silent new client gets a 408
             if not self.client.fill():
@@ -714,7 +717,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def wait_idle(self, seconds, may_be_silent=False):
         """Wait for the next bytes of a client. Meanwhile its place can be had."""
         self.server.mark_idle(self)
-        arrived = wait_ready(seconds, self.client, READ)
+        arrived = wait_ready(self.client, READ, seconds)
         if arrived and not has_sent(self.client):   # idle to the end
             raise ClientGone("idle")
         is_evicted = not self.server.mark_busy(self)
@@ -723,7 +726,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_more_head(self):
         """Wait for more bytes of a head. A deadline for all of it stops a slowloris."""
-        if not wait_ready(self.head_deadline - time.monotonic(), self.client, READ):
+        if not wait_ready(self.client, READ, self.head_deadline - time.monotonic()):
             raise ErrorResponse(408, "request_timeout", "The head of the request did not arrive "
                                 "within %d seconds." % HEAD_SECONDS)
         if not self.client.fill():
@@ -735,19 +738,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
         if request.path == "*":                             # RFC 9110 section 9.3.7
-            return self.send_response(204)
+            self.send_response(204)
+            return
         if self.is_answered_by(self.service.free_answers):
-            return None
+            return
         self.service.prepare_request(self)
         self.check_caller()                                 # 403 400 401
         if self.answer_ourselves():                         # 404 429 502
-            return None
+            return
         self.check_path()                                   # 404 405
         self.run_checks()                                   # 400 403 429
         body = self.read_body()                             # 408 413 415 503 400 403
         exchange = self.ask_upstream(body)                  # 502 504
         del body                # it has gone up: nothing of it stays while the response streams
-        return self.relay(exchange)                         # 502
+        self.relay(exchange)                                # 502
 
     def check_head(self):
         """Is it well formed, and do we speak its version and its method?"""
@@ -799,7 +803,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return body
         self.observe_body()
         self.start_body(self.settings.max_body if self.settings.has_own_keys else None)     # 413
-        return self.upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)                     # 408
+        return self.upload.read_beginning(PREFETCH_BYTES, PREFETCH_SECONDS)                 # 408
 
     def observe_body(self):
         self.upload.observe = self.service.observe_request(self.record)
@@ -837,7 +841,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         settings = self.settings
         fields = self.service.edit_upstream_headers(
             upstream_headers(self.request, settings), settings)
-        fields = fields + settings.key_fields[key_index:key_index + 1]
+        if settings.key_fields:
+            fields = fields + [settings.key_fields[key_index]]
         request = UpstreamRequest(settings.upstream.url + target, method, fields, body, self.upload)
         request.wait = wait
         request.on_interim = functools.partial(self.service.on_interim, self)
@@ -854,7 +859,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         if exchange.status == 101:
-            return self.service.switch_protocols(self, exchange)
+            self.service.switch_protocols(self, exchange)
+            return
         try:
             secret_filter = self.service.check_for_key(exchange, self.settings)      # 502
             for check in self.service.response_checks:
@@ -875,7 +881,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.outcome = job.outcome
         self.is_whole = job.outcome == "ok"
         self.close_connection = self.announced_close or self.must_close()
-        return None
 
     def must_close(self):
         """Must the client connection end with this response? After an error of ours, always."""
@@ -908,7 +913,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         pace = Pace(time.monotonic())
         while sent < len(data):
-            if not wait_ready(pace.patience(time.monotonic()), self.client, WRITE):
+            if not wait_ready(self.client, WRITE, pace.patience(time.monotonic())):
                 raise ClientGone("client_stalled")
             count = self.client.send_some(memoryview(data)[sent:])
             pace.add(count, time.monotonic())
@@ -971,7 +976,8 @@ def wait_for_upstream(client, connection, mask, seconds):
     """
     deadline = time.monotonic() + seconds
     while True:
-        ready = wait_ready(seconds, connection, mask, client if is_worth_watching(client) else None)
+        watched = client if is_worth_watching(client) else None
+        ready = wait_ready(connection, mask, seconds, watched)
         if not ready:
             raise socket.timeout()
         if client in ready and has_disconnected(client):
@@ -1028,8 +1034,7 @@ def check_method(request, settings):
     """405 for TRACE, which would echo keys, and CONNECT, which would make an open proxy of us."""
     message = "The method %s is not served here." % request.method[:20]
     if request.method in NEVER_METHODS:
-        allow = (b"Allow", ", ".join(METHODS).encode())
-        raise ErrorResponse(405, "method_not_allowed", message, headers=[allow])
+        raise ErrorResponse(405, "method_not_allowed", message, headers=[allow_header(METHODS)])
     if settings.has_own_keys and request.method not in METHODS:
         raise ErrorResponse(501, "method_not_allowed", message)
 
@@ -1053,7 +1058,8 @@ def is_plain_path(path):
     """Do all servers read this path in the same way? No empty start, dot segments, odd escapes."""
     if not path.startswith("/") or path.startswith("//"):
         return False
-    return not BAD_ESCAPE.search(path) and not DOT_SEGMENT.search(path)
+    may_have_dots = "." in path or "%" in path
+    return not BAD_ESCAPE.search(path) and not (may_have_dots and DOT_SEGMENT.search(path))
 
 def check_expectation(request):
     expectation = request.headers.get(b"expect", b"").lower()
@@ -1141,13 +1147,13 @@ def check_path_allowed(request, settings, suggest_path):
         if request.method not in methods and not takes_any:
             raise ErrorResponse(405, "method_not_allowed",
                                 "This path takes %s." % ", ".join(methods),
-                                headers=[allow_header(request.path, settings)])
+                                headers=[allow_header(methods)])
     if settings.upstream.map_path(request.path) is None:
         raise ErrorResponse(404, "not_found",
                             "The upstream's base URL has a path, so only /v1/... can be called.")
 
-def allow_header(path, settings):
-    return (b"Allow", ", ".join(allowed_methods(path, settings.paths)).encode())
+def allow_header(methods):
+    return (b"Allow", ", ".join(methods).encode())
 
 def allowed_methods(path, rules):
     """The methods that `rules`, pairs of a method and a path's pattern, allow on `path`."""
@@ -1210,9 +1216,9 @@ class Upload:
         self.check_limit()
         return piece
 
-    def read_up_to(self, most, seconds=math.inf):
+    def read_beginning(self, enough, seconds=math.inf):
         """All of the body if it is small and comes soon enough, else its beginning."""
-        return join_pieces(read_pieces(self, self.wait, most, seconds))
+        return join_pieces(read_pieces(self, self.wait, enough, seconds))
 
     def wait(self, seconds=math.inf, other=None):
         """Wait for more, for `seconds` at most, or until `other` can be read.
@@ -1220,7 +1226,7 @@ class Upload:
         Raises ErrorResponse 408 for a client below the minimum data rate.
         """
         began = time.monotonic()
-        ready = wait_ready(min(self.patience(), seconds), self.client, READ, other)
+        ready = wait_ready(self.client, READ, min(self.patience(), seconds), other)
         self.add_wait(time.monotonic() - began, bool(ready))
 
     def patience(self):
@@ -1476,7 +1482,7 @@ class Exchange:
         self.body = None
         self.prefetched = b""
 
-    def wait(self, seconds=math.inf, mask=READ):
+    def wait(self, mask=READ, seconds=math.inf):
         self.request.wait(self.connection, mask, min(seconds, self.request.timeout))
 
     # -- up
@@ -1497,7 +1503,7 @@ class Exchange:
             if waits_for is None:
                 return
             if waits_for is self.connection:
-                self.wait(mask=READ | WRITE)
+                self.wait(READ | WRITE)
             else:
                 request.upload.wait(other=self.connection)
             if self.has_responded():
@@ -1598,14 +1604,14 @@ class Exchange:
                       if not holds_secret(b"\n".join(field), secrets)]
             self.headers = Headers(fields)
 
-    def prefetch(self, most, seconds):
-        """Read up to `most` bytes of the body, for `seconds` at most, into `prefetched`.
+    def prefetch(self, enough, seconds):
+        """Read the body into `prefetched` until that is `enough` bytes, for `seconds` at most.
 
         A body that breaks off is left as it is: the next to read it will see that.
         """
         pieces = []
         with contextlib.suppress(OSError, ProtocolError):       # socket.timeout is one, too
-            for piece in read_pieces(self.body, self.wait, most, seconds):
+            for piece in read_pieces(self.body, self.wait, enough, seconds):
                 pieces.append(piece)
         self.prefetched = b"".join(pieces)
 
@@ -1673,13 +1679,15 @@ class RelayLoop(threading.Thread):
     def submit(self, job):
         """Hand a job to the loop: from now on its sockets and buffers are the loop's."""
         self.submitted.append(job)
+        self.wake()
+
+    def wake(self):
         with contextlib.suppress(OSError):      # it has been woken already
             self.wakeup_writer.send(b"!")
 
     def close(self):
         self.closed = True
-        with contextlib.suppress(OSError):
-            self.wakeup_writer.send(b"!")
+        self.wake()
 
     def run_and_wait(self, job):
         job.ended = threading.Event()
@@ -1857,7 +1865,7 @@ class ResponseJob(Job):
     def start(self):
         self.heard = self.loop.now
         self.set_state(self.RELAYING)
-        if self.upstream.has_pending():
+        if self.upstream.buffer:
             self.on_upstream(READ)
 
     def set_state(self, state):
@@ -1874,10 +1882,12 @@ class ResponseJob(Job):
 
     def on_upstream(self, mask):
         """Some of the body is here, or its end: relay it before more is read."""
-        while mask & READ and self.state == self.RELAYING:
+        if not mask & READ:
+            return
+        while self.state == self.RELAYING:
             self.heard = self.loop.now
             self.send(self.next_bytes())
-            if self.state == self.ENDED or not self.upstream.has_pending():
+            if not self.upstream.buffer:
                 return
 
     def on_client(self, mask):
@@ -1888,7 +1898,7 @@ class ResponseJob(Job):
             return self.finish("client_gone")
         if self.unsent:
             self.send(b"")
-        if self.state == self.RELAYING and self.upstream.has_pending():
+        if self.state == self.RELAYING and self.upstream.buffer:
             self.on_upstream(READ)
         if self.state != self.ENDED:
             self.set_state(self.state)
@@ -1975,47 +1985,22 @@ class ResponseJob(Job):
         elif self.state == self.RELAYING:
             self.on_silence(self)
 
-
-def is_worth_watching(client):
-    """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
-    return len(client.buffer) < MAX_PIPELINED_BYTES
-
-def has_sent(client):
-    """Is something of an idle client here? Else it is silent, or has left. Nothing is read."""
-    try:
-        return bool(peek(client))
-    except OSError:                 # BlockingIOError is one, too
-        return False
-
-def peek(client):
-    """The first byte that has come and is not read yet, b"" at the end. Of TLS, as it travels."""
-    # Not the method of the class for TLS, which takes no flags.
-    return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
-
-def has_disconnected(client):
-    """Has a client left that is readable while a response is under way?
-
-    If not, it has sent its next request early (pipelining), which is kept for later.
-    """
-    try:
-        return not client.fill()
-    except OSError:
-        client.ended = True
-        return True
-
 # ---- HTTP on the wire ----------------------------------------------------------------------------
 # One reader of heads and one of bodies, strict, for both sides. What breaks the rules is a
 # ProtocolError; whoever asked knows whose message it was.
 
 class BufferedSocket:
-    """A non-blocking socket, plain or TLS, with the bytes read from it and not used yet."""
+    """A non-blocking socket, plain or TLS, with the bytes read from it and not used yet.
+
+    A read takes more than a TLS record holds (16 KB), so TLS keeps back no decrypted bytes, which
+    no selector would see.
+    """
 
     def __init__(self, sock):
         sock.setblocking(False)
         self.sock = sock
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.buffer = b""
-        self.was_filled = False             # did the last read give as much as it could?
         self.ended = False                  # the peer has ended its sending side
 
     def fileno(self):
@@ -2043,14 +2028,6 @@ class BufferedSocket:
 
     # -- reading and writing what is possible now
 
-    def has_decrypted(self):
-        """Does TLS hold bytes that are decrypted already? No selector sees those."""
-        return self.was_filled and self.is_tls and self.sock.pending() > 0
-
-    def has_pending(self):
-        """Is there something to read without asking the system?"""
-        return bool(self.buffer) or self.has_decrypted()
-
     def receive(self):
         """Up to READ_SIZE new bytes; b"" at the end, None if there are none yet.
 
@@ -2065,7 +2042,6 @@ class BufferedSocket:
                 self.ended = True
                 raise ClosedEarly()
             raise
-        self.was_filled = len(data) == READ_SIZE
         self.ended = not data
         return data
 
@@ -2086,15 +2062,11 @@ class BufferedSocket:
             pass
         return sent
 
-def wait_ready(seconds, connection, mask, other=None):
+def wait_ready(connection, mask, seconds, other=None):
     """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read.
 
     Returns those that are; none after `seconds`.
     """
-    if mask & READ and connection.has_decrypted():
-        return [connection]
-    if other and other.has_decrypted():
-        return [other]
     if not hasattr(select, "poll"):         # Windows
         selector = selectors.SelectSelector()
         selector.register(connection, mask)
@@ -2108,6 +2080,35 @@ def wait_ready(seconds, connection, mask, other=None):
         poll.register(other.fileno(), select.POLLIN)
     ready = poll.poll(max(0, seconds) * 1000)
     return [connection if found == number else other for found, _ in ready]
+
+# -- watching a client while its response is under way, or nothing is
+
+def is_worth_watching(client):
+    """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
+    return len(client.buffer) < MAX_PIPELINED_BYTES
+
+def has_sent(client):
+    """Is something of an idle client here? Else it is silent, or has left. Nothing is read."""
+    try:
+        return bool(peek(client))
+    except OSError:                 # BlockingIOError is one, too
+        return False
+
+def peek(client):
+    """The first byte that has come and is not read yet, b"" at the end. Of TLS, as it travels."""
+    # Not the method of the class for TLS, which takes no flags.
+    return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
+
+def has_disconnected(client):
+    """Has a client left that is readable while a response is under way?
+
+    If not, it has sent its next request early (pipelining), which is kept for later.
+    """
+    try:
+        return not client.fill()
+    except OSError:
+        client.ended = True
+        return True
 
 # -- heads
 
@@ -2169,8 +2170,8 @@ def read_head(connection, first_line, read_more):
     while True:
         end = connection.buffer.find(b"\r\n\r\n", searched)
         head = connection.buffer[:end] if end >= 0 else connection.buffer
-        if end < 0 or end > MAX_LINE:
-            check_unfinished(head, searched, first_line)
+        if end < 0 or end > MAX_LINE:       # not all here, or large
+            check_beginning(head, searched, first_line)
         if end >= 0:
             parsed = parse_head(head, first_line)
             connection.buffer = connection.buffer[end + 4:]
@@ -2178,7 +2179,7 @@ def read_head(connection, first_line, read_more):
         searched = max(0, len(connection.buffer) - 3)       # the end may have begun
         read_more()
 
-def check_unfinished(head, searched, first_line):
+def check_beginning(head, searched, first_line):
     """Only what is new since `searched` is looked at: a slow head must not cost quadratic time."""
     line_end = head.find(b"\r\n")
     if line_end > MAX_LINE or (line_end < 0 and len(head) > MAX_LINE):
@@ -2256,6 +2257,7 @@ class BodyReader:
     """
 
     length = None                   # bytes, where the head declares them
+    remaining = 0                   # bytes that are sure to come: of the body, or of a chunk
 
     def __init__(self, connection):
         self.connection = connection
@@ -2286,21 +2288,21 @@ class BodyReader:
         raise ClosedEarly()
 
 
-def read_pieces(body, wait, most, seconds=math.inf):
-    """Yield what comes of a body within `seconds`, until it is `most` bytes or more.
+def read_pieces(body, wait, enough, seconds=math.inf):
+    """Yield what comes of a body within `seconds`, until it is `enough` bytes or more.
 
-    `wait(seconds)` sleeps until there may be more.
+    `wait(seconds=...)` sleeps until there may be more.
     """
     deadline = time.monotonic() + seconds
-    while not body.done and most > 0:
+    while not body.done and enough > 0:
         piece = body.read()
         yield piece
-        most -= len(piece)
+        enough -= len(piece)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             return
         if not piece and not body.done:
-            wait(remaining)
+            wait(seconds=remaining)
 
 
 def join_pieces(pieces):
@@ -2640,6 +2642,7 @@ def numeric_host(host):
 LIKE_KEY = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
 VISIBLE = r"[\x21-\x7e]*"
+
 def clean(text):
     """Without the quotes around all of it: Docker's env files keep them."""
     text = text.strip()
@@ -3502,7 +3505,7 @@ def begin_tls(handler):
                             "HTTP: the URL must begin with https://.")
 
     def wait(connection, mask):
-        if not wait_ready(handler.head_deadline - time.monotonic(), connection, mask):
+        if not wait_ready(connection, mask, handler.head_deadline - time.monotonic()):
             raise ClientGone()
 
     client.complete(client.sock.do_handshake, wait)
@@ -3510,7 +3513,7 @@ def begin_tls(handler):
 def send_close_notify(handler):
     """Tell the client that nothing is missing (RFC 8446 section 6.1). It need not answer."""
     def wait(connection, mask):
-        if mask == READ or not wait_ready(STALL_SECONDS, connection, mask):
+        if mask == READ or not wait_ready(connection, mask, STALL_SECONDS):
             raise ClientGone()
 
     if handler.client.is_tls:
@@ -3754,9 +3757,10 @@ def answer_options(handler):
     settings = handler.settings
     if handler.request.method != "OPTIONS" or not settings.has_own_keys:
         return False
-    if not allowed_methods(path, settings.paths) or settings.upstream.map_path(path) is None:
+    methods = allowed_methods(path, settings.paths)
+    if not methods or settings.upstream.map_path(path) is None:
         return False
-    handler.send_response(204, [allow_header(path, settings)])
+    handler.send_response(204, [allow_header(methods)])
     return True
 
 # ---- CORS ----------------------------------------------------------------------------------------
@@ -6439,16 +6443,13 @@ class Direction:
         """Pass on what is here; where the source has ended, pass that on as well. OSError."""
         if self.is_over:
             return
-        while not self.is_over:
-            # A piece is read when the sink has taken all before it: back-pressure.
-            self.unsent = self.unsent or self.receive() or b""
-            if self.unsent:
-                sent = self.sink.send_some(self.unsent)
-                self.unsent = self.unsent[sent:]
-                self.bytes += sent
-            self.is_over = self.source.ended and not self.unsent
-            if self.unsent or not self.source.has_decrypted():
-                break
+        # A piece is read when the sink has taken all before it: back-pressure.
+        self.unsent = self.unsent or self.receive() or b""
+        if self.unsent:
+            sent = self.sink.send_some(self.unsent)
+            self.unsent = self.unsent[sent:]
+            self.bytes += sent
+        self.is_over = self.source.ended and not self.unsent
         # SSLSocket can only end both: a TLS side learns of it when the tunnel closes.
         if self.is_over and not self.sink.is_tls:
             with contextlib.suppress(OSError):
@@ -6720,7 +6721,7 @@ def ask_for_models(server, index):
 
 def wait_alone(connection, mask, seconds):
     """What `wait_for_upstream` does, without a client to watch."""
-    if not wait_ready(max(seconds, 0), connection, mask):
+    if not wait_ready(connection, mask, seconds):
         raise socket.timeout()
 
 # ---- Several processes ---------------------------------------------------------------------------

@@ -907,8 +907,8 @@ def test_an_idle_client_that_has_just_hung_up_makes_room(relay, monkeypatch):
     has_hung_up = threading.Event()
     wait_ready = aiproxy.wait_ready
 
-    def late(seconds, *args):
-        ready = wait_ready(seconds, *args)
+    def late(connection, mask, seconds, other=None):
+        ready = wait_ready(connection, mask, seconds, other)
         if seconds == aiproxy.IDLE_SECONDS:
             has_hung_up.set()
             assert gate.wait(PATIENCE)

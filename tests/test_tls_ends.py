@@ -2,12 +2,14 @@
 
 Unless the API itself has said that the stream is over: some providers' edges close so.
 """
+import socket
 import ssl
 import threading
 
 import pytest
 
-from support import CHAT, PATIENCE, Upstream, make_certificate, server_tls
+import aiproxy
+from support import CHAT, PATIENCE, Upstream, client_tls, make_certificate, server_tls
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 DELTA = b'data: {"delta":"hello"}\n\n'
@@ -112,3 +114,23 @@ def test_a_heartbeat_behind_the_last_event_changes_nothing(certificate, relay, m
         assert reply.complete
         assert b"error" not in reply.body
         assert running.wait_for_record()["outcome"] == "ok"
+
+
+def test_tls_keeps_back_no_bytes_that_no_selector_would_see(certificate):
+    near, far = socket.socketpair()
+    content = b"x" * 1000000
+
+    def serve():
+        with server_tls(*certificate).wrap_socket(far, server_side=True) as server:
+            server.sendall(content)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    received = 0
+    with client_tls().wrap_socket(near) as sock:
+        connection = aiproxy.BufferedSocket(sock)
+        while received < len(content):
+            assert aiproxy.wait_ready(connection, aiproxy.READ, PATIENCE)
+            received += len(connection.receive() or b"")
+            assert sock.pending() == 0
+    server.join(PATIENCE)

@@ -461,7 +461,7 @@ def test_only_the_beginning_of_a_streamed_upload_is_buffered_however_fast_it_arr
 
     def wait_and_read(upload):
         if not upload.client.buffer:
-            aiproxy.wait_ready(PATIENCE, upload.client, aiproxy.READ)
+            aiproxy.wait_ready(upload.client, aiproxy.READ, PATIENCE)
         return read(upload)
 
     def ask_and_note(handler, prefix):

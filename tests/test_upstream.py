@@ -137,7 +137,7 @@ def test_an_idle_connection_that_closed_or_sent_bytes_is_not_reused(either, rela
 def wait_until_readable(idle):
     """Wait until the upstream's action has reached the relay's end of the one idle connection."""
     ((connection, _),) = idle
-    assert aiproxy.wait_ready(PATIENCE, connection, aiproxy.READ)
+    assert aiproxy.wait_ready(connection, aiproxy.READ, PATIENCE)
 
 
 def close_from_the_second_request_on(upstream):
