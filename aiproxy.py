@@ -549,56 +549,58 @@ class Service:
         self.upstream_handler = UpstreamHandler(settings)
         self.opener = urllib.request.OpenerDirector()       # without a handler for redirects
         self.opener.add_handler(self.upstream_handler)
+        self.warnings = []                  # for the banner
+        self.proxy = ""                     # in front of the upstream
         self.set_hooks()
         install_features(self)              # where part two enters
 
     def set_hooks(self):
-        """What part two may replace or add to."""
+        """What part two may replace or add to, in the order in which a request meets it."""
+        # Of a client's connection.
         self.wrap_client = lambda sock: sock    # what to serve an accepted client through
         self.make_room = self.server.has_room   # (socket, address): is there a place for it?
-        self.forget_client = do_nothing     # (socket): it has gone
-        self.refuse = self.server.send_busy     # (socket, record), where there is no room
-        self.may_linger = lambda: True      # may one that was refused linger?
-        self.begin_client = do_nothing      # (handler), before the first head is read
-        self.end_client = do_nothing        # (handler), when nothing is missing at its end
-        self.must_linger = do_nothing       # (handler): must its client be read on from?
-        self.linger = do_nothing            # (socket, address): it has an answer, and may send on
-        # Of a request, in the order in which they are called. (handler) unless said otherwise.
-        self.normalize_path = lambda path, rules: path          # the path that the client meant
+        self.refuse = self.server.send_busy     # (socket, record), where there is none
+        self.begin_client = do_nothing          # (handler), before the first head is read
+        self.end_client = do_nothing            # (handler), when nothing is missing at its end
+        self.must_linger = lambda handler: False    # must its client be read on from?
+        self.may_linger = lambda: True          # may one that was refused linger?
+        self.linger = do_nothing                # (socket, address): it has an answer, and may send
+        self.forget_client = do_nothing         # (socket): it has gone
+        # Of a request. Those in a list that answer it return True.
         self.find_client = lambda address, headers: address     # whose request is it?
-        self.free_answers = []              # did it answer, whoever asks?
-        self.prepare_request = do_nothing   # before its client key is looked for
+        self.normalize_path = lambda path, rules: path          # the path that the client meant
+        self.free_answers = []                  # (handler): answer whoever asks
+        self.prepare_request = do_nothing       # (handler), before its client key is looked for
         self.asks_for_others = is_forwarded     # (headers): for others than this machine?
-        self.check_origin = refuse_pages    # (request, settings): 403 for a page that is not let in
-        self.own_answers = []               # did it answer a client that may ask?
+        self.check_origin = refuse_pages        # (request, settings): 403 for a page not let in
+        self.own_answers = []                   # (handler): answer a client that may ask
         self.suggest_path = lambda path, rules: ""      # what to add to a 404
-        self.checks = []                    # before the body is read; may raise
-        self.read_whole_body = do_nothing   # a body that is here before it goes up; None for others
-        self.observe_request = do_nothing   # (record): what to call with each piece of the others
-        self.on_body_gone = do_nothing      # (upload): it has gone up, or its request is over
+        self.checks = []                        # (handler), before the body is read; may raise
+        # Of its body.
+        self.read_whole_body = lambda handler: None     # all of it, if it must be here first
+        self.observe_request = lambda record: None      # what to call with each piece of others
+        self.on_body_gone = do_nothing          # (upload): it has gone up, or its request is over
+        # On the way up.
         self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
         self.use_key = lambda send: send(0)     # calls it with the index of a provider key
+        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
+        self.on_interim = do_nothing            # (handler, status, headers): a 1xx response
         # Of its response.
-        self.on_interim = do_nothing        # (handler, status, headers): a 1xx response
-        self.switch_protocols = None        # (handler, exchange): what to do after a 101
-        self.check_for_key = check_for_key  # (exchange, settings): a filter for its body, or None
-        self.response_checks = []           # (handler, exchange), before its head goes down
-        self.make_job = ResponseJob         # (handler, exchange, is_chunked, filter): its job
+        self.switch_protocols = None            # (handler, exchange): what to do after a 101
+        self.check_for_key = check_for_key      # (exchange, settings): a filter for its body, None
+        self.response_checks = []               # (handler, exchange), before its head goes down
+        self.make_job = ResponseJob             # (handler, exchange, is_chunked, filter): its job
+        self.observe_response = lambda record: None     # what to call with each piece of it
+        self.follow_events = lambda job, handler: None  # its EventStream, if it is one
+        self.on_silence = do_nothing            # (job): called while the upstream is silent
         # Header fields to add. `present` has those that are there, by names in lower case.
         self.stream_headers = lambda present, is_open_ended: []
         self.cors_headers = lambda request, settings, present: []
         # (path, error, request_id): what the body of an error in the API there is the JSON of
         self.error_body = lambda path, error, request_id: {"error": error_object(error)}
-        self.observe_response = do_nothing  # (record): what to call with each piece of its body
-        self.add_heartbeats = lambda wait, send: wait   # what to wait with for an event
-        self.follow_events = do_nothing     # (job, handler): its EventStream, if it is one
-        self.on_silence = do_nothing        # (job): called while the upstream is silent
         # Of the service itself.
-        self.on_tick = do_nothing           # (now), twice a second
-        self.retire = do_nothing            # another one has taken its place
-        # For the banner.
-        self.warnings = []
-        self.proxy = ""                     # in front of the upstream
+        self.on_tick = do_nothing               # (now), twice a second
+        self.retire = do_nothing                # another one has taken its place
 
     def render_error(self, error, record):
         """The body of an error response, in the form of the API that was called."""
@@ -615,7 +617,7 @@ class Service:
 
 
 def do_nothing(*arguments):
-    """Where a section of part two may do more."""
+    """What is called where nothing needs to be done."""
 
 @functools.lru_cache(1)         # a second's requests share it
 def http_date(seconds):
