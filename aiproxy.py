@@ -333,10 +333,6 @@ class ClientGone(Exception):
         super().__init__(outcome)
         self.outcome = outcome
 
-
-class CannotListen(Exception):
-    """The address or the port cannot be had."""
-
 # ---- Server: accepting clients -------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
@@ -509,7 +505,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def open_listener(settings):
-    """The listening socket. CannotListen says why it cannot be had."""
+    """The listening socket. OSError says why it cannot be had."""
     host = "AIPROXY_HOST"           # what it holds, unless it is an address, may be a key
     try:
         found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
@@ -524,7 +520,7 @@ def open_listener(settings):
         reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             reason += " (AIPROXY_PORT sets another)"
-        raise CannotListen("cannot listen on %s port %d: %s" % (host, settings.port, reason))
+        raise OSError("cannot listen on %s port %d: %s" % (host, settings.port, reason))
 
 def hang_up(sock):
     """End the connection of a socket that another thread is using."""
@@ -749,7 +745,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.answer_ourselves():                         # 404 429 502
             return
         self.check_path()                                   # 404 405
-        self.run_checks()                                   # 400 403 429
+        for check in self.service.checks:
+            check(self)                                     # 400 403 429
         body = self.read_body()                             # 408 413 415 503 400 403
         exchange = self.ask_upstream(body)                  # 502 504
         del body                # it has gone up: nothing of it stays while the response streams
@@ -792,10 +789,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A method, so that the handler of a translated API can serve other paths."""
         check_path_allowed(self.request, self.settings, self.service.suggest_path)
 
-    def run_checks(self):
-        for check in self.service.checks:
-            check(self)
-
     # -- the request's body
 
     def read_body(self):
@@ -803,12 +796,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.service.read_whole_body(self)            # 415 413 408 503 400 403
         if body is not None:
             return body
-        self.observe_body()
+        self.upload.observe = self.service.observe_request(self.record)
         self.start_body(self.settings.max_body if self.settings.has_own_keys else None)     # 413
         return self.upload.read_beginning(PREFETCH_BYTES, PREFETCH_SECONDS)                 # 408
-
-    def observe_body(self):
-        self.upload.observe = self.service.observe_request(self.record)
 
     def start_body(self, limit):
         """The body may come, up to `limit` bytes: tell so a client that waits to hear it."""
@@ -1089,7 +1079,7 @@ def check_host_allowed(request, settings, asks_for_others):
 
 def is_forwarded(headers):
     """Does a proxy in front say for whom it asks? See "Trusted proxies"."""
-    return headers.has_any(FORWARDED_FIELDS)
+    return not FORWARDED_FIELDS.isdisjoint(headers.first)
 
 def is_loopback_host(host):
     """Is this the value of a Host field that leads to this machine?"""
@@ -2130,10 +2120,6 @@ class Headers:
     def __contains__(self, name):
         return name in self.first
 
-    def has_any(self, names):
-        """Is there a field of one of these names, a set of them in lower case?"""
-        return not names.isdisjoint(self.first)
-
     def get_all(self, name):
         """The values of all fields of this name, which is in lower case."""
         if name not in self.first:
@@ -2554,12 +2540,6 @@ def write_all(stream, text):
             stream.write(text)
             stream.flush()
 
-def open_standard_streams():
-    """The null device for each that is closed: else a socket would get its number, and its text."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-
 # A word that may be a key which we do not know: a caller's own.
 KEY_LIKE_WORD = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
 
@@ -2774,9 +2754,8 @@ OPTIONS = (
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
            "one line per request on stdout: text, json or off"),
 )
-# Where platforms name the port.
-PORT_VARIABLES = ("PORT", "FC_SERVER_PORT", "FC_CUSTOM_LISTEN_PORT")
-OTHER_VARIABLES = {"AIPROXY_PORT": PORT_VARIABLES}      # by option: where else it may be set
+OTHER_VARIABLES = {     # by option: where else it may be set; here, where platforms name the port
+    "AIPROXY_PORT": ("PORT", "FC_SERVER_PORT", "FC_CUSTOM_LISTEN_PORT")}
 SEPARATORS = {}     # by option: what stands between the items of its list, if not a comma
 # Steps by which sections of part two read more: (settings), may raise SettingError.
 MORE_SETTINGS = []
@@ -2893,7 +2872,6 @@ class Settings:
 
 def main():
     """Run as a program. Returns its exit status: 1 if it cannot run, 2 for a wrong setting."""
-    open_standard_streams()
     run = serve
     try:
         run = read_command_line(os.environ)     # part two: Command line
@@ -2921,7 +2899,7 @@ def serve(settings, on_start=()):
         # musl's 128 KiB is too little for JSON; more is never used.
         threading.stack_size(1 << 20)
         server = make_server(settings)
-    except (CannotListen, OSError, RuntimeError) as error:      # no descriptors, or no threads
+    except (OSError, RuntimeError) as error:      # no descriptors, or no threads
         reason = getattr(error, "strerror", None) or error
         write_all(sys.stderr, "aiproxy: %s\n" % reason)
         return 1
@@ -2977,7 +2955,7 @@ def install_features(service):
 
 # ---- Command line --------------------------------------------------------------------------------
 # Does: reads the options; --check, --version and --help, which serve nobody. (Part one ignores all
-# options.)
+# options, and needs stdout and stderr.)
 # Touches: the environment, before the settings are read from it.
 # Entered: `read_command_line` in main().
 # Needs: Quotes and empty values.
@@ -3016,8 +2994,15 @@ def make_parser():
         add("--" + name, help="AIPROXY_" + name.upper())
     return parser
 
+def open_standard_streams():
+    """The null device for each that is closed: else a socket would get its number, and its text."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
 def read_command_line(environ):
     """What to do with the settings, which it puts into the environment. Raises SettingError."""
+    open_standard_streams()
     parser = make_parser()
     options = parser.parse_args()
     if options.help or options.version:
@@ -4427,7 +4412,7 @@ def asks_for_others(headers):
 
 def forwarded_clients(headers):
     """Everybody for whom a proxy in front says that it asks."""
-    if not headers.has_any(FORWARDED_FIELDS):
+    if FORWARDED_FIELDS.isdisjoint(headers.first):
         return []
     names = []
     for field in FORWARDED_FIELDS - {b"forwarded"}:
@@ -4529,7 +4514,7 @@ def read_whole_body(handler):
         return read_inspected_body(handler, apply_body_rules)
     if not handler.service.needs_whole_bodies:
         return None
-    handler.observe_body()
+    handler.upload.observe = handler.service.observe_request(handler.record)
     return hold_body(handler)
 
 def read_inspected_body(handler, edit):
@@ -6591,7 +6576,7 @@ def warnings(server):
     yield from warn_of_others_names(settings)
     if "CLOUDFLARE_API_TOKEN" in settings.environ and not settings.upstream.provider.handler:
         yield "CLOUDFLARE_API_TOKEN is not used: AIPROXY_UPSTREAM is not workers-ai"
-    is_on_platform = any(name in settings.environ for name in PORT_VARIABLES)
+    is_on_platform = any(name in settings.environ for name in OTHER_VARIABLES["AIPROXY_PORT"])
     if is_loopback(settings.host) and is_on_platform:
         yield "on this platform AIPROXY_HOST=0.0.0.0 is needed to be reached"
 
@@ -6653,7 +6638,7 @@ def check_live(options, settings):
         not_listening = socket.socket()
         not_listening.bind(("127.0.0.1", 0))
         server = Server(settings, not_listening)
-    except (CannotListen, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         write_all(sys.stderr, "aiproxy: %s\n" % error)
         return 1
     if settings.provider_keys:
