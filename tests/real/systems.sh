@@ -96,7 +96,7 @@ test_wine() {
 }
 
 wine_pytest() { # Wine's Python wants pipes, not files
-  timeout 400 wine "$1" -m pytest -q -p no:cacheprovider "${core[@]}" \
+  timeout 900 wine "$1" -m pytest -q -p no:cacheprovider "${core[@]}" \
     -k "not tls and not test_an_http10_client_sees_an_incomplete_body_by_a_reset" </dev/null 2>&1 | cat
 }
 
