@@ -505,7 +505,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def open_listener(settings):
-    """The listening socket. CannotListen says why it cannot be had."""
+    """The listening socket, on the first address of a name. CannotListen says why there is none."""
     host = "AIPROXY_HOST"           # what it holds, unless it is an address, may be a key
     try:
         found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
@@ -528,8 +528,16 @@ def hang_up(sock):
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 def is_loopback(address):
-    """Is this an address or a name of this machine?"""
+    """Is this plainly an address or a name of this machine? In doubt it is not."""
     return LOOPBACK.fullmatch(address) is not None
+
+def may_be_loopback(host):
+    """Might a listener on this host be for this machine only? In doubt it might, as by `127.1`."""
+    try:
+        found = socket.getaddrinfo(host, 0, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return True
+    return is_loopback(host) or any(is_loopback(address[0]) for *_, address in found)
 
 
 class Service:
@@ -2850,7 +2858,7 @@ class Settings:
             is_transparent and self.upstream.surely_wants_key)
         is_unguarded = not (self.is_guarded_by_keys or self.open)
         self.is_guarded_by_loopback = is_unguarded and not is_transparent
-        self.wants_loopback_host = is_unguarded and is_loopback(self.host)
+        self.wants_loopback_host = is_unguarded and may_be_loopback(self.host)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
