@@ -64,8 +64,8 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     it or the request is one that may be repeated; or (b) it refused our key, and there is another.
     Anything else might be done, and paid, twice. (`try_kept`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
-    client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
-    meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
+    client that moves nothing. Hold one piece at most for a slow client: not reading its upstream
+    meanwhile is back-pressure. (`read_more_head`, `Pace`, `ResponseJob`)
 10. Search what comes down for the provider key: an upstream may repeat the one that it rejects.
     (`Exchange.drop_fields_with`, `check_for_key`)
 
@@ -168,7 +168,7 @@ BODY_RATE = 1024        # bytes a second that it must reach after that: the mini
                         # also of a client that is behind with its response
 IDLE_SECONDS = 910      # for a kept-alive client to send its next request: load balancers keep a
                         # connection for up to 15 minutes, and answer 502 if we close first
-STALL_SECONDS = 60      # for a client that takes no byte of its response: nginx's send_timeout
+STALL_SECONDS = 60      # for a client that moves no byte of a body: nginx's limit, both ways
 SHUTDOWN_SECONDS = 1    # for cut responses to be seen cut, once the grace time is over
 
 MAX_FIELDS = 100        # header fields: what Apache allows
@@ -899,7 +899,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client takes nothing for too long, or too slowly."""
-        pace = Pace(time.monotonic())
+        pace = Pace(time.monotonic(), STALL_SECONDS)
         sent = self.client.send_some(data)
         while sent < len(data):
             if not wait_ready(pace.patience(time.monotonic()), self.client, WRITE):
@@ -1167,7 +1167,7 @@ def error_object(error):
 # ---- The request's body --------------------------------------------------------------------------
 
 class Upload:
-    """A request's body as the client sends it: bounded by `limit`, not slower than BODY_RATE."""
+    """A request's body as the client sends it: bounded by `limit`, and not too slow."""
 
     def __init__(self, client, reader):
         self.client = client
@@ -1176,7 +1176,8 @@ class Upload:
         self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
-        self.waited = 0.0                   # seconds spent waiting for the client
+        self.waited = 0.0                   # seconds spent waiting for the client: no others
+        self.pace = Pace(0.0, BODY_GRACE)   # count for its pace
         self.observe = None                 # called with each piece
 
     def check_limit(self):
@@ -1199,6 +1200,7 @@ class Upload:
             raise ClientGone()
         self.done = self.reader.done
         self.received += len(piece)
+        self.pace.add(len(piece), self.waited)
         if self.observe:
             self.observe(piece)
         self.check_limit()
@@ -1211,21 +1213,19 @@ class Upload:
     def wait(self, seconds=math.inf, other=None):
         """Wait for more, for `seconds` at most, or until `other` can be read.
 
-        Raises ErrorResponse 408 for a client below the minimum data rate.
+        Raises ErrorResponse 408 for a client that is silent, or below the minimum data rate.
         """
         began = time.monotonic()
-        ready = wait_ready(min(self.patience(), seconds), self.client, READ, other)
+        patience = min(self.pace.patience(self.waited), seconds)
+        ready = wait_ready(patience, self.client, READ, other)
         self.add_wait(time.monotonic() - began, bool(ready))
-
-    def patience(self):
-        """For how many seconds the client may be waited for, as fast as it has been so far."""
-        return BODY_GRACE + self.received / BODY_RATE - self.waited
 
     def add_wait(self, seconds, has_more=False):
         self.waited += seconds
-        if not has_more and self.patience() <= 0:
-            raise ErrorResponse(408, "request_timeout",
-                                "The body came more slowly than %d bytes a second." % BODY_RATE)
+        if not has_more and self.pace.patience(self.waited) <= 0:
+            raise ErrorResponse(
+                408, "request_timeout", "The body came more slowly than %d bytes a second, or not "
+                "at all for %d seconds." % (BODY_RATE, STALL_SECONDS))
 
 
 # ---- Header fields up and down -------------------------------------------------------------------
@@ -1782,25 +1782,25 @@ class Job:
 
 
 class Pace:
-    """How fast a client that is behind takes its response, since the moment `now`.
+    """How fast a client moves a body since the moment `now`, while it is the one waited for.
 
-    Every STALL_SECONDS it must take something, and after the first of them BODY_RATE on average: a
-    byte a minute keeps no place.
+    Every STALL_SECONDS it must move something, and after `grace` seconds BODY_RATE on average: a
+    byte a minute keeps no place, nor does a fast beginning.
     """
 
-    def __init__(self, now):
-        self.began = now
+    def __init__(self, now, grace):
+        self.free_until = now + grace
         self.last = now
-        self.taken = 0                      # bytes
+        self.moved = 0                      # bytes
 
     def add(self, count, now):
         if count:
             self.last = now
-            self.taken += count
+            self.moved += count
 
     def patience(self, now):
         """For how many seconds the client may be waited for."""
-        deadline = self.began + STALL_SECONDS + self.taken / BODY_RATE
+        deadline = self.free_until + self.moved / BODY_RATE
         return min(self.last + STALL_SECONDS, deadline) - now
 
 
@@ -1932,7 +1932,7 @@ class ResponseJob(Job):
             self.last_taken = self.loop.now
         self.unsent = data[sent:]
         if self.unsent:
-            self.pace = self.pace or Pace(self.loop.now)
+            self.pace = self.pace or Pace(self.loop.now, STALL_SECONDS)
             self.pace.add(sent, self.loop.now)
         else:
             self.pace = None
@@ -2080,8 +2080,9 @@ class BufferedSocket:
 def wait_ready(seconds, connection, mask, other=None):
     """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read.
 
-    Returns those that are; none after `seconds`.
+    Returns those that are; none after `seconds`, or after a day, where poll might not take more.
     """
+    seconds = min(max(0, seconds), 86400)
     if mask & READ and connection.has_decrypted():
         return [connection]
     if other and other.has_decrypted():
@@ -2097,7 +2098,7 @@ def wait_ready(seconds, connection, mask, other=None):
     poll.register(number, POLL_EVENTS[mask])
     if other:
         poll.register(other.fileno(), select.POLLIN)
-    ready = poll.poll(max(0, seconds) * 1000)
+    ready = poll.poll(seconds * 1000)
     return [connection if found == number else other for found, _ in ready]
 
 # -- heads
