@@ -2487,8 +2487,8 @@ class Log:
 
     def add_secrets(self, secrets):
         self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
-        words = [secret.decode() for secret in secrets]
-        self.secrets = self.secrets + [word for word in words if word not in self.secrets]
+        words = {secret.decode() for secret in secrets}
+        self.secrets = longest_first(words.union(self.secrets))
 
     def start(self):
         """See "Queued log"."""
@@ -2504,7 +2504,7 @@ class Log:
         self.put(sys.stdout, make_line(values))
 
     def warn(self, text):
-        self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
+        self.put(sys.stderr, "aiproxy: " + one_line(self.redact(text, 2000)))
 
     def put(self, stream, line, end="\n"):
         write_all(stream, line + end)
@@ -2528,6 +2528,16 @@ class Log:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
+
+def longest_first(secrets):
+    """The order to mask secrets in: of a longer one the rest would stay behind a shorter one."""
+    return sorted(secrets, key=len, reverse=True)
+
+def one_line(text):
+    """Text with escapes for what would end its line or could move a terminal's cursor."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 def write_all(stream, text):
     """Write text to stdout or stderr, in whatever state it is. See also "Raw output"."""
@@ -3368,7 +3378,7 @@ class Reloader:
             settings, fixed = self.read(server.settings, environ)
         except SettingError as error:
             server.log.warn("nothing has changed, because the new settings cannot be used: %s"
-                            % error)
+                            % " ".join(str(error).split()))
             return
         replace_service(server, settings)
         server.log.warn("the settings have been read again and are in force")
@@ -5673,7 +5683,7 @@ class MaskedBody:
     def __init__(self, body, values):
         self.body = body
         self.length = body.length
-        self.patterns = [escaped_pattern(value) for value in values]
+        self.patterns = [escaped_pattern(value) for value in longest_first(values)]
         self.filter = SecretFilter(values)
         self.waiting = b""                  # the end of what came, if a value may begin in it
 
@@ -7807,7 +7817,7 @@ def clean_message(message, secrets):
     return redact_message(message, secrets)[:MAX_MESSAGE_SHOWN]
 
 def redact_message(text, secrets):
-    for secret in secrets:
+    for secret in longest_first(secrets):
         text = re.sub(re.escape(secret), "***", text, flags=re.I)
     return text
 
