@@ -322,6 +322,10 @@ class ClosedEarly(ConnectionError):
         super().__init__("it closed the connection early")
 
 
+class TimedOut(OSError):
+    """A limit of ours has passed. Not socket.timeout: since 3.10 that is the kernel's limit, too."""
+
+
 class ClientGone(Exception):
     """The client has left, or takes nothing: nobody is left to answer. `outcome` is for the log."""
 
@@ -961,13 +965,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def wait_for_upstream(client, connection, mask, seconds):
     """Sleep until the upstream's connection is ready. ClientGone if the client leaves first.
 
-    socket.timeout after `seconds`.
+    TimedOut after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while True:
         ready = wait_ready(seconds, connection, mask, client if is_worth_watching(client) else None)
         if not ready:
-            raise socket.timeout()
+            raise TimedOut()
         if client in ready and has_disconnected(client):
             raise ClientGone()
         if connection in ready:
@@ -1350,7 +1354,7 @@ def upstream_error(code, message, headers=()):
 
 def response_error(error):
     """What a client gets to read when the upstream gave no response."""
-    if isinstance(error, socket.timeout):
+    if isinstance(error, TimedOut):
         return upstream_error("upstream_timeout",
                               "The upstream did not answer within the time set by AIPROXY_TIMEOUT.")
     message = "The upstream hung up without a response."
@@ -1360,7 +1364,7 @@ def response_error(error):
 
 def connect_error(error):
     """What a client gets to read when there is no way to the upstream."""
-    if isinstance(error, socket.timeout):
+    if isinstance(error, TimedOut):
         return upstream_error("upstream_timeout", "The upstream could not be reached within the "
                               "time set by AIPROXY_CONNECT_TIMEOUT.")
     check_tls_error(error)                  # part two: TLS errors in words
@@ -1595,7 +1599,7 @@ class Exchange:
         A body that breaks off is left as it is: the next to read it will see that.
         """
         pieces = []
-        with contextlib.suppress(OSError, ProtocolError):       # socket.timeout is one, too
+        with contextlib.suppress(OSError, ProtocolError):       # TimedOut is one, too
             for piece in read_pieces(self.body, self.wait, most, seconds):
                 pieces.append(piece)
         self.prefetched = b"".join(pieces)
@@ -5423,7 +5427,7 @@ def try_kept(handler, request):
     except (OSError, ProtocolError) as error:
         is_answered = isinstance(error, ProtocolError) or connection.buffer or exchange.interim
         is_taken = exchange.bytes_sent and not may_repeat
-        if is_answered or is_taken or isinstance(error, socket.timeout):
+        if is_answered or is_taken or isinstance(error, TimedOut):
             raise response_error(error)
     return None
 
@@ -6004,7 +6008,7 @@ def wait_with_heartbeats(seconds, wait, send):
             left = deadline - time.monotonic()
             try:
                 return wait(connection, mask, min(left, seconds))
-            except socket.timeout:
+            except TimedOut:
                 if left <= seconds:
                     raise
                 send(HEARTBEAT)
@@ -6711,7 +6715,7 @@ def ask_for_models(server, index):
 def wait_alone(connection, mask, seconds):
     """What `wait_for_upstream` does, without a client to watch."""
     if not wait_ready(max(seconds, 0), connection, mask):
-        raise socket.timeout()
+        raise TimedOut()
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Does: AIPROXY_WORKERS processes share the listener, each on a CPU of its own. The parent serves
@@ -7983,7 +7987,7 @@ class WorkersHandler(Handler):
             seconds = min(seconds, max(deadline - time.monotonic(), 0))
             try:
                 wait_for_upstream(self.client, connection, mask, seconds)
-            except socket.timeout:
+            except TimedOut:
                 raise upstream_error("upstream_timeout", "The model list did not come in time.")
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
@@ -8109,7 +8113,7 @@ class WorkersHandler(Handler):
         try:
             piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
         except (OSError, ProtocolError) as error:
-            code = "upstream_timeout" if isinstance(error, socket.timeout) else "upstream_died"
+            code = "upstream_timeout" if isinstance(error, TimedOut) else "upstream_died"
             return translator.end(upstream_error(code, BROKEN_OFF))
         return translator.feed(piece) if piece else translator.end()
 

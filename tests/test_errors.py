@@ -3,8 +3,10 @@
 Error responses of the upstream are relayed as they are, unless they would reveal the provider key.
 """
 
+import errno
 import gzip
 import json
+import os
 import socket
 import threading
 import time
@@ -466,6 +468,21 @@ def test_an_upstream_without_a_good_response_is_named_as_the_cause(
     assert reply.get("x-should-retry") is None
     assert len(upstream.received) == 1
     assert running.wait_for_record()["outcome"] == code
+
+
+def test_a_timeout_of_the_kernels_is_not_called_one_of_ours():
+    """TCP gives a connection up when nobody acknowledges; Python 3.10 made that a socket.timeout."""
+    error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    lost = aiproxy.response_error(error)
+    unreachable = aiproxy.connect_error(error)
+
+    assert (lost.status, lost.code) == (502, "upstream_bad_response")
+    assert (unreachable.status, unreachable.code) == (502, "upstream_unreachable")
+    assert "timed out" in unreachable.message.lower()
+    assert "AIPROXY_" not in lost.message + unreachable.message
+
+    for make in (aiproxy.response_error, aiproxy.connect_error):
+        assert make(aiproxy.TimedOut()).code == "upstream_timeout"
 
 
 def test_a_malformed_length_in_a_response_to_HEAD_is_a_502(upstream, hidden):
