@@ -323,7 +323,7 @@ class ClosedEarly(ConnectionError):
 
 
 class TimedOut(OSError):
-    """A limit of ours has passed. Not socket.timeout: since 3.10 that is the kernel's limit, too."""
+    """A limit of ours has passed. (Since 3.10 socket.timeout is the kernel's ETIMEDOUT, too.)"""
 
 
 class ClientGone(Exception):
@@ -471,12 +471,7 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
         deadline = time.monotonic() + self.settings.grace
-        self.socket.setblocking(False)
-        with contextlib.suppress(OSError):
-            # Whoever is in the listener's queue counts as accepted, not whoever still comes.
-            for _ in range(LISTEN_QUEUE):
-                self.process_request(*self.get_request())
-        self.socket.close()
+        self.accept_queue(deadline)
         while self.clients and time.monotonic() < deadline:
             for handler, since in self.idle.copy().values():
                 if time.monotonic() - since >= 0.5:
@@ -489,6 +484,21 @@ class Server(http.server.ThreadingHTTPServer):
         with self.client_ended:
             self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS)
         self.log.close(max(0.1, deadline - time.monotonic()))
+
+    def accept_queue(self, deadline):
+        """Whoever is in the listener's queue counts as accepted, not whoever still comes."""
+        self.socket.setblocking(False)
+        for _ in range(LISTEN_QUEUE):
+            try:
+                client = self.get_request()
+            except BlockingIOError:         # nobody is left in it
+                break
+            except OSError:                 # this one has left, or no descriptor is free
+                if time.monotonic() > deadline:
+                    break
+                continue
+            self.process_request(*client)
+        self.socket.close()
 
     def close(self):
         """Hang up on all clients and end all threads: for a Server inside of a longer program."""
@@ -2931,10 +2941,15 @@ def serve(settings, on_start=()):
         server.handle_request()
     # An ordinary exit would wait for the client threads, and some of them may still be busy with
     # streams that have just been cut.
+    status = 1
     try:
         server.stop()
+        status = 0
+    except Exception as error:              # a fault of ours
+        server.report_fault(error)
+        server.log.close(SHUTDOWN_SECONDS)
     finally:
-        os._exit(0)
+        os._exit(status)
 
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
