@@ -692,8 +692,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error_response(ErrorResponse(error.status, "bad_request", error.message))
         except ClientGone as gone:
             self.record.outcome = gone.outcome
-        except OSError:                     # only the client's own socket is unguarded
-            self.record.outcome = "client_gone"
         except Exception as error:          # a fault of ours: the log gets its place, no values
             self.server.report_fault(error)
             self.send_error_response(ErrorResponse(
@@ -715,7 +713,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not begun and not self.client.has_decrypted():
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
             self.wait_idle(limit, is_first)         # a silent new client gets a 408
-            if not self.client.fill():
+            if has_disconnected(self.client):
                 raise ClientGone("idle")
         self.record.began = time.monotonic()
         if not is_first:
@@ -742,7 +740,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not wait_ready(self.head_deadline - time.monotonic(), self.client, READ):
             raise ErrorResponse(408, "request_timeout", "The head of the request did not arrive "
                                 "within %d seconds." % HEAD_SECONDS)
-        if not self.client.fill():
+        if has_disconnected(self.client):
             raise ClientGone()
 
     def answer_request(self):
@@ -912,15 +910,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_to_client(render_head(first_line, headers) + first_bytes)
 
     def send_to_client(self, data):
-        """Send all of it. ClientGone if the client takes nothing for too long, or too slowly."""
+        """Send all of it. ClientGone if the client has left, or takes nothing, or too slowly."""
         pace = Pace(time.monotonic(), STALL_SECONDS)
-        sent = self.client.send_some(data)
-        while sent < len(data):
-            if not wait_ready(pace.patience(time.monotonic()), self.client, WRITE):
-                raise ClientGone("client_stalled")
-            count = self.client.send_some(memoryview(data)[sent:])
+        unsent = memoryview(data)
+        while unsent:
+            try:
+                count = self.client.send_some(unsent)
+            except OSError:
+                raise ClientGone()
+            unsent = unsent[count:]
             pace.add(count, time.monotonic())
-            sent += count
+            if unsent and not wait_ready(pace.patience(time.monotonic()), self.client, WRITE):
+                raise ClientGone("client_stalled")
 
     def send_response(self, status, headers=(), content=b""):
         """Send a response that we have as a whole. The connection lives on if all is well."""
@@ -949,7 +950,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.send_response(error.status, error.headers + [JSON_TYPE],
                                self.service.render_error(error, self.record))
-        except (OSError, ClientGone):
+        except ClientGone:
             self.record.outcome = "client_gone"
 
     def name_broken_request(self):
@@ -1998,9 +1999,9 @@ def peek(client):
     return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
 
 def has_disconnected(client):
-    """Has a client left that is readable while a response is under way?
+    """Has a client left that is readable? If not, what it has sent is in its buffer now.
 
-    If not, it has sent its next request early (pipelining), which is kept for later.
+    While a response is under way that is its next request, sent early (pipelining).
     """
     try:
         return not client.fill()
@@ -3514,17 +3515,22 @@ def begin_tls(handler):
     """The handshake, in the client's own thread and the time of its first head."""
     client = handler.client
     handler.wait_idle(HEAD_SECONDS)
-    if peek(client) != TLS_HANDSHAKE:
-        # What it sends is read, and what it gets is sent, on the connection below the TLS.
-        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
-        raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
-                            "HTTP: the URL must begin with https://.")
 
     def wait(connection, mask):
         if not wait_ready(handler.head_deadline - time.monotonic(), connection, mask):
             raise ClientGone()
 
-    client.complete(client.sock.do_handshake, wait)
+    try:
+        speaks_tls = peek(client) == TLS_HANDSHAKE
+        if speaks_tls:
+            client.complete(client.sock.do_handshake, wait)
+    except OSError:                     # it has left, or takes none of the TLS that we speak
+        raise ClientGone()
+    if not speaks_tls:
+        # What it sends is read, and what it gets is sent, on the connection below the TLS.
+        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
+        raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
+                            "HTTP: the URL must begin with https://.")
 
 def send_close_notify(handler):
     """Tell the client that nothing is missing (RFC 8446 section 6.1). It need not answer."""

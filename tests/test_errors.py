@@ -666,9 +666,12 @@ def test_a_transparent_relay_relays_errors_about_the_clients_key(upstream, relay
     assert reply.body == ERROR
 
 
-def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, monkeypatch, capfd):
+@pytest.mark.parametrize("kind", [ValueError, OSError, BlockingIOError, ConnectionResetError])
+def test_an_internal_error_logs_its_place_and_not_its_values(
+    upstream, relay, monkeypatch, capfd, kind
+):
     def fail(self):
-        raise ValueError("no place for sk-hidden-key")
+        raise kind("no place for sk-hidden-key")
 
     monkeypatch.setattr(aiproxy.Handler, "check_path", fail)
     running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
@@ -677,10 +680,26 @@ def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, mo
 
     assert running.wait_for_record()["outcome"] == "internal_error"
     output = capfd.readouterr().err
-    assert "ValueError: no place for *** at " in output
+    assert kind.__name__ + ": no place for *** at " in output
     assert "fail:" in output
     assert "sk-hidden" not in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("step", ["fill", "send_some"])
+def test_a_clients_broken_connection_is_no_internal_error(relay, monkeypatch, capfd, step):
+    def fail(self, *data):
+        raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+    running = relay()
+    monkeypatch.setattr(aiproxy.BufferedSocket, step, fail)
+    with running.client() as client:
+        client.request("GET", "/health")
+        assert client.ended()
+
+    if step == "send_some":
+        assert running.wait_for_record()["outcome"] == "client_gone"
+    assert "fault" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["before the head", "in the relay loop"])
