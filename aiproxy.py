@@ -754,12 +754,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         self.service.prepare_request(self)
         self.check_caller()                                 # 403 400 401
-        if self.answer_ourselves():                         # 404 429 502
+        if self.answer_ourselves():                         # 404 400 403 429 502 504
             return None
         self.check_path()                                   # 404 405
         self.run_checks()                                   # 400 403 429
         body = self.read_body()                             # 408 413 415 503 400 403
-        exchange = self.ask_upstream(body)                  # 502 504
+        exchange = self.ask_upstream(body)                  # 400 408 413 502 504
         del body                # it has gone up: nothing of it stays while the response streams
         return self.relay(exchange)                         # 502
 
@@ -807,7 +807,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return body
         self.observe_body()
         self.start_body(self.settings.max_body if self.settings.has_own_keys else None)     # 413
-        return self.upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)                     # 408
+        return self.upload.read_up_to(PREFETCH_BYTES, PREFETCH_SECONDS)         # 400 408 413
 
     def observe_body(self):
         self.upload.observe = self.service.observe_request(self.record)
@@ -824,7 +824,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- to the upstream
 
     def ask_upstream(self, body):
-        """The exchange with the head of its response. ErrorResponse 502 or 504 if there is none."""
+        """The exchange with the head of its response. ErrorResponse 502 or 504 if there is none.
+
+        400, 408 or 413 if what is still to come of the body breaks off, or breaks a rule.
+        """
         target = self.settings.upstream.map_path(self.request.path) + self.request.query
         return self.open_exchange(self.request.method, target, body)
 
@@ -1202,7 +1205,10 @@ class Upload:
                                 "allowed by AIPROXY_MAX_BODY." % self.limit)
 
     def read(self):
-        """The bytes of the body that are here, decoded; b"" for none, or at its end (`done`)."""
+        """The bytes of the body that are here, decoded; b"" for none, or at its end (`done`).
+
+        Raises ErrorResponse 400 or 413, ClientGone for a connection that is broken.
+        """
         try:
             piece = self.reader.read()
         except ProtocolError as error:
@@ -1323,7 +1329,8 @@ class UpstreamRequest(urllib.request.Request):
 class UpstreamHandler(urllib.request.BaseHandler):
     """urllib's way to HTTP and HTTPS upstreams. It returns an Exchange, whatever the status.
 
-    What goes wrong is an ErrorResponse, 502 or 504, or what the request's `wait` raises.
+    What goes wrong is an ErrorResponse, 502 or 504, or what the `wait` and the `upload` of the
+    request raise.
     """
 
     def __init__(self, settings):
@@ -4560,7 +4567,7 @@ def hold_body(handler):
     most = handler.settings.max_body
     handler.start_body(most)                                # 413
     pieces = handler.service.body_budget.count(handler.upload, BODIES_HELD * most)
-    return join_pieces(pieces)                              # 408 503
+    return join_pieces(pieces)                              # 400 408 413 503
 
 def needs_body_inspection(handler):
     """Does a setting want the body looked into? The path decides, never the content type."""
