@@ -471,7 +471,16 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
         deadline = time.monotonic() + self.settings.grace
-        self.accept_queue(deadline)
+        self.socket.setblocking(False)
+        # Whoever is in the listener's queue counts as accepted, not whoever still comes.
+        for _ in range(LISTEN_QUEUE):
+            try:
+                self.process_request(*self.get_request())
+            except OSError as error:        # this one has left, or no descriptor is free
+                is_empty = isinstance(error, BlockingIOError)
+                if is_empty or time.monotonic() > deadline:
+                    break
+        self.socket.close()
         while self.clients and time.monotonic() < deadline:
             for handler, since in self.idle.copy().values():
                 if time.monotonic() - since >= 0.5:
@@ -484,21 +493,6 @@ class Server(http.server.ThreadingHTTPServer):
         with self.client_ended:
             self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS)
         self.log.close(max(0.1, deadline - time.monotonic()))
-
-    def accept_queue(self, deadline):
-        """Whoever is in the listener's queue counts as accepted, not whoever still comes."""
-        self.socket.setblocking(False)
-        for _ in range(LISTEN_QUEUE):
-            try:
-                client = self.get_request()
-            except BlockingIOError:         # nobody is left in it
-                break
-            except OSError:                 # this one has left, or no descriptor is free
-                if time.monotonic() > deadline:
-                    break
-                continue
-            self.process_request(*client)
-        self.socket.close()
 
     def close(self):
         """Hang up on all clients and end all threads: for a Server inside of a longer program."""
@@ -547,11 +541,10 @@ def is_loopback(address):
 
 def may_be_loopback(host):
     """Might a listener on this host be for this machine only? In doubt it might, as by `127.1`."""
-    try:
+    with contextlib.suppress(OSError, UnicodeError):
         found = socket.getaddrinfo(host, 0, 0, socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return True
-    return is_loopback(host) or any(is_loopback(address[0]) for *_, address in found)
+        return is_loopback(host) or any(is_loopback(address[0]) for *_, address in found)
+    return True
 
 
 class Service:
@@ -824,10 +817,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- to the upstream
 
     def ask_upstream(self, body):
-        """The exchange with the head of its response. ErrorResponse 502 or 504 if there is none.
-
-        400, 408 or 413 if what is still to come of the body breaks off, or breaks a rule.
-        """
+        """The exchange with the head of its response, or ErrorResponse 400 408 413 502 504."""
         target = self.settings.upstream.map_path(self.request.path) + self.request.query
         return self.open_exchange(self.request.method, target, body)
 
@@ -1205,10 +1195,7 @@ class Upload:
                                 "allowed by AIPROXY_MAX_BODY." % self.limit)
 
     def read(self):
-        """The bytes of the body that are here, decoded; b"" for none, or at its end (`done`).
-
-        Raises ErrorResponse 400 or 413, ClientGone for a connection that is broken.
-        """
+        """The bytes of the body that are here, decoded; b"" for none, or at its end (`done`)."""
         try:
             piece = self.reader.read()
         except ProtocolError as error:
@@ -1329,8 +1316,7 @@ class UpstreamRequest(urllib.request.Request):
 class UpstreamHandler(urllib.request.BaseHandler):
     """urllib's way to HTTP and HTTPS upstreams. It returns an Exchange, whatever the status.
 
-    What goes wrong is an ErrorResponse, 502 or 504, or what the `wait` and the `upload` of the
-    request raise.
+    What goes wrong is an ErrorResponse, 502 or 504, or raised by the request's `wait` or `upload`.
     """
 
     def __init__(self, settings):
@@ -2503,14 +2489,14 @@ class Log:
 
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
-        self.secrets = []
+        self.secrets = []               # longest first: behind a shorter one its end would stay
         self.longest = 3                # characters that one may take, percent-encoded
         self.add_secrets(secrets)
 
     def add_secrets(self, secrets):
         self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
         words = {secret.decode() for secret in secrets}
-        self.secrets = longest_first(words.union(self.secrets))
+        self.secrets = sorted(words.union(self.secrets), key=len, reverse=True)
 
     def start(self):
         """See "Queued log"."""
@@ -2526,7 +2512,10 @@ class Log:
         self.put(sys.stdout, make_line(values))
 
     def warn(self, text):
-        self.put(sys.stderr, "aiproxy: " + one_line(self.redact(text, 2000)))
+        """On one line, with escapes for what could end it or move a terminal's cursor."""
+        letters = self.redact(text, 2000)
+        line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in letters)
+        self.put(sys.stderr, "aiproxy: " + line)
 
     def put(self, stream, line, end="\n"):
         write_all(stream, line + end)
@@ -2550,16 +2539,6 @@ class Log:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
-
-def longest_first(secrets):
-    """The order to mask secrets in: of a longer one the rest would stay behind a shorter one."""
-    return sorted(secrets, key=len, reverse=True)
-
-def one_line(text):
-    """Text with escapes for what would end its line or could move a terminal's cursor."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 def write_all(stream, text):
     """Write text to stdout or stderr, in whatever state it is. See also "Raw output"."""
@@ -2951,15 +2930,14 @@ def serve(settings, on_start=()):
         server.handle_request()
     # An ordinary exit would wait for the client threads, and some of them may still be busy with
     # streams that have just been cut.
-    status = 1
     try:
         server.stop()
-        status = 0
+        os._exit(0)
     except Exception as error:              # a fault of ours
         server.report_fault(error)
         server.log.close(SHUTDOWN_SECONDS)
     finally:
-        os._exit(status)
+        os._exit(1)
 
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
@@ -5717,7 +5695,8 @@ class MaskedBody:
     def __init__(self, body, values):
         self.body = body
         self.length = body.length
-        self.patterns = [escaped_pattern(value) for value in longest_first(values)]
+        longest_first = sorted(values, key=len, reverse=True)
+        self.patterns = [escaped_pattern(value) for value in longest_first]
         self.filter = SecretFilter(values)
         self.waiting = b""                  # the end of what came, if a value may begin in it
 
@@ -7851,7 +7830,7 @@ def clean_message(message, secrets):
     return redact_message(message, secrets)[:MAX_MESSAGE_SHOWN]
 
 def redact_message(text, secrets):
-    for secret in longest_first(secrets):
+    for secret in sorted(secrets, key=len, reverse=True):
         text = re.sub(re.escape(secret), "***", text, flags=re.I)
     return text
 
