@@ -64,8 +64,8 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     it or the request is one that may be repeated; or (b) it refused our key, and there is another.
     Anything else might be done, and paid, twice. (`try_kept`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
-    client that takes nothing. Hold one piece at most for a slow client: not reading its upstream
-    meanwhile is back-pressure. (`read_more_head`, `Upload.wait`, `ResponseJob`)
+    client that moves nothing. Hold one piece at most for a slow client: not reading its upstream
+    meanwhile is back-pressure. (`read_more_head`, `Pace`, `ResponseJob`)
 10. Search what comes down for the provider key: an upstream may repeat the one that it rejects.
     (`Exchange.drop_fields_with`, `check_for_key`)
 
@@ -170,7 +170,7 @@ BODY_RATE = 1024        # bytes a second that it must reach after that: the mini
                         # also of a client that is behind with its response
 IDLE_SECONDS = 910      # for a kept-alive client to send its next request: load balancers keep a
                         # connection for up to 15 minutes, and answer 502 if we close first
-STALL_SECONDS = 60      # for a client that takes no byte of its response: nginx's send_timeout
+STALL_SECONDS = 60      # for a client that moves no byte of a body: nginx's limit, both ways
 SHUTDOWN_SECONDS = 1    # for cut responses to be seen cut, once the grace time is over
 
 MAX_FIELDS = 100        # header fields: what Apache allows
@@ -326,6 +326,10 @@ class ClosedEarly(ConnectionError):
         super().__init__("it closed the connection early")
 
 
+class TimedOut(OSError):
+    """A limit of ours has passed. (Since 3.10 socket.timeout is the kernel's ETIMEDOUT, too.)"""
+
+
 class ClientGone(Exception):
     """The client has left, or takes nothing: nobody is left to answer. `outcome` is for the log."""
 
@@ -468,10 +472,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop accepting, let running requests end within the grace time, then cut them visibly."""
         deadline = time.monotonic() + self.settings.grace
         self.socket.setblocking(False)
-        with contextlib.suppress(OSError):
-            # Whoever is in the listener's queue counts as accepted, not whoever still comes.
-            for _ in range(LISTEN_QUEUE):
+        # Whoever is in the listener's queue counts as accepted, not whoever still comes.
+        for _ in range(LISTEN_QUEUE):
+            try:
                 self.process_request(*self.get_request())
+            except OSError as error:        # this one has left, or no descriptor is free
+                is_empty = isinstance(error, BlockingIOError)
+                if is_empty or time.monotonic() > deadline:
+                    break
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
             for handler, since in self.idle.copy().values():
@@ -505,7 +513,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def open_listener(settings):
-    """The listening socket. OSError says why it cannot be had."""
+    """The listening socket, on the first address of a name. OSError says why there is none."""
     host = "AIPROXY_HOST"           # what it holds, unless it is an address, may be a key
     try:
         found = socket.getaddrinfo(settings.host, settings.port, 0, socket.SOCK_STREAM)[0]
@@ -528,8 +536,15 @@ def hang_up(sock):
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 def is_loopback(address):
-    """Is this an address or a name of this machine?"""
+    """Is this plainly an address or a name of this machine? In doubt it is not."""
     return LOOPBACK.fullmatch(address) is not None
+
+def may_be_loopback(host):
+    """Might a listener on this host be for this machine only? In doubt it might, as by `127.1`."""
+    with contextlib.suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(host, 0, 0, socket.SOCK_STREAM)
+        return is_loopback(host) or any(is_loopback(address[0]) for *_, address in found)
+    return True
 
 
 class Service:
@@ -677,8 +692,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error_response(ErrorResponse(error.status, "bad_request", error.message))
         except ClientGone as gone:
             self.record.outcome = gone.outcome
-        except OSError:                     # only the client's own socket is unguarded
-            self.record.outcome = "client_gone"
         except Exception as error:          # a fault of ours: the log gets its place, no values
             self.server.report_fault(error)
             self.send_error_response(ErrorResponse(
@@ -700,7 +713,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not begun:
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
             self.wait_idle(limit, is_first)         # a silent new client gets a 408
-            if not self.client.fill():
+            if has_disconnected(self.client):
                 raise ClientGone("idle")
         self.record.began = time.monotonic()
         if not is_first:
@@ -727,7 +740,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not wait_ready(self.client, READ, self.head_deadline - time.monotonic()):
             raise ErrorResponse(408, "request_timeout", "The head of the request did not arrive "
                                 "within %d seconds." % HEAD_SECONDS)
-        if not self.client.fill():
+        if has_disconnected(self.client):
             raise ClientGone()
 
     def answer_request(self):
@@ -742,13 +755,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.service.prepare_request(self)
         self.check_caller()                                 # 403 400 401
-        if self.answer_ourselves():                         # 404 429 502
+        if self.answer_ourselves():                         # 404 400 403 429 502 504
             return
         self.check_path()                                   # 404 405
         for check in self.service.checks:
             check(self)                                     # 400 403 429
         body = self.read_body()                             # 408 413 415 503 400 403
-        exchange = self.ask_upstream(body)                  # 502 504
+        exchange = self.ask_upstream(body)                  # 400 408 413 502 504
         del body                # it has gone up: nothing of it stays while the response streams
         self.relay(exchange)                                # 502
 
@@ -812,7 +825,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- to the upstream
 
     def ask_upstream(self, body):
-        """The exchange with the head of its response. ErrorResponse 502 or 504 if there is none."""
+        """The exchange with the head of its response, or ErrorResponse 400 408 413 502 504."""
         target = self.settings.upstream.map_path(self.request.path) + self.request.query
         return self.open_exchange(self.request.method, target, body)
 
@@ -899,17 +912,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_to_client(render_head(first_line, headers) + first_bytes)
 
     def send_to_client(self, data):
-        """Send all of it. ClientGone if the client takes nothing for too long, or too slowly."""
-        sent = self.client.send_some(data)
-        if sent == len(data):
-            return
-        pace = Pace(time.monotonic())
-        while sent < len(data):
+        """Send all of it. ClientGone if the client has left, or takes nothing, or too slowly."""
+        pace = None                         # most take all at once
+        unsent = memoryview(data)
+        while True:
+            try:
+                count = self.client.send_some(unsent)
+            except OSError:
+                raise ClientGone()
+            unsent = unsent[count:]
+            if not unsent:
+                return
+            pace = pace or Pace(time.monotonic(), STALL_SECONDS)
+            pace.add(count, time.monotonic())
             if not wait_ready(self.client, WRITE, pace.patience(time.monotonic())):
                 raise ClientGone("client_stalled")
-            count = self.client.send_some(memoryview(data)[sent:])
-            pace.add(count, time.monotonic())
-            sent += count
 
     def send_response(self, status, headers=(), content=b""):
         """Send a response that we have as a whole. The connection lives on if all is well."""
@@ -938,7 +955,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.send_response(error.status, error.headers + [JSON_TYPE],
                                self.service.render_error(error, self.record))
-        except (OSError, ClientGone):
+        except ClientGone:
             self.record.outcome = "client_gone"
 
     def name_broken_request(self):
@@ -964,14 +981,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def wait_for_upstream(client, connection, mask, seconds):
     """Sleep until the upstream's connection is ready. ClientGone if the client leaves first.
 
-    socket.timeout after `seconds`.
+    TimedOut after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while True:
         watched = client if is_worth_watching(client) else None
         ready = wait_ready(connection, mask, seconds, watched)
         if not ready:
-            raise socket.timeout()
+            raise TimedOut()
         if client in ready and has_disconnected(client):
             raise ClientGone()
         if connection in ready:
@@ -1171,7 +1188,7 @@ def error_object(error):
 # ---- The request's body --------------------------------------------------------------------------
 
 class Upload:
-    """A request's body as the client sends it: bounded by `limit`, not slower than BODY_RATE."""
+    """A request's body as the client sends it: bounded by `limit`, and not too slow."""
 
     def __init__(self, client, reader):
         self.client = client
@@ -1180,7 +1197,8 @@ class Upload:
         self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
-        self.waited = 0.0                   # seconds spent waiting for the client
+        self.waited = 0.0                   # seconds spent waiting for the client: no others
+        self.pace = Pace(0.0, BODY_GRACE)   # count for its pace
         self.observe = None                 # called with each piece
 
     def check_limit(self):
@@ -1203,6 +1221,7 @@ class Upload:
             raise ClientGone()
         self.done = self.reader.done
         self.received += len(piece)
+        self.pace.add(len(piece), self.waited)
         if self.observe:
             self.observe(piece)
         self.check_limit()
@@ -1215,21 +1234,19 @@ class Upload:
     def wait(self, seconds=math.inf, other=None):
         """Wait for more, for `seconds` at most, or until `other` can be read.
 
-        Raises ErrorResponse 408 for a client below the minimum data rate.
+        Raises ErrorResponse 408 for a client that is silent, or below the minimum data rate.
         """
         began = time.monotonic()
-        ready = wait_ready(self.client, READ, min(self.patience(), seconds), other)
+        patience = min(self.pace.patience(self.waited), seconds)
+        ready = wait_ready(self.client, READ, patience, other)
         self.add_wait(time.monotonic() - began, bool(ready))
-
-    def patience(self):
-        """For how many seconds the client may be waited for, as fast as it has been so far."""
-        return BODY_GRACE + self.received / BODY_RATE - self.waited
 
     def add_wait(self, seconds, has_more=False):
         self.waited += seconds
-        if not has_more and self.patience() <= 0:
-            raise ErrorResponse(408, "request_timeout",
-                                "The body came more slowly than %d bytes a second." % BODY_RATE)
+        if not has_more and self.pace.patience(self.waited) <= 0:
+            raise ErrorResponse(
+                408, "request_timeout", "The body came more slowly than %d bytes a second, or not "
+                "at all for %d seconds." % (BODY_RATE, STALL_SECONDS))
 
 
 # ---- Header fields up and down -------------------------------------------------------------------
@@ -1315,7 +1332,7 @@ class UpstreamRequest(urllib.request.Request):
 class UpstreamHandler(urllib.request.BaseHandler):
     """urllib's way to HTTP and HTTPS upstreams. It returns an Exchange, whatever the status.
 
-    What goes wrong is an ErrorResponse, 502 or 504, or what the request's `wait` raises.
+    What goes wrong is an ErrorResponse, 502 or 504, or raised by the request's `wait` or `upload`.
     """
 
     def __init__(self, settings):
@@ -1357,7 +1374,7 @@ def upstream_error(code, message, headers=()):
 
 def response_error(error):
     """What a client gets to read when the upstream gave no response."""
-    if isinstance(error, socket.timeout):
+    if isinstance(error, TimedOut):
         return upstream_error("upstream_timeout",
                               "The upstream did not answer within the time set by AIPROXY_TIMEOUT.")
     message = "The upstream hung up without a response."
@@ -1367,7 +1384,7 @@ def response_error(error):
 
 def connect_error(error):
     """What a client gets to read when there is no way to the upstream."""
-    if isinstance(error, socket.timeout):
+    if isinstance(error, TimedOut):
         return upstream_error("upstream_timeout", "The upstream could not be reached within the "
                               "time set by AIPROXY_CONNECT_TIMEOUT.")
     check_tls_error(error)                  # part two: TLS errors in words
@@ -1602,7 +1619,7 @@ class Exchange:
         A body that breaks off is left as it is: the next to read it will see that.
         """
         pieces = []
-        with contextlib.suppress(OSError, ProtocolError):       # socket.timeout is one, too
+        with contextlib.suppress(OSError, ProtocolError):       # TimedOut is one, too
             for piece in read_pieces(self.body, self.wait, enough, seconds):
                 pieces.append(piece)
         self.prefetched = b"".join(pieces)
@@ -1791,25 +1808,25 @@ class Job:
 
 
 class Pace:
-    """How fast a client that is behind takes its response, since the moment `now`.
+    """How fast a client moves a body since the moment `now`, while it is the one waited for.
 
-    Every STALL_SECONDS it must take something, and after the first of them BODY_RATE on average: a
-    byte a minute keeps no place.
+    Every STALL_SECONDS it must move something, and after `grace` seconds BODY_RATE on average: a
+    byte a minute keeps no place, nor does a fast beginning.
     """
 
-    def __init__(self, now):
-        self.began = now
+    def __init__(self, now, grace):
+        self.free_until = now + grace
         self.last = now
-        self.taken = 0                      # bytes
+        self.moved = 0                      # bytes
 
     def add(self, count, now):
         if count:
             self.last = now
-            self.taken += count
+            self.moved += count
 
     def patience(self, now):
         """For how many seconds the client may be waited for."""
-        deadline = self.began + STALL_SECONDS + self.taken / BODY_RATE
+        deadline = self.free_until + self.moved / BODY_RATE
         return min(self.last + STALL_SECONDS, deadline) - now
 
 
@@ -1943,7 +1960,7 @@ class ResponseJob(Job):
             self.last_taken = self.loop.now
         self.unsent = data[sent:]
         if self.unsent:
-            self.pace = self.pace or Pace(self.loop.now)
+            self.pace = self.pace or Pace(self.loop.now, STALL_SECONDS)
             self.pace.add(sent, self.loop.now)
         else:
             self.pace = None
@@ -2057,8 +2074,9 @@ class BufferedSocket:
 def wait_ready(connection, mask, seconds, other=None):
     """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read.
 
-    Returns those that are; none after `seconds`.
+    Returns those that are; none after `seconds`, or after a day, where poll might not take more.
     """
+    seconds = min(max(0, seconds), 86400)
     if not hasattr(select, "poll"):         # Windows
         selector = selectors.SelectSelector()
         selector.register(connection, mask)
@@ -2070,7 +2088,7 @@ def wait_ready(connection, mask, seconds, other=None):
     poll.register(number, POLL_EVENTS[mask])
     if other:
         poll.register(other.fileno(), select.POLLIN)
-    ready = poll.poll(max(0, seconds) * 1000)
+    ready = poll.poll(seconds * 1000)
     return [connection if found == number else other for found, _ in ready]
 
 # -- watching a client while its response is under way, or nothing is
@@ -2092,9 +2110,9 @@ def peek(client):
     return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
 
 def has_disconnected(client):
-    """Has a client left that is readable while a response is under way?
+    """Has a client left that is readable? If not, what it has sent is in its buffer now.
 
-    If not, it has sent its next request early (pipelining), which is kept for later.
+    While a response is under way that is its next request, sent early (pipelining).
     """
     try:
         return not client.fill()
@@ -2483,14 +2501,14 @@ class Log:
 
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
-        self.secrets = []
+        self.secrets = []               # longest first: behind a shorter one its end would stay
         self.longest = 3                # characters that one may take, percent-encoded
         self.add_secrets(secrets)
 
     def add_secrets(self, secrets):
         self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
-        words = [secret.decode() for secret in secrets]
-        self.secrets = self.secrets + [word for word in words if word not in self.secrets]
+        words = {secret.decode() for secret in secrets}
+        self.secrets = sorted(words.union(self.secrets), key=len, reverse=True)
 
     def start(self):
         """See "Queued log"."""
@@ -2506,7 +2524,10 @@ class Log:
         self.put(sys.stdout, make_line(values))
 
     def warn(self, text):
-        self.put(sys.stderr, "aiproxy: " + self.redact(text, 2000))
+        """On one line, with escapes for what could end it or move a terminal's cursor."""
+        letters = self.redact(text, 2000)
+        line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in letters)
+        self.put(sys.stderr, "aiproxy: " + line)
 
     def put(self, stream, line, end="\n"):
         write_all(stream, line + end)
@@ -2686,6 +2707,8 @@ def parse_client_keys(text):
             raise ValueError("name=key where a key itself holds '='")
         match_all(r"[A-Za-z0-9_.-]{1,32}", name, "name=key with names of 1 to 32 characters of "
                   "A-Za-z0-9_.- (a key that itself holds '=' needs a name)")
+        if LIKE_KEY.search(name):           # one with '=' in it: most of it would be logged
+            raise ValueError("name=key where the name looks like no key")
         if name in keys or parse_key(key) in keys.values():
             raise ValueError("each name and each key once")
         keys[name] = parse_key(key)
@@ -2855,7 +2878,7 @@ class Settings:
             is_transparent and self.upstream.surely_wants_key)
         is_unguarded = not (self.is_guarded_by_keys or self.open)
         self.is_guarded_by_loopback = is_unguarded and not is_transparent
-        self.wants_loopback_host = is_unguarded and is_loopback(self.host)
+        self.wants_loopback_host = is_unguarded and may_be_loopback(self.host)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
@@ -2914,8 +2937,12 @@ def serve(settings, on_start=()):
     # streams that have just been cut.
     try:
         server.stop()
-    finally:
         os._exit(0)
+    except Exception as error:              # a fault of ours
+        server.report_fault(error)
+        server.log.close(SHUTDOWN_SECONDS)
+    finally:
+        os._exit(1)
 
 # ==== Parts that can be taken out =================================================================
 # Part two. Each section begins with what it does, what it touches, and the one place where it is
@@ -3370,7 +3397,7 @@ class Reloader:
             settings, fixed = self.read(server.settings, environ)
         except SettingError as error:
             server.log.warn("nothing has changed, because the new settings cannot be used: %s"
-                            % error)
+                            % " ".join(str(error).split()))
             return
         replace_service(server, settings)
         server.log.warn("the settings have been read again and are in force")
@@ -3485,17 +3512,22 @@ def begin_tls(handler):
     """The handshake, in the client's own thread and the time of its first head."""
     client = handler.client
     handler.wait_idle(HEAD_SECONDS)
-    if peek(client) != TLS_HANDSHAKE:
-        # What it sends is read, and what it gets is sent, on the connection below the TLS.
-        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
-        raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
-                            "HTTP: the URL must begin with https://.")
 
     def wait(connection, mask):
         if not wait_ready(connection, mask, handler.head_deadline - time.monotonic()):
             raise ClientGone()
 
-    client.complete(client.sock.do_handshake, wait)
+    try:
+        speaks_tls = peek(client) == TLS_HANDSHAKE
+        if speaks_tls:
+            client.complete(client.sock.do_handshake, wait)
+    except OSError:                     # it has left, or takes none of the TLS that we speak
+        raise ClientGone()
+    if not speaks_tls:
+        # What it sends is read, and what it gets is sent, on the connection below the TLS.
+        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
+        raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
+                            "HTTP: the URL must begin with https://.")
 
 def send_close_notify(handler):
     """Tell the client that nothing is missing (RFC 8446 section 6.1). It need not answer."""
@@ -4528,7 +4560,7 @@ def hold_body(handler):
     most = handler.settings.max_body
     handler.start_body(most)                                # 413
     pieces = handler.service.body_budget.count(handler.upload, BODIES_HELD * most)
-    return join_pieces(pieces)                              # 408 503
+    return join_pieces(pieces)                              # 400 408 413 503
 
 def needs_body_inspection(handler):
     """Does a setting want the body looked into? The path decides, never the content type."""
@@ -5424,7 +5456,7 @@ def try_kept(handler, request):
     except (OSError, ProtocolError) as error:
         is_answered = isinstance(error, ProtocolError) or connection.buffer or exchange.interim
         is_taken = exchange.bytes_sent and not (is_all_here and is_repeatable(request))
-        if is_answered or is_taken or isinstance(error, socket.timeout):
+        if is_answered or is_taken or isinstance(error, TimedOut):
             raise response_error(error)
     return None
 
@@ -5684,7 +5716,8 @@ class MaskedBody:
     def __init__(self, body, values):
         self.body = body
         self.length = body.length
-        self.patterns = [escaped_pattern(value) for value in values]
+        longest_first = sorted(values, key=len, reverse=True)
+        self.patterns = [escaped_pattern(value) for value in longest_first]
         self.filter = SecretFilter(values)
         self.waiting = b""                  # the end of what came, if a value may begin in it
 
@@ -6005,7 +6038,7 @@ def wait_with_heartbeats(seconds, wait, send):
             left = deadline - time.monotonic()
             try:
                 return wait(connection, mask, min(left, seconds))
-            except socket.timeout:
+            except TimedOut:
                 if left <= seconds:
                     raise
                 send(HEARTBEAT)
@@ -6709,7 +6742,7 @@ def ask_for_models(server, index):
 def wait_alone(connection, mask, seconds):
     """What `wait_for_upstream` does, without a client to watch."""
     if not wait_ready(connection, mask, seconds):
-        raise socket.timeout()
+        raise TimedOut()
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Does: AIPROXY_WORKERS processes share the listener, each on a CPU of its own. The parent serves
@@ -7815,7 +7848,7 @@ def clean_message(message, secrets):
     return redact_message(message, secrets)[:MAX_MESSAGE_SHOWN]
 
 def redact_message(text, secrets):
-    for secret in secrets:
+    for secret in sorted(secrets, key=len, reverse=True):
         text = re.sub(re.escape(secret), "***", text, flags=re.I)
     return text
 
@@ -7963,7 +7996,8 @@ class WorkersHandler(Handler):
         return True
 
     def list_models(self):
-        self.run_checks()               # the list may cost a call
+        for check in self.service.checks:       # the list may cost a call
+            check(self)
         catalogue = self.settings.catalogue
         items = catalogue.items(self.read_catalogue)
         if items is not None:
@@ -7981,7 +8015,7 @@ class WorkersHandler(Handler):
             seconds = min(seconds, max(deadline - time.monotonic(), 0))
             try:
                 wait_for_upstream(self.client, connection, mask, seconds)
-            except socket.timeout:
+            except TimedOut:
                 raise upstream_error("upstream_timeout", "The model list did not come in time.")
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
@@ -8107,7 +8141,7 @@ class WorkersHandler(Handler):
         try:
             piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
         except (OSError, ProtocolError) as error:
-            code = "upstream_timeout" if isinstance(error, socket.timeout) else "upstream_died"
+            code = "upstream_timeout" if isinstance(error, TimedOut) else "upstream_died"
             return translator.end(upstream_error(code, BROKEN_OFF))
         return translator.feed(piece) if piece else translator.end()
 

@@ -181,7 +181,7 @@ def test_a_body_that_comes_too_slowly_is_cut_while_the_response_is_relayed(
 ):
     running = relay(UPSTREAM=by_hand.url)
     client, peer = begin_upload(by_hand, running, "chunked")
-    monkeypatch.setattr(aiproxy, "BODY_GRACE", 0)
+    monkeypatch.setattr(aiproxy, "STALL_SECONDS", 0)
     with client:
         assert client.read_chunk() is None
         while peer.more():

@@ -3,8 +3,10 @@
 Error responses of the upstream are relayed as they are, unless they would reveal the provider key.
 """
 
+import errno
 import gzip
 import json
+import os
 import socket
 import threading
 import time
@@ -468,6 +470,21 @@ def test_an_upstream_without_a_good_response_is_named_as_the_cause(
     assert running.wait_for_record()["outcome"] == code
 
 
+def test_a_timeout_of_the_kernels_is_not_called_one_of_ours():
+    """TCP gives a connection up when nobody acknowledges; Python 3.10 made that a socket.timeout."""
+    error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    lost = aiproxy.response_error(error)
+    unreachable = aiproxy.connect_error(error)
+
+    assert (lost.status, lost.code) == (502, "upstream_bad_response")
+    assert (unreachable.status, unreachable.code) == (502, "upstream_unreachable")
+    assert "timed out" in unreachable.message.lower()
+    assert "AIPROXY_" not in lost.message + unreachable.message
+
+    for make in (aiproxy.response_error, aiproxy.connect_error):
+        assert make(aiproxy.TimedOut()).code == "upstream_timeout"
+
+
 def test_a_malformed_length_in_a_response_to_HEAD_is_a_502(upstream, hidden):
     upstream.answer = b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n"
     reply = hidden.ask("HEAD", "/v1/models", None, [("x-api-key", "ck-alice")])
@@ -649,9 +666,12 @@ def test_a_transparent_relay_relays_errors_about_the_clients_key(upstream, relay
     assert reply.body == ERROR
 
 
-def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, monkeypatch, capfd):
+@pytest.mark.parametrize("kind", [ValueError, OSError, BlockingIOError, ConnectionResetError])
+def test_an_internal_error_logs_its_place_and_not_its_values(
+    upstream, relay, monkeypatch, capfd, kind
+):
     def fail(self):
-        raise ValueError("no place for sk-hidden-key")
+        raise kind("no place for sk-hidden-key")
 
     monkeypatch.setattr(aiproxy.Handler, "check_path", fail)
     running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice")
@@ -660,10 +680,26 @@ def test_an_internal_error_logs_its_place_and_not_its_values(upstream, relay, mo
 
     assert running.wait_for_record()["outcome"] == "internal_error"
     output = capfd.readouterr().err
-    assert "ValueError: no place for *** at " in output
+    assert kind.__name__ + ": no place for *** at " in output
     assert "fail:" in output
     assert "sk-hidden" not in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("step", ["fill", "send_some"])
+def test_a_clients_broken_connection_is_no_internal_error(relay, monkeypatch, capfd, step):
+    def fail(self, *data):
+        raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+    running = relay()
+    monkeypatch.setattr(aiproxy.BufferedSocket, step, fail)
+    with running.client() as client:
+        client.request("GET", "/health")
+        assert client.ended()
+
+    if step == "send_some":
+        assert running.wait_for_record()["outcome"] == "client_gone"
+    assert "fault" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["before the head", "in the relay loop"])

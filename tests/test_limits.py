@@ -197,6 +197,30 @@ def test_a_body_above_the_minimum_data_rate_may_take_as_long_as_it_needs(upstrea
     assert upstream.received[0].body.endswith(b"ab")
 
 
+@pytest.mark.parametrize(
+    "framing", [CHUNKED, ("Content-Length", "1000000")], ids=["chunked", "length"]
+)
+@pytest.mark.parametrize("settings", [{}, {"MODELS": "m"}], ids=["streamed", "buffered"])
+def test_a_fast_beginning_earns_no_long_silence(upstream, relay, limit, framing, settings):
+    limit(STALL_SECONDS=SHORT, BODY_RATE=1)
+    # at BODY_RATE, enough for a day
+    body = bytes(90000)
+
+    with relay(**settings).client() as client:
+        client.request("POST", CHAT, chunk(body) if framing == CHUNKED else body, [framing])
+        assert client.read_reply().status == 408
+        assert client.ended()
+
+
+@pytest.mark.parametrize("seconds", [0, 1 << 31, 1e300, float("inf")])
+def test_a_wait_may_be_of_any_length(seconds):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"a")
+        connection = aiproxy.BufferedSocket(ours)
+        assert aiproxy.wait_ready(seconds, connection, aiproxy.READ) == [connection]
+
+
 def test_back_pressure_from_the_upstream_does_not_make_a_body_too_slow(by_hand, relay, limit):
     limit(BODY_GRACE=SHORT, HEAD_SECONDS=1)
     running = relay(UPSTREAM=by_hand.url)

@@ -242,6 +242,31 @@ def test_a_key_is_masked_before_a_text_is_cut_for_the_log(text, most, rest):
         assert "ck-ali" not in urllib.parse.unquote(shown)
 
 
+def test_a_key_that_begins_like_another_one_is_masked_whole():
+    short, long = b"sk-team", b"sk-team-2secret"
+    log = aiproxy.Log("text", [short])
+    log.add_secrets([long])
+    for keys in ([short, long], [long, short]):
+        assert aiproxy.Log("text", keys).redact("key sk-team-2secret!", 99) == "key ***!"
+        assert aiproxy.redact_message("sk-team-2secret", [key.decode() for key in keys]) == "***"
+        body = aiproxy.MaskedBody(aiproxy.ContentLengthBody(None, 0), keys)
+        assert body.mask(b"sk-team-2secret!") == b"*" * 15 + b"!"
+    assert log.redact("key sk-team-2secret!", 99) == "key ***!"
+
+
+UNPRINTABLE = ["\r\n", "\x1b[2J", "\x00", "\x7f", "\x85", "\x9b31m", "\u2028", "\u202e", "\ud800"]
+
+
+@pytest.mark.parametrize("text", UNPRINTABLE + ["%0d%0a", "%1B[2J"], ids=ascii)
+def test_a_warning_is_one_line_whatever_it_tells(capsys, text):
+    aiproxy.Log("text", [b"sk-team"]).warn("it said sk%2Dteam " + text + "f\u00fcr 1")
+    warning = capsys.readouterr().err
+
+    assert warning.startswith("aiproxy: it said *** ")
+    assert warning.endswith("f\u00fcr 1\n")
+    assert warning[:-1].isprintable()
+
+
 def test_short_texts_are_logged_as_they_are():
     log = aiproxy.Log("text", [b"ck-alice"])
     assert log.redact("/v1/%41%", 256) == "/v1/%41%"

@@ -517,10 +517,14 @@ def test_a_port_that_is_taken_is_reported_with_its_address():
     assert str(raised.value).startswith("cannot listen on 127.0.0.1 port %d: " % port)
 
 
-def test_the_status_after_a_signal_is_0_though_the_end_fails():
-    fail = "def stop(server): raise MemoryError()\naiproxy.Server.stop = stop\n"
+def test_a_fault_after_a_signal_is_reported_and_the_status_is_1():
+    fail = "def stop(server): raise MemoryError('as told')\naiproxy.Server.stop = stop\n"
     kill = "def banner(server): os.kill(os.getpid(), signal.SIGTERM)\naiproxy.print_banner = banner"
-    assert run_patched(fail + kill).returncode == 0
+    done = run_patched(fail + kill)
+
+    assert done.returncode == 1
+    assert "aiproxy: fault: MemoryError: as told at serve:" in done.stderr
+    assert "stop:2\n" in done.stderr
 
 
 def test_it_is_written_so_that_an_older_python_can_say_that_it_is_too_old():

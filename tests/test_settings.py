@@ -146,6 +146,9 @@ SECRET_VALUES = [
     ("AIPROXY_CLIENT_KEYS", "a=s3cret,b=s3cret", "once"),
     ("AIPROXY_CLIENT_KEYS", "s3cret-base64==", "="),
     ("AIPROXY_CLIENT_KEYS", "a" * 33 + "=s3cret", "1 to 32"),
+    ("AIPROXY_CLIENT_KEYS", "sk-s3cret-abc123def456=def", "no key"),
+    ("AIPROXY_CLIENT_KEYS", "alice=abc,team.gsk_s3cret0123456=def", "no key"),
+    ("AIPROXY_CLIENT_KEYS", "0123456789abcdef0123456789abcdef=s3cret", "no key"),
     ("AIPROXY_CLIENT_KEYS", "a=s3cr\xe9t-s3cret", "ASCII"),
     ("AIPROXY_UPSTREAM", "https://me:s3cret@host.example/v1", "user info"),
     ("AIPROXY_UPSTREAM", "https://s3cret@host.example", "user info"),
@@ -548,6 +551,8 @@ def test_a_request_on_behalf_of_somebody_else_cannot_use_the_provider_key(
         assert "AIPROXY_CLIENT_KEYS" in reply.json["error"]["message"]
 
 
+# Where to listen for this machine only, in forms that only the resolver understands.
+LOOPBACK_FORMS = ["127.1", "2130706433", "0x7f.1", "::ffff:7f00:1", "0:0:0:0:0:0:0:1"]
 # Settings, and whether a foreign Host and a foreign X-Forwarded-For are served.
 KEYLESS = {"UPSTREAM": "http://192.168.1.5:11434"}
 GUARDS = [
@@ -561,6 +566,12 @@ GUARDS = [
     pytest.param({"OPEN": "1", **KEYLESS}, True, True, id="perhaps no key, open"),
     pytest.param({"HOST": "0.0.0.0", **KEYLESS}, True, True, id="no key, for the network"),
     pytest.param({"UPSTREAM": "ollama", "CLIENT_KEYS": "a"}, True, True, id="guarded ollama"),
+    *[
+        pytest.param({"UPSTREAM": "ollama", "HOST": host}, False, True, id="no key, on " + host)
+        for host in LOOPBACK_FORMS
+    ],
+    # It may be one of this machine, and is not there to listen on as long as nobody knows it.
+    pytest.param({"UPSTREAM": "ollama", "HOST": "host.invalid"}, False, True, id="no such host"),
 ]
 
 
@@ -582,6 +593,23 @@ def test_what_no_key_guards_is_served_to_this_machine_only(settings, by_name, by
     assert is_served(b"localhost:8000")
     assert is_served(b"proxy.example") == by_name
     assert is_served(b"localhost", (b"X-Forwarded-For", b"203.0.113.9")) == by_proxy
+
+
+@pytest.mark.parametrize("host", LOOPBACK_FORMS + ["host.invalid", "0.0.0.0", "0", "::"])
+def test_a_provider_key_is_not_served_on_what_is_not_plainly_loopback(host):
+    with pytest.raises(aiproxy.SettingError, match="AIPROXY_HOST"):
+        aiproxy.Settings({**KEY, "AIPROXY_HOST": host})
+
+
+def test_a_name_that_leads_to_this_machine_is_guarded_against_rebinding(monkeypatch):
+    def find(host, *arguments):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (addresses[host], 0))]
+
+    addresses = {"own.test": "127.0.1.1", "lan.test": "192.168.1.5"}
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    environ = {"AIPROXY_UPSTREAM": "http://192.168.1.9:11434"}
+    assert aiproxy.Settings({**environ, "AIPROXY_HOST": "own.test"}).wants_loopback_host
+    assert not aiproxy.Settings({**environ, "AIPROXY_HOST": "lan.test"}).wants_loopback_host
 
 
 @pytest.mark.parametrize("settings,is_any", [

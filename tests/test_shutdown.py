@@ -3,6 +3,8 @@
 Responses that need more than the grace time are visibly incomplete.
 """
 
+import errno
+import os
 import signal
 import threading
 import time
@@ -211,6 +213,42 @@ def test_clients_that_keep_coming_do_not_delay_the_end(by_hand, monkeypatch):
     relay.server.stop()
 
     assert len(came) == 20
+
+
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EMFILE])
+def test_a_client_that_cannot_be_accepted_does_not_cost_those_behind_it(
+    by_hand, monkeypatch, number
+):
+    relay = Relay(UPSTREAM=by_hand.url, GRACE="1")
+    relay.server.shutdown()
+    accept = relay.server.get_request
+    failures = [OSError(number, os.strerror(number))]
+
+    def fail_once():
+        if failures:
+            raise failures.pop()
+        return accept()
+
+    monkeypatch.setattr(relay.server, "get_request", fail_once)
+    with relay.client() as client:
+        client.request("GET", "/health")
+        relay.server.stop()
+        assert client.read_reply().status == 200
+
+
+def test_accepting_that_always_fails_ends_with_the_grace_time(by_hand, monkeypatch):
+    def fail():
+        calls.append(1)
+        time.sleep(0.01)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    calls = []
+    relay = Relay(UPSTREAM=by_hand.url, GRACE="0.1")
+    relay.server.shutdown()
+    monkeypatch.setattr(relay.server, "get_request", fail)
+    relay.server.stop()
+
+    assert len(calls) < 20
 
 
 def test_under_load_every_response_that_begins_is_complete(upstream, start):
