@@ -56,10 +56,10 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     sees that something is missing; half an answer must not look like a whole one. (`cut`)
  6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If the upstream
     reads `{"model": "a", "model": "b"}` otherwise than we do, our check was for nothing; with two
-    lengths it is request smuggling. (`read_head`, `parse_object`)
+    lengths it is request smuggling. (`parse_head`, `is_chunked`, `parse_object`)
  7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
     been closed, at least for sending: we take that for a disconnect, also before the first byte,
-    and stop paying for the answer. (`wait_for_upstream`, `has_disconnected`)
+    and stop paying for the answer. (`wait_for_upstream`, `ResponseJob.on_client`)
  8. Send a request again only if (a) a kept connection was closed under it, and it took no byte of
     it or the request is one that may be repeated; or (b) it refused our key, and there is another.
     Anything else might be done, and paid, twice. (`try_kept`, `KeyRotation`)
@@ -201,15 +201,14 @@ Provider = collections.namedtuple("Provider", (
     "base_url",         # as the provider's SDK has it: a path in it takes the place of /v1
     "key_header",       # the field that carries its key; empty: it wants none
     "paths",            # its inference paths
-    "key_variable",     # the setting that holds its key
+    "key_variable",     # the setting that holds its key, one of OPTIONS
     "max_chars",        # the default of AIPROXY_MAX_CHARS
     "prepare",          # called with the settings, for one that needs more than the usual ones
     "handler",          # a Handler of its own, for an API that must be translated
 ), defaults=("Authorization", OPENAI_PATHS, "AIPROXY_KEY", 0, None, None))
 
-PROVIDERS = {   # To add a provider, add a row. Part two adds many more, and workers-ai.
+PROVIDERS = {   # To add a provider, add a row with a lower-case name. Part two adds many.
     "openai": Provider("https://api.openai.com"),
-    "siliconflow": Provider("https://api.siliconflow.cn/v1"),
     "deepseek": Provider("https://api.deepseek.com"),
     "anthropic": Provider("https://api.anthropic.com", "x-api-key", ANTHROPIC_PATHS),
     "gemini": Provider("https://generativelanguage.googleapis.com/v1beta/openai"),
@@ -249,6 +248,7 @@ DROPPED_ACCOUNT_FIELDS = DROPPED_RESPONSE_FIELDS | {
 SINGLETON_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"content-type",
                     b"authorization", b"origin")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+READ_METHODS = ("GET", "HEAD")
 NEVER_METHODS = ("TRACE", "CONNECT")
 
 # RFC 9110 section 5.6.2, RFC 9112 sections 3, 4, 5 and 7.1. No folding, no bare CR or LF.
@@ -293,10 +293,7 @@ POLL_EVENTS = {READ: 1, WRITE: 4, READ | WRITE: 5}      # POLLIN and POLLOUT, wh
 
 
 class ErrorResponse(Exception):
-    """An error of our own: the one kind of failure that a client gets to read.
-
-    `headers` are more header fields for it: pairs of bytes.
-    """
+    """An error of our own: the one kind of failure that a client gets to read."""
 
     def __init__(self, status, code, message, param=None, headers=()):
         super().__init__(code)
@@ -304,19 +301,16 @@ class ErrorResponse(Exception):
         self.code = code
         self.message = message
         self.param = param
-        self.headers = list(headers)
+        self.headers = list(headers)        # more fields for it: pairs of bytes
 
 
 class ProtocolError(Exception):
-    """A peer broke the rules of HTTP. The caller makes a 400, a 502 or a cut response of it.
-
-    `status` is what a client would get for it.
-    """
+    """A peer broke the rules of HTTP. The caller makes a 400, a 502 or a cut response of it."""
 
     def __init__(self, message, status=400):
         super().__init__(message)
         self.message = message
-        self.status = status
+        self.status = status                # that a client would get for it
 
 
 class ClosedEarly(ConnectionError):
@@ -494,16 +488,6 @@ class Server(http.server.ThreadingHTTPServer):
             self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS)
         self.log.close(max(0.1, deadline - time.monotonic()))
 
-    def close(self):
-        """Hang up on all clients and end all threads: for a Server inside of a longer program."""
-        self.server_close()
-        for sock in list(self.clients):
-            with contextlib.suppress(OSError):
-                hang_up(sock)
-        self.relay_loop.close()
-        self.threads.shutdown(wait=False)
-        self.log.close(0)
-
     def url(self):
         """Where this machine reaches us."""
         host, port = self.server_address[:2]
@@ -566,7 +550,10 @@ class Service:
         install_features(self)              # where part two enters
 
     def set_hooks(self):
-        """What part two may replace or add to, in the order in which a request meets it."""
+        """What part two may replace or add to, in the order in which a request meets it.
+
+        A list is appended to. All else holds one function: to add to it, keep it and call it.
+        """
         # Of a client's connection.
         self.wrap_client = lambda sock: sock    # what to serve an accepted client through
         self.make_room = self.server.has_room   # (socket, address): is there a place for it?
@@ -577,7 +564,7 @@ class Service:
         self.may_linger = lambda: True          # may one that was refused linger?
         self.linger = do_nothing                # (socket, address): it has an answer, and may send
         self.forget_client = do_nothing         # (socket): it has gone
-        # Of a request. Those in a list that answer it return True.
+        # Of a request. Of free_answers and own_answers, who has answered it returns True.
         self.find_client = lambda address, headers: address     # whose request is it?
         self.normalize_path = lambda path, rules: path          # the path that the client meant
         self.free_answers = []                  # (handler): answer whoever asks
@@ -604,7 +591,8 @@ class Service:
         self.observe_response = lambda record: None     # what to call with each piece of it
         self.follow_events = lambda job, handler: None  # its EventStream, if it is one
         self.on_silence = do_nothing            # (job): called while the upstream is silent
-        # Header fields to add. `present` has those that are there, by names in lower case.
+        # Header fields to add to any response, ours too: pairs of bytes. `present` has those that
+        # are there, by names in lower case.
         self.stream_headers = lambda present, is_open_ended: []
         self.cors_headers = lambda request, settings, present: []
         # (path, error, request_id): what the body of an error in the API there is the JSON of
@@ -647,7 +635,6 @@ class Request:
         self.query = (query or b"").decode()        # with its question mark
         self.headers = headers
         self.is_http10 = minor == b"0"
-        self.is_read_only = self.method in ("GET", "HEAD")
         self.client_name = ""               # of the client key, once it has been checked
         self.model = ""                     # as the client named it, in the path or in the body
         self.own_fields = {}                # ours for the upstream in place of the client's
@@ -768,7 +755,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_head(self):
         """Is it well formed, and do we speak its version and its method?"""
         request = self.request
-        check_version(request)                              # 505
+        if request.major != b"1":
+            raise ErrorResponse(505, "version_not_supported", "This proxy speaks HTTP/1.1.")
         check_duplicates(request.headers)                   # 400
         body = make_body(self.client, request.headers, request.is_http10)       # 400
         self.upload = Upload(self.client, body)
@@ -913,19 +901,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client has left, or takes nothing, or too slowly."""
-        pace = None                         # most take all at once
+        pace = Pace(time.monotonic(), STALL_SECONDS)
         unsent = memoryview(data)
-        while True:
+        while unsent:
             try:
                 count = self.client.send_some(unsent)
             except OSError:
                 raise ClientGone()
             unsent = unsent[count:]
-            if not unsent:
-                return
-            pace = pace or Pace(time.monotonic(), STALL_SECONDS)
             pace.add(count, time.monotonic())
-            if not wait_ready(self.client, WRITE, pace.patience(time.monotonic())):
+            if unsent and not wait_ready(self.client, WRITE, pace.patience(time.monotonic())):
                 raise ClientGone("client_stalled")
 
     def send_response(self, status, headers=(), content=b""):
@@ -938,9 +923,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_whole = True
         self.record.outcome = self.record.outcome or "ok"
         self.close_connection = self.announced_close or self.must_close()
-
-    def send_json(self, value, status=200):
-        self.send_response(status, [JSON_TYPE], json.dumps(value).encode())
 
     def send_error_response(self, error):
         """Our own error. The connection closes: what follows is never read as a request."""
@@ -1021,10 +1003,6 @@ def rejected_key():
 # ---- The checks ----------------------------------------------------------------------------------
 # Functions of a request and the settings, in the order in which they are made. Each returns, or
 # raises what the client gets.
-
-def check_version(request):
-    if request.major != b"1":
-        raise ErrorResponse(505, "version_not_supported", "This proxy speaks HTTP/1.1.")
 
 def check_duplicates(headers):
     """400 for a second field of a name that may appear once: two servers could read two things."""
@@ -1693,10 +1671,6 @@ class RelayLoop(threading.Thread):
     def wake(self):
         with contextlib.suppress(OSError):      # it has been woken already
             self.wakeup_writer.send(b"!")
-
-    def close(self):
-        self.closed = True
-        self.wake()
 
     def run_and_wait(self, job):
         job.ended = threading.Event()
@@ -2562,7 +2536,7 @@ def write_all(stream, text):
             stream.flush()
 
 # A word that may be a key which we do not know: a caller's own.
-KEY_LIKE_WORD = re.compile(r"(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
+KEY_LIKE_WORD = re.compile(r"(?!bytes-like)(?=[^\s'\"]*[0-9-])[^\s'\"]{8,}")
 
 def format_traceback(error):
     """What a fault of ours is, and where, without what may be secret in its message."""
@@ -2575,10 +2549,7 @@ def format_traceback(error):
 # ---- Reading the settings ------------------------------------------------------------------------
 
 class SettingError(Exception):
-    """A setting that cannot be used. The message names it, and what it takes.
-
-    What it got is shown only where it cannot be secret.
-    """
+    """A setting that cannot be used. The message names it, what it takes, and no secret."""
 
 
 class Upstream:
@@ -2782,7 +2753,6 @@ OTHER_VARIABLES = {     # by option: where else it may be set; here, where platf
 SEPARATORS = {}     # by option: what stands between the items of its list, if not a comma
 # Steps by which sections of part two read more: (settings), may raise SettingError.
 MORE_SETTINGS = []
-MORE_HELP = []      # lines that they add to --help
 
 def constant_text(option):
     """The value of a constant at the top, where somebody may have written a number or a list."""
@@ -2944,10 +2914,10 @@ def serve(settings, on_start=()):
     finally:
         os._exit(1)
 
-# ==== Parts that can be taken out =================================================================
-# Part two. Each section begins with what it does, what it touches, and the one place where it is
-# entered: delete the section and the line that enters it, and the relay still works. Some need
-# others, which they name: those cannot go without them.
+# ==== Part two: Parts that can be taken out =======================================================
+# Each section begins with what it does, what it touches, and the one place where it is entered.
+# Delete it, its line `# part two: NAME` and its constants at the top, and the relay still works.
+# Some need others: delete those that name it at `# Needs:` as well.
 
 def install_features(service):
     """Where most sections enter. Without a section and its line the relay still works."""
@@ -2994,6 +2964,8 @@ class ArgumentParser(argparse.ArgumentParser):
         raise SettingError("an option is not understood, or lacks its value.\n"
                            + self.format_usage().rstrip())
 
+
+MORE_HELP = []      # lines that other sections add
 
 def make_parser():
     lines = ["settings, from the environment:"]
@@ -3158,6 +3130,7 @@ def check_placeholder(text):
 # Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
 # Touches: where settings are set. Whoever reads the settings again, reads the files again.
 # Entered: `read_value_files` in Settings.
+# Needs: Command line.
 
 FILE_OPTIONS = ("AIPROXY_KEY", "AIPROXY_CLIENT_KEYS", "AIPROXY_UPSTREAM_HEADERS",
                 "CLOUDFLARE_API_TOKEN")
@@ -3616,10 +3589,10 @@ def answer_about_us(handler):
     request = handler.request
     if (request.method, request.path) in PROBES:
         handler.send_response(204)
-    elif not request.is_read_only:
+    elif request.method not in READ_METHODS:
         return False
     elif request.path == "/":
-        handler.send_json(describe_api(handler.settings))
+        send_json(handler, describe_api(handler.settings))
     elif request.path in ("/health", "/healthz"):
         send_health(handler)
     else:
@@ -3631,11 +3604,14 @@ def send_health(handler):
     health = {"status": "healthy", "timestamp": int(time.time())}
     if not is_working(handler.server.relay_loop):
         health["status"] = "unhealthy"
-        return handler.send_json(health, 503)
+        return send_json(handler, health, 503)
     with contextlib.suppress(ErrorResponse, ProtocolError):
         handler.check_caller()
         health["models"] = handler.settings.models_shown
-    return handler.send_json(health)
+    return send_json(handler, health)
+
+def send_json(handler, value, status=200):
+    handler.send_response(status, [JSON_TYPE], json.dumps(value).encode())
 
 def is_working(loop):
     """False too if it has done nothing but fail for a while. A busy one only takes longer."""
@@ -5105,7 +5081,8 @@ def answer_model_list(handler):
     return True
 
 def send_models(handler, items):
-    handler.send_json(find_model(handler.request.path, items))
+    content = json.dumps(find_model(handler.request.path, items)).encode()
+    handler.send_response(200, [JSON_TYPE], content)
 
 def list_models(service):
     """The items of the model list, in OpenAI's form."""
@@ -5113,7 +5090,7 @@ def list_models(service):
              "owned_by": "aiproxy"} for name in service.settings.models_shown]
 
 def is_model_list(request):
-    return request.is_read_only and (request.path + "/").startswith("/v1/models/")
+    return request.method in READ_METHODS and (request.path + "/").startswith("/v1/models/")
 
 def find_model(path, items):
     """The whole list, or one entry of it. SDKs send the slashes of an id as %2F."""
@@ -5463,7 +5440,7 @@ def try_kept(handler, request):
 def is_repeatable(request):
     """May it be carried out twice?"""
     is_idempotent = any(name.lower() == b"idempotency-key" for name, _ in request.fields)
-    return is_idempotent or request.method in ("GET", "HEAD")
+    return is_idempotent or request.method in READ_METHODS
 
 
 class Pool:
@@ -6490,6 +6467,7 @@ class Direction:
 # field, as read in November 2026. What a provider does not serve, it answers with 404 itself.
 
 PROVIDERS.update({
+    "siliconflow": Provider("https://api.siliconflow.cn/v1"),
     "openrouter": Provider("https://openrouter.ai/api/v1"),
     "dashscope": Provider("https://dashscope.aliyuncs.com/compatible-mode/v1"),
     "moonshot": Provider("https://api.moonshot.cn/v1"),
@@ -6562,7 +6540,7 @@ def print_banner(server):
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
-        "models       " + (", ".join(settings.models) or "all"),
+        "models       " + (", ".join(getattr(settings, "models", ())) or "all"),
         "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + {"*": "any", "none": "none: browsers are refused"}.get(origins, origins),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
@@ -6681,7 +6659,7 @@ def check_live(options, settings):
         write_all(sys.stdout, "no key is configured; without one: %s\n" % words)
         if status == 2:             # callers bring their own
             status = 0
-    server.close()
+    server.log.close(SHUTDOWN_SECONDS)
     return status
 
 def try_keys(server):
@@ -8389,7 +8367,7 @@ def install_start_page(service):
 def answer_with_page(handler):
     request = handler.request
     wants_page = b"text/html" in request.headers.get(b"accept", b"")
-    if request.path != "/" or not wants_page or not request.is_read_only:
+    if request.path != "/" or not wants_page or request.method not in READ_METHODS:
         return False
     handler.send_response(200, *start_page(request))
     return True

@@ -3,6 +3,7 @@
 Real sockets, no sleeps: everything waits for an event.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -304,7 +305,14 @@ class Relay:
 
     def close(self):
         self.server.shutdown()
-        self.server.close()
+        self.server.server_close()
+        for sock in list(self.server.clients):
+            with contextlib.suppress(OSError):      # it may leave by itself at any moment
+                aiproxy.hang_up(sock)
+        self.server.relay_loop.closed = True
+        self.server.relay_loop.wake()
+        self.server.threads.shutdown(wait=False)
+        self.server.log.close(0)
 
 
 class Reply:

@@ -1,6 +1,6 @@
 """Each section of part two can be taken out, and what is left is still a correct relay.
 
-Below the line "# ==== Parts that can be taken out" each section of aiproxy.py begins with a line
+Below the line "# ==== Part two: Parts that can be taken out" each section of aiproxy.py begins with a line
 "# ---- NAME ---" and has at most one entry elsewhere: one line that ends in "# part two: NAME".
 The tests remove both, see that nothing else needs the section, and run tests of the core on what
 is left. The tables below say which. A section that says "# Needs: OTHER" goes with OTHER.
@@ -18,7 +18,7 @@ import pytest
 from support import HERE, PATIENCE, PROGRAM
 
 PART = "# ==== "
-PART_TWO = "# ==== Parts that can be taken out "
+PART_TWO = "# ==== Part two: Parts that can be taken out "
 SECTION = "# ---- "
 HEADING = re.compile(r"# ---- (\S.*?) -+$")
 ENTRY = re.compile(r"\s*[^\s#].*# part two: (.+)$")
