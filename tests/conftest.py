@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import aiproxy  # noqa: E402
-from support import OTHER_PYTHON, Upstream, make_certificate, start_relay  # noqa: E402
+from support import OTHER_PYTHON, Upstream, close_server, make_certificate, start_relay  # noqa: E402
 
 PROXY_AND_PLATFORM_VARIABLES = {
     "http_proxy",
@@ -99,4 +99,4 @@ def pytest_sessionfinish():
     """Close what a test has left open: Python waits for its threads, and they for idle clients."""
     for thing in gc.get_objects():
         if isinstance(thing, aiproxy.Server):
-            thing.close()
+            close_server(thing)

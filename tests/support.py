@@ -258,6 +258,18 @@ def relay_environ(settings):
     return environ
 
 
+def close_server(server):
+    """Hang up on all clients and end all threads."""
+    server.server_close()
+    for sock in list(server.clients):
+        with contextlib.suppress(OSError):      # it may leave by itself at any moment
+            aiproxy.hang_up(sock)
+    server.relay_loop.closed = True
+    server.relay_loop.wake()
+    server.threads.shutdown(wait=False)
+    server.log.close(0)
+
+
 class Relay:
     """An aiproxy Server in this process, on a free port."""
 
@@ -305,14 +317,7 @@ class Relay:
 
     def close(self):
         self.server.shutdown()
-        self.server.server_close()
-        for sock in list(self.server.clients):
-            with contextlib.suppress(OSError):      # it may leave by itself at any moment
-                aiproxy.hang_up(sock)
-        self.server.relay_loop.closed = True
-        self.server.relay_loop.wake()
-        self.server.threads.shutdown(wait=False)
-        self.server.log.close(0)
+        close_server(self.server)
 
 
 class Reply:
