@@ -258,8 +258,11 @@ class Target:
         return self
 
     def __exit__(self, *exc):
-        for pid in self.pids():         # the parent first: it would start workers again
-            os.kill(pid, signal.SIGKILL)
+        workers = self.pids()[1:]
+        self.process.kill()             # first: it would start workers again
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self.process.stdout.close()
 
@@ -298,6 +301,14 @@ def receive(sock):
         return sock.recv(65536)
     except ConnectionError:
         return b""
+
+
+def measure_idle(target, seconds):
+    """ms of CPU a second, MB of memory."""
+    time.sleep(SETTLING_SECONDS)
+    cpu = target.cpu()
+    time.sleep(seconds)
+    return (target.cpu() - cpu) / seconds * 1000, target.memory()
 
 
 class BusyClients:
@@ -517,6 +528,11 @@ class Bench:
         if any(lost):
             yield "events lost" + label, lost, "%d"
 
+    def idle_rows(self):
+        cpu, memory = self.measure(measure_idle)
+        yield "CPU, ms a second, idle", cpu, "%.1f"
+        yield "memory, MB, idle", memory, "%.1f"
+
     def growth_rows(self, count):
         cpu, memory, late = self.measure(measure_running_streams, count)
         label = ", " + plural(count, "stream")
@@ -598,7 +614,8 @@ def main():
     with Target([os.path.abspath(__file__), "--run", "upstream"]) as upstream:
         if options.growth:
             bench = Bench(upstream, GROWTH_PROGRAMS, options.seconds or 8)
-            rows = itertools.chain(run_all(bench.growth_rows, GROWING_STREAMS),
+            rows = itertools.chain(bench.idle_rows(),
+                                   run_all(bench.growth_rows, GROWING_STREAMS),
                                    run_all(bench.request_rows, GROWING_CLIENTS))
         else:
             bench = Bench(upstream, PROGRAMS, options.seconds or 3)
