@@ -420,6 +420,8 @@ class StreamClients:
     def wait_for_first_events(self, deadline):
         while len(self.first_event_times) < len(self.buffers) and time.monotonic() < deadline:
             self.receive_until(time.monotonic() + 0.1)
+            if not self.selector.get_map():
+                break
 
     def close(self):
         for sock in self.buffers:
@@ -571,8 +573,9 @@ def cell(value, form):
 def print_table(names, rows):
     """The rows as they come, with aiproxy's ratios to the other relays."""
     moment = time.strftime("%Y-%m-%d %H:%M")
-    print("Python %s, %s, %d CPUs, %s"
-          % (platform.python_version(), platform.system(), os.cpu_count(), moment))
+    load = "%.1f" % os.getloadavg()[0] if hasattr(os, "getloadavg") else "unknown"
+    print("Python %s, %s, %d CPUs, load before %s, %s" % (
+        platform.python_version(), platform.system(), os.cpu_count(), load, moment))
     others = [name for name in names if name in ("naive", "read1")]
     ratios = ["a. / " + name for name in others]
     print("%-35s" % "" + "".join("%11s" % name for name in (*names, *ratios)))
