@@ -10,10 +10,10 @@ bytes of events: that makes its CPU per event cheap and its first event late. CP
 the kernel's figures for the relay's process (Linux only).
 
 --growth, six minutes: how the cost grows from 1 to 2,000 streams, which bring 2 events a second
-each, and from 1 to 256 clients, also with two workers (the figures are the sums of all processes,
-memory that they share is counted once). CPU per event and memory are those of streams that run:
-what a request costs is below. Where events are late or lost, and where clients, upstream and
-relay have no CPU left, the figures above are not the relay's best.
+each, and from 1 to 256 clients, also with two workers (the sums of all processes; memory that
+they share is counted once). CPU per event and memory are those of streams that run, after their
+requests. An event is late 0.1 s after it was due, or if it never came: where many are, and where
+clients, upstream and relay share CPUs that are all busy, a figure is not the relay's best.
 """
 import argparse
 import collections
