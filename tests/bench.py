@@ -1,20 +1,31 @@
 #!/usr/bin/env python3
 """A small benchmark: python3 tests/bench.py, about a minute, standard library only.
 
-aiproxy against the relay that one would write in ten lines (Naive below), in front of the same
-upstream, in the same run; `direct` is the upstream without a relay: what this tool can measure at
-best. Only the ratios mean something, and only on a quiet machine.
+aiproxy against the relay that one would write in ten lines (`naive`), and against the same with
+one word changed, which a careful person would write (`read1`), in front of the same upstream, in
+the same run; `direct` is the upstream without a relay: what this tool can measure at best. Only
+the ratios mean something, and only on a quiet machine.
 Streams bring 20 events a second each. The naive relay's read(4096) waits until there are 4096
 bytes of events: that makes its CPU per event cheap and its first event late. CPU and memory are
 the kernel's figures for the relay's process (Linux only).
+
+--growth, six minutes: how the cost grows from 1 to 2,000 streams, which bring 2 events a second
+each, and from 1 to 256 clients, also with two workers (the sums of all processes; memory that
+they share is counted once). CPU per event and memory are those of streams that run, after their
+requests. An event is late 0.1 s after it was due, or if it never came: where many are, and where
+clients, upstream and relay share CPUs that are all busy, a figure is not the relay's best.
 """
 import argparse
 import collections
 import contextlib
+import heapq
 import http.server
+import itertools
 import os
 import platform
+import re
 import selectors
+import signal
 import socket
 import statistics
 import subprocess
@@ -24,16 +35,28 @@ import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(os.path.dirname(HERE), "aiproxy.py")
-NAMES = ("direct", "naive", "aiproxy")
 PROVIDER_KEY = "sk-bench-key"
 CLIENT_KEY = "ck-bench-key"
 
 STREAMS = (1, 100, 500)     # event streams at once
 BUSY_CLIENTS = (1, 16)      # clients that ask again as soon as they have a response
 EVENTS_PER_SECOND = 20      # of each stream
+PROGRAMS = ("direct", "naive", "read1", "aiproxy")
 
-EVENT = (b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m",'
-         b'"choices":[{"index":0,"delta":{"content":"%06d"},"finish_reason":null}]}\n\n')
+GROWING_STREAMS = (1, 10, 100, 1000, 2000)
+GROWING_CLIENTS = (1, 4, 16, 64, 256)
+GROWTH_EVENTS_PER_SECOND = 2        # 4,000 in all: less than a CPU has time for
+GROWTH_PROGRAMS = ("direct", "read1", "aiproxy", "2 workers")
+STARTS_PER_SECOND = 250     # of streams
+MOST_STARTING_SECONDS = 20  # after the last start, for all streams to bring an event
+SETTLING_SECONDS = 2        # after that, and before anything is measured
+LATE_SECONDS = 0.1          # after an event was due: it counts as late
+WITHOUT_END = 10 ** 6       # events
+
+EVENT = (b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":%d,"model":"m",'
+         b'"choices":[{"index":0,"delta":{"content":"a word"},"finish_reason":null}]}\n\n')
+DUE = re.compile(br'"created":(\d+),')      # ms of the monotonic clock, the same in all processes
+STREAM = re.compile(br'"rate":(\d+),"stream":(\d+)')     # events a second, events in all
 RESPONSE_BODY = (b'{"choices":[{"message":{"role":"assistant","content":"'
                  + b"x" * 900 + b'"}}]}')
 RESPONSE = (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -51,18 +74,19 @@ def chunk(data):
 
 
 class Naive(http.server.BaseHTTPRequestHandler):
-    """The obvious relay: a new upstream connection for each request, read(4096)."""
+    """The obvious relay: a new upstream connection for each request, read(4096) or read1(4096)."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         headers = {"Content-Type": "application/json", "Authorization": "Bearer " + PROVIDER_KEY}
         request = urllib.request.Request(self.server.upstream + self.path, body, headers)
         with urllib.request.urlopen(request) as response:
+            read = getattr(response, self.server.read)
             self.send_response(response.status)
             self.send_header("Content-Type", response.headers["Content-Type"])
             self.end_headers()
             while True:
-                data = response.read(4096)
+                data = read(4096)
                 if not data:
                     break
                 self.wfile.write(data)
@@ -71,9 +95,10 @@ class Naive(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def run_naive(upstream):
+def run_naive(read, upstream):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Naive)
     server.socket.listen(1024)      # not the default 5: the backlog is not what is measured
+    server.read = read
     server.upstream = upstream
     print("on http://127.0.0.1:%d" % server.server_port, flush=True)
     server.serve_forever()
@@ -83,20 +108,26 @@ def run_naive(upstream):
 
 
 class EventStream:
-    """A response that is still running."""
+    """A response that is still running. Each event says when it was due."""
 
-    def __init__(self, peer, total):
+    def __init__(self, peer, rate, total):
         self.peer = peer
-        self.sent = 0           # events
-        self.total = total
+        self.pace = 1 / rate
+        self.left = total       # events
+        self.due = time.monotonic()
+
+    def __lt__(self, other):
+        return self.due < other.due
 
     def send_next(self):
         """Send an event or the last chunk; False when the stream has ended."""
-        if self.sent == self.total:
+        if self.left == 0:
             send(self.peer, LAST_CHUNK)
             return False
-        self.sent += 1
-        return send(self.peer, chunk(EVENT % (self.sent - 1)))
+        self.left -= 1
+        event = EVENT % (self.due * 1000)
+        self.due += self.pace
+        return send(self.peer, chunk(event))
 
 
 def send(peer, data):
@@ -109,7 +140,7 @@ def send(peer, data):
 
 
 class Upstream:
-    """Responds at once: with RESPONSE, or with as many events as the request's `stream` says.
+    """Responds at once: with RESPONSE, or with events as the request's `rate` and `stream` say.
 
     One thread and one selector, so that it takes little of the CPU that the relay needs.
     """
@@ -117,8 +148,7 @@ class Upstream:
     def __init__(self):
         self.selector = selectors.DefaultSelector()
         self.buffers = {}       # what each connection has sent of its next request
-        self.streams = []       # those that are running
-        self.next_tick = 0.0    # when each of them is due to send an event
+        self.streams = []       # those that are running, a heap: the one that is due next is first
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(1024)
@@ -130,14 +160,13 @@ class Upstream:
         while True:
             timeout = None
             if self.streams:
-                timeout = max(0, self.next_tick - time.monotonic())
+                timeout = max(0, self.streams[0].due - time.monotonic())
             for key, _ in self.selector.select(timeout):
                 if key.fileobj is self.listener:
                     self.accept()
                 else:
                     self.receive(key.fileobj)
-            if self.streams and time.monotonic() >= self.next_tick:
-                self.tick()
+            self.send_events()
 
     def accept(self):
         peer = self.listener.accept()[0]
@@ -164,20 +193,22 @@ class Upstream:
             self.respond(peer, body)
 
     def respond(self, peer, body):
-        _, is_stream, total = body.partition(b'"stream":')
-        if not is_stream:
+        asked = STREAM.search(body)
+        if not asked:
             send(peer, RESPONSE)
             return
-        stream = EventStream(peer, int(total[:-1]))
-        stream.sent = 1
-        send(peer, EVENT_HEAD + chunk(EVENT % 0))
-        self.streams.append(stream)
+        send(peer, EVENT_HEAD)
+        heapq.heappush(self.streams, EventStream(peer, int(asked[1]), int(asked[2])))
 
-    def tick(self):
-        """An event on every stream, at a steady pace unless this process comes late."""
-        pace = 1 / EVENTS_PER_SECOND
-        self.next_tick = max(self.next_tick + pace, time.monotonic() + pace / 2)
-        self.streams = [stream for stream in self.streams if stream.send_next()]
+    def send_events(self):
+        """Those that are due."""
+        now = time.monotonic()
+        while self.streams and self.streams[0].due <= now:
+            stream = self.streams[0]
+            if stream.send_next():
+                heapq.heapreplace(self.streams, stream)
+            else:
+                heapq.heappop(self.streams)
 
 
 # ---- What is measured -----------------------------------------------------------------------
@@ -201,31 +232,52 @@ class Target:
                 return line[line.index("http://"):].strip()
         return None
 
+    def pids(self):
+        """Its own and those of its workers."""
+        pid = self.process.pid
+        children = read_text("/proc/%d/task/%d/children" % (pid, pid)).split()
+        return [pid] + [int(child) for child in children]
+
     def cpu(self):
         """Seconds of CPU so far."""
         if sys.platform != "linux":
             return 0.0
         # Linux has a clock for every process, whose number is made of the process's number:
         # clock_getcpuclockid(3).
-        return time.clock_gettime(~self.process.pid << 3 | 2)
+        return sum(time.clock_gettime(~pid << 3 | 2) for pid in self.pids())
 
     def peak(self):
         """The most memory it ever had, in MB."""
-        if sys.platform != "linux":
-            return 0.0
-        with open("/proc/%d/status" % self.process.pid) as status:
-            for line in status:
-                if line.startswith("VmHWM"):
-                    return int(line.split()[1]) / 1000
-        return 0.0
+        return sum(read_megabytes(pid, "status", "VmHWM") for pid in self.pids())
+
+    def memory(self):
+        """What it has now, in MB; of what processes share, each has its part."""
+        return sum(read_megabytes(pid, "smaps_rollup", "Pss") for pid in self.pids())
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self.process.kill()
+        workers = self.pids()[1:]
+        self.process.kill()             # first: it would start workers again
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self.process.stdout.close()
+
+
+def read_text(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:             # not Linux
+        return ""
+
+
+def read_megabytes(pid, file, name):
+    found = re.search(r"^%s:\s*(\d+) kB" % name, read_text("/proc/%d/%s" % (pid, file)), re.M)
+    return int(found[1]) / 1000 if found else 0.0
 
 
 def make_request(address, body):
@@ -249,6 +301,14 @@ def receive(sock):
         return sock.recv(65536)
     except ConnectionError:
         return b""
+
+
+def measure_idle(target, seconds):
+    """ms of CPU a second, MB of memory."""
+    time.sleep(SETTLING_SECONDS)
+    cpu = target.cpu()
+    time.sleep(seconds)
+    return (target.cpu() - cpu) / seconds * 1000, target.memory()
 
 
 class BusyClients:
@@ -296,50 +356,76 @@ class BusyClients:
         return self.responses / elapsed
 
 
-class StreamClients:
-    """Clients that each read one event stream; all begin within a second."""
+def measure_requests(target, count, seconds):
+    """Responses a second, µs of CPU per response."""
+    cpu = target.cpu()
+    clients = BusyClients(target.address)
+    rate = clients.run(count, seconds / 2)
+    cpu = target.cpu() - cpu
+    return rate, cpu / max(1, clients.responses) * 1e6
 
-    def __init__(self, address, seconds):
+
+class StreamClients:
+    """Clients that each read one event stream."""
+
+    def __init__(self, address, rate, total):
         self.address = address
-        self.events = int(seconds * EVENTS_PER_SECOND)      # of each stream
-        self.request = make_request(address, b'{"model":"m","stream":%d}' % self.events)
+        self.request = make_request(
+            address, b'{"model":"m","rate":%d,"stream":%d}' % (rate, total))
         self.selector = selectors.DefaultSelector()
         self.start_times = {}
         self.first_event_times = {}     # seconds after the start
-        self.buffers = {}
+        self.buffers = {}               # what has come after the last event's time
+        self.events = 0                 # of all streams
+        self.late = 0                   # of these
 
     def add(self):
         start = time.monotonic()
         sock = connect(self.address, self.request)
         self.start_times[sock] = start
-        self.buffers[sock] = bytearray()
+        self.buffers[sock] = b""
         self.selector.register(sock, selectors.EVENT_READ)
 
     def receive(self, sock):
         data = receive(sock)
-        buffer = self.buffers[sock]
-        buffer += data
-        if sock not in self.first_event_times and b"data: " in buffer:
-            self.first_event_times[sock] = time.monotonic() - self.start_times[sock]
+        now = time.monotonic()
+        buffer = self.buffers[sock] + data
+        end = 0
+        for match in DUE.finditer(buffer):
+            end = match.end()
+            self.events += 1
+            self.late += now - int(match[1]) / 1000 > LATE_SECONDS
+        self.buffers[sock] = buffer[end:]
+        if end and sock not in self.first_event_times:
+            self.first_event_times[sock] = now - self.start_times[sock]
         if not data or buffer.endswith(b"\r\n" + LAST_CHUNK):
             self.selector.unregister(sock)
             sock.close()
 
-    def run(self, count, seconds):
-        waiting = count
-        start = time.monotonic()
-        deadline = start + seconds * 2 + 10
-        while waiting or self.selector.get_map():
-            if time.monotonic() >= deadline:
+    def receive_until(self, deadline):
+        """Or until all streams have ended."""
+        while self.selector.get_map():
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
                 break
-            while waiting and time.monotonic() - start >= (count - waiting) / count:
-                self.add()
-                waiting -= 1
-            for key, _ in self.selector.select(0.001 if waiting else 0.5):
+            for key, _ in self.selector.select(seconds_left):
                 self.receive(key.fileobj)
 
-    def received_events(self):
-        return sum(buffer.count(b"data: {") for buffer in self.buffers.values())
+    def begin(self, count, seconds):
+        start = time.monotonic()
+        for number in range(count):
+            self.receive_until(start + seconds * number / count)
+            self.add()
+
+    def wait_for_first_events(self, deadline):
+        while len(self.first_event_times) < len(self.buffers) and time.monotonic() < deadline:
+            self.receive_until(time.monotonic() + 0.1)
+            if not self.selector.get_map():
+                break
+
+    def close(self):
+        for sock in self.buffers:
+            sock.close()
 
 
 Figures = collections.namedtuple("Figures", "median percentile_99 cpu peak lost")
@@ -348,34 +434,63 @@ Figures = collections.namedtuple("Figures", "median percentile_99 cpu peak lost"
 def measure_streams(target, count, seconds):
     """Figures: ms to the first event, µs of CPU per event, MB of memory, events lost."""
     cpu = target.cpu()
-    clients = StreamClients(target.address, seconds)
-    clients.run(count, seconds)
+    total = int(seconds * EVENTS_PER_SECOND)
+    clients = StreamClients(target.address, EVENTS_PER_SECOND, total)
+    deadline = time.monotonic() + seconds * 2 + 10
+    clients.begin(count, 1)
+    clients.receive_until(deadline)
     cpu = target.cpu() - cpu
 
-    events = clients.received_events()
+    clients.close()
     times = sorted(clients.first_event_times.values()) or [float("nan")]
     percentile_99 = times[min(len(times) - 1, len(times) * 99 // 100)]
     return Figures(
         median=statistics.median(times) * 1000,
         percentile_99=percentile_99 * 1000,
-        cpu=cpu / max(1, events) * 1e6,
+        cpu=cpu / max(1, clients.events) * 1e6,
         peak=target.peak(),
-        lost=count * clients.events - events)
+        lost=count * total - clients.events)
+
+
+def measure_running_streams(target, count, seconds):
+    """µs of CPU per event, MB of memory, % of the events that were late or never came."""
+    clients = StreamClients(target.address, GROWTH_EVENTS_PER_SECOND, WITHOUT_END)
+    try:
+        clients.begin(count, count / STARTS_PER_SECOND)
+    except OSError:             # it takes no more
+        clients.close()
+        return None, None, 100.0
+
+    clients.wait_for_first_events(time.monotonic() + MOST_STARTING_SECONDS)
+    clients.receive_until(time.monotonic() + SETTLING_SECONDS)
+    start = time.monotonic()
+    cpu, events, late = target.cpu(), clients.events, clients.late
+    clients.receive_until(start + seconds)
+    due = count * GROWTH_EVENTS_PER_SECOND * (time.monotonic() - start)
+    cpu = target.cpu() - cpu
+    events = clients.events - events
+    in_time = events - (clients.late - late)
+
+    memory = target.memory()
+    clients.close()
+    return cpu / max(1, events) * 1e6, memory, max(0, 1 - in_time / due) * 100
 
 
 class Bench:
-    """Measures the three programs one after the other, each relay in a fresh process."""
+    """Measures the programs one after the other, each relay in a fresh process."""
 
-    def __init__(self, upstream, seconds):
+    def __init__(self, upstream, names, seconds):
         self.upstream = upstream
+        self.names = names
         self.seconds = seconds          # of each measurement
         self.environ = clean_environ()
 
     def start(self, name):
         if name == "direct":
             return contextlib.nullcontext(self.upstream)
-        if name == "naive":
-            command = [os.path.abspath(__file__), "--run", "naive", self.upstream.url]
+        if name in ("naive", "read1"):
+            read = "read" if name == "naive" else name
+            command = [os.path.abspath(__file__), "--run", "naive", read, self.upstream.url]
             return Target(command, self.environ)
         settings = {
             "AIPROXY_UPSTREAM": self.upstream.url,
@@ -383,26 +498,29 @@ class Bench:
             "AIPROXY_CLIENT_KEYS": CLIENT_KEY,
             "AIPROXY_PORT": "0",
             "AIPROXY_LOG": "off",
+            "AIPROXY_MAX_CONNECTIONS": "4096",
+            "AIPROXY_WORKERS": "2" if name == "2 workers" else "1",
         }
         return Target([PROGRAM], dict(self.environ, **settings))
 
-    def requests_row(self, clients):
-        """A row: what it is, the values of the three programs, their format."""
-        values = []
-        for name in NAMES:
+    def measure(self, function, *args):
+        """What the function says of each program: a list for each of its figures."""
+        figures = []
+        for name in self.names:
             with self.start(name) as target:
-                rate = BusyClients(target.address).run(clients, self.seconds / 2)
-                values.append(rate)
-        return "requests/s, " + plural(clients, "client"), values, "%.0f"
+                figures.append(function(target, *args, self.seconds))
+        return zip(*figures)
+
+    def request_rows(self, count):
+        """Rows: what it is, the values of the programs, their format."""
+        rate, cpu = self.measure(measure_requests, count)
+        label = ", " + plural(count, "client")
+        yield "requests/s" + label, rate, "%.0f"
+        yield "CPU per request, µs" + label, cpu, "%.0f"
 
     def stream_rows(self, count):
         """Rows as above. One stream has no percentiles, and lost events are the exception."""
-        figures = []
-        for name in NAMES:
-            with self.start(name) as target:
-                figures.append(measure_streams(target, count, self.seconds))
-        median, percentile_99, cpu, peak, lost = zip(*figures)
-
+        median, percentile_99, cpu, peak, lost = self.measure(measure_streams, count)
         label = ", " + plural(count, "stream")
         yield "first event, median ms" + label, median, "%.1f"
         if count > 1:
@@ -411,6 +529,18 @@ class Bench:
         yield "peak memory, MB" + label, peak, "%.1f"
         if any(lost):
             yield "events lost" + label, lost, "%d"
+
+    def idle_rows(self):
+        cpu, memory = self.measure(measure_idle)
+        yield "CPU, ms a second, idle", cpu, "%.1f"
+        yield "memory, MB, idle", memory, "%.1f"
+
+    def growth_rows(self, count):
+        cpu, memory, late = self.measure(measure_running_streams, count)
+        label = ", " + plural(count, "stream")
+        yield "CPU per event, µs" + label, cpu, "%.1f"
+        yield "memory, MB" + label, memory, "%.1f"
+        yield "events late, %" + label, late, "%.0f"
 
 
 def plural(count, noun):
@@ -440,45 +570,61 @@ def cell(value, form):
     return "-" if is_missing else form % value
 
 
-def print_table(rows):
+def print_table(names, rows):
+    """The rows as they come, with aiproxy's ratios to the other relays."""
     moment = time.strftime("%Y-%m-%d %H:%M")
-    print("Python %s, %s, %d CPUs, %s"
-          % (platform.python_version(), platform.system(), os.cpu_count(), moment))
-    print("%-36s %10s %10s %10s %16s" % ("", *NAMES, "aiproxy / naive"))
-    for label, values, form in rows:
-        direct, naive, aiproxy = values
-        if label.startswith(("CPU", "peak")):
-            direct = None               # the upstream's own are not the question
-        cells = [cell(value, form) for value in (direct, naive, aiproxy)]
-        ratio = "%.3g" % (aiproxy / naive) if naive else "-"
-        print("%-36s %10s %10s %10s %16s" % (label, *cells, ratio))
+    load = "%.1f" % os.getloadavg()[0] if hasattr(os, "getloadavg") else "unknown"
+    print("Python %s, %s, %d CPUs, load before %s, %s" % (
+        platform.python_version(), platform.system(), os.cpu_count(), load, moment))
+    others = [name for name in names if name in ("naive", "read1")]
+    ratios = ["a. / " + name for name in others]
+    print("%-35s" % "" + "".join("%11s" % name for name in (*names, *ratios)))
+    for label, row, form in rows:
+        values = dict(zip(names, row))
+        if label.startswith(("CPU", "peak", "memory")):
+            values["direct"] = None     # the upstream's own are not the question
+        cells = [cell(value, form) for value in values.values()]
+        for name in others:
+            is_known = values["aiproxy"] and values[name] and "late" not in label
+            cells.append(cell(values["aiproxy"] / values[name] if is_known else None, "%.3g"))
+        print("%-35s" % label + "".join("%11s" % each for each in cells), flush=True)
 
 
 def read_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--seconds", type=float, default=4,
-        help="of each measurement; about 60 s in all with the default")
+        "--growth", action="store_true",
+        help="how the cost grows with streams, clients and workers; about six minutes")
+    parser.add_argument(
+        "--seconds", type=float, help="of each measurement; 3 if not given, or 8 with --growth")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def run_all(measure_rows, counts):
+    for count in counts:
+        yield from measure_rows(count)
 
 
 def main():
     options = read_options()
     if options.run:
         if options.run[0] == "naive":
-            return run_naive(options.run[1])
+            return run_naive(*options.run[1:])
         return Upstream().run()
 
     raise_descriptor_limit()
-    rows = []
     with Target([os.path.abspath(__file__), "--run", "upstream"]) as upstream:
-        bench = Bench(upstream, options.seconds)
-        for clients in BUSY_CLIENTS:
-            rows.append(bench.requests_row(clients))
-        for count in STREAMS:
-            rows.extend(bench.stream_rows(count))
-    print_table(rows)
+        if options.growth:
+            bench = Bench(upstream, GROWTH_PROGRAMS, options.seconds or 8)
+            rows = itertools.chain(bench.idle_rows(),
+                                   run_all(bench.growth_rows, GROWING_STREAMS),
+                                   run_all(bench.request_rows, GROWING_CLIENTS))
+        else:
+            bench = Bench(upstream, PROGRAMS, options.seconds or 3)
+            rows = itertools.chain(run_all(bench.request_rows, BUSY_CLIENTS),
+                                   run_all(bench.stream_rows, STREAMS))
+        print_table(bench.names, rows)
     return 0
 
 
