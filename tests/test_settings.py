@@ -174,6 +174,11 @@ def test_an_invalid_value_that_may_be_secret_is_not_shown(check, name, value, wo
     assert not any(secret in err for secret in SECRETS)
 
 
+def test_a_short_name_may_begin_like_a_key():
+    settings = aiproxy.Settings({**KEY, "AIPROXY_CLIENT_KEYS": "hf-bot=one,sk-team=two"})
+    assert settings.client_keys == [("hf-bot", b"one"), ("sk-team", b"two")]
+
+
 REAL_KEYS = [
     "sk-proj-Abcdxxx123456",
     "gsk_0123456789abcdef",
