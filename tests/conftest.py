@@ -80,6 +80,26 @@ def hidden(relay):
 
 
 @pytest.fixture
+def check(monkeypatch, capsys):
+    """check(*arguments, **environment) → exit status, stdout, stderr of `aiproxy.py --check`.
+
+    It runs in this process.
+    """
+
+    def run(*arguments, **environ):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", dict(environ))
+            patch.setattr("sys.argv", ["aiproxy.py", "--check"] + list(arguments))
+            try:
+                status = aiproxy.main()
+            except SystemExit as end:       # of --help and --version
+                status = end.code
+        return (status,) + tuple(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def no_thread_fails(monkeypatch):
     """Fail the test if an exception ends a thread."""
     failures = []

@@ -628,6 +628,19 @@ class ProcessRelay(Relay):
 start_relay = ProcessRelay if OTHER_PYTHON else Relay
 
 
+def banner_of(environ):
+    """What a server in this process prints of itself when it starts."""
+    server = aiproxy.Server(aiproxy.Settings({"AIPROXY_PORT": "0", **environ}))
+    printed = []
+    server.log.put = lambda stream, text: printed.append(text)
+    try:
+        aiproxy.print_banner(server)
+        assert server.url() in printed[0]
+    finally:
+        server.close()
+    return printed[0]
+
+
 def children(process):
     """The ids of its child processes, the oldest first."""
     with open("/proc/%d/task/%d/children" % (process, process)) as file:

@@ -17,7 +17,7 @@ from aiproxy import SettingError, Settings
 from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, LLAMA_31, MID_STREAM, QWEN_3,
                              TOKEN, UUID, FakeCloudflare, delta, envelope, error_envelope,
                              read_sse, settings, sse)
-from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, chunk, run_program
+from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, banner_of, chunk
 
 AUTH = [("Authorization", "Bearer ck-alice")]
 LLAMA = "@cf/meta/llama-3.1-8b-instruct"
@@ -1053,12 +1053,13 @@ def test_short_names_can_be_the_list_of_models(cloudflare, workers):
 
 @pytest.mark.parametrize("given,shown", [
     ("", "all"), ("short", ", ".join(ALIASES)), ("mine=@cf/x/y", "mine=@cf/x/y")])
-def test_what_is_in_force_never_shows_short_names_as_a_list_of_models(cloudflare, given, shown):
-    done = run_program("--check", env=settings(cloudflare, AIPROXY_MODELS=given))
-    assert "AIPROXY_MODELS=%s\n" % shown in done.stdout
-    with Program(env=settings(cloudflare, AIPROXY_MODELS=given)) as program:
-        names = "mine" if given.startswith("mine") else shown
-        assert program.wait_for_line(program.errors, "  models       " + names)
+def test_what_is_in_force_never_shows_short_names_as_a_list_of_models(
+        cloudflare, check, given, shown):
+    environ = settings(cloudflare, AIPROXY_MODELS=given)
+    _, printed, _ = check(**environ)
+    assert "AIPROXY_MODELS=%s\n" % shown in printed
+    names = "mine" if given.startswith("mine") else shown
+    assert "  models       %s\n" % names in banner_of(environ)
 
 
 # -- several accounts
@@ -1341,12 +1342,12 @@ def test_the_account_and_the_token_appear_nowhere(cloudflare):
     assert seen.count(b"HTTP/1.1 200") > 3
 
 
-def test_check_shows_the_account_and_masks_the_token(cloudflare):
-    done = run_program("--check", env=settings(cloudflare))
-    assert done.returncode == 0
-    assert "CLOUDFLARE_ACCOUNT_ID=" + ACCOUNT in done.stdout
-    assert TOKEN not in done.stdout + done.stderr
-    assert "ck-alice" not in done.stdout
+def test_check_shows_the_account_and_masks_the_token(cloudflare, check):
+    status, printed, errors = check(**settings(cloudflare))
+    assert status == 0
+    assert "CLOUDFLARE_ACCOUNT_ID=" + ACCOUNT in printed
+    assert TOKEN not in printed + errors
+    assert "ck-alice" not in printed + errors
 
 
 @pytest.mark.parametrize(
