@@ -440,7 +440,7 @@ def test_it_serves_and_ends_whatever_its_streams_are(upstream, number, state):
             begin = time.monotonic()
             process.terminate()
             output, errors = process.communicate(timeout=PATIENCE)
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20
         finally:
             process.kill()
 
@@ -589,7 +589,7 @@ def test_a_relay_whose_selector_no_longer_works_is_not_healthy(relay, monkeypatc
         raise OSError(9, "Bad file descriptor")
 
     monkeypatch.setattr(loop.selector, "select", select)
-    monkeypatch.setattr(aiproxy, "LOOP_SECONDS", 0.7)
+    monkeypatch.setattr(aiproxy, "LOOP_SECONDS", 0.1)
     deadline = time.monotonic() + PATIENCE
     while running.ask("GET", "/health").status == 200 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -534,7 +534,7 @@ def test_a_stream_that_ends_early_ends_in_an_error_event_and_never_in_stop(
 def test_a_stream_that_times_out_ends_in_an_error_event(cloudflare, workers):
     cloudflare.answer = lambda received: (
         received.send(EVENT_HEAD + chunk(sse(delta(content="Hel")))) or received.wait_closed())
-    reply = post(workers(TIMEOUT=0.2), stream=True)
+    reply = post(workers(TIMEOUT=0.5), stream=True)
     assert events_of(reply)[-1]["error"]["code"] == "upstream_timeout" and not reply.complete
 
 
@@ -567,7 +567,7 @@ def test_a_silent_stream_gets_comments_between_its_events(cloudflare, workers):
 def test_heartbeats_do_not_prolong_the_upstreams_silence(cloudflare, workers):
     cloudflare.answer = lambda received: (
         received.send(EVENT_HEAD + chunk(sse(delta(content="Hel")))) or received.wait_closed())
-    reply = post(workers(TIMEOUT=0.2, HEARTBEAT=0.05), stream=True)
+    reply = post(workers(TIMEOUT=0.5, HEARTBEAT=0.05), stream=True)
     assert b": keep-alive" in reply.body
     assert events_of(reply)[-1]["error"]["code"] == "upstream_timeout" and not reply.complete
 
@@ -638,7 +638,7 @@ def test_when_the_client_disconnects_the_upstream_is_closed(cloudflare, workers,
         cloudflare.wait_for()
         client.read_until(seen) if seen else None
     took = closed.get(timeout=2 * PATIENCE)
-    assert took is not None and took < 5
+    assert took is not None and took < 20       # seconds: before any time limit
     assert running.wait_for_record()["outcome"] == "client_gone"
 
 
