@@ -1,7 +1,9 @@
 """Fixtures: a relay in this process on a free port, and a fake upstream that a test scripts."""
 
+import functools
 import gc
 import os
+import py_compile
 import sys
 import threading
 
@@ -11,7 +13,21 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import aiproxy  # noqa: E402
-from support import OTHER_PYTHON, Upstream, make_certificate, start_relay  # noqa: E402
+import support  # noqa: E402
+from support import OTHER_PYTHON, PROGRAM, Upstream, make_certificate, start_relay  # noqa: E402
+
+
+@functools.lru_cache(None)
+def quick_command():
+    """The program, compiled once: that is half of its start. (Some tests start it as users do.)"""
+    try:
+        return [sys.executable, py_compile.compile(PROGRAM, doraise=True)]
+    except OSError:
+        return [sys.executable, PROGRAM]        # its folder is not ours
+
+
+if not OTHER_PYTHON:
+    support.program_command = quick_command
 
 # Limits of time are looked at twice a second: tests that wait for one need not wait so long.
 aiproxy.TICK_SECONDS = 0.05
@@ -116,6 +132,12 @@ def pytest_collection_modifyitems(items):
     waiting = [item for item in items if "core_runs" in item.fixturenames]
     others = [item for item in items if item not in waiting]
     items[:] = waiting[:1] + others + waiting[1:]
+
+
+def pytest_collection_finish():
+    """The collected tests stay until the end: let no collection of garbage look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish():

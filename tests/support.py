@@ -26,6 +26,12 @@ PROGRAM = os.path.join(os.path.dirname(HERE), "aiproxy.py")
 OTHER_PYTHON = shlex.split(os.environ.get("AIPROXY_TEST_PYTHON", ""))
 PYTHON = OTHER_PYTHON or [sys.executable]
 
+
+def program_command():
+    """What starts the program; its options come behind. conftest.py has something quicker."""
+    return [*PYTHON, PROGRAM]
+
+
 # Seconds until a wait that ought to end at once counts as a failure: generous, for slow machines.
 PATIENCE = 60
 
@@ -524,7 +530,7 @@ def watch(monkeypatch, owner, name):
 def run_program(*arguments, env=None, timeout=PATIENCE):
     """Run `aiproxy.py ARGUMENTS` under this Python, with only the settings in `env`."""
     return subprocess.run(
-        [*PYTHON, PROGRAM, *arguments],
+        [*program_command(), *arguments],
         env=clean_environ(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -551,12 +557,12 @@ def clean_environ(env=None):
 class Program:
     """aiproxy.py as a process of its own, on a free port that its banner names.
 
-    `command` is what starts it, if not this Python.
+    `command` is what starts it, if not program_command().
     """
 
-    def __init__(self, *arguments, env=None, command=(*PYTHON, PROGRAM)):
+    def __init__(self, *arguments, env=None, command=None):
         self.process = subprocess.Popen(
-            [*command, *arguments],
+            [*(command or program_command()), *arguments],
             env=clean_environ({"AIPROXY_PORT": "0", **(env or {})}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
