@@ -134,12 +134,6 @@ def pytest_collection_modifyitems(items):
     items[:] = waiting[:1] + others + waiting[1:]
 
 
-def pytest_collection_finish():
-    """The collected tests stay until the end: let no collection of garbage look through them."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_sessionfinish():
     """Close what a test has left open: Python waits for its threads, and they for idle clients."""
     for thing in gc.get_objects():
