@@ -1,7 +1,9 @@
 """Fixtures: a relay in this process on a free port, and a fake upstream that a test scripts."""
 
+import functools
 import gc
 import os
+import py_compile
 import sys
 import threading
 
@@ -11,7 +13,31 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import aiproxy  # noqa: E402
-from support import OTHER_PYTHON, Upstream, close_server, make_certificate, start_relay  # noqa: E402
+import support  # noqa: E402
+from support import (  # noqa: E402
+    OTHER_PYTHON,
+    PROGRAM,
+    Upstream,
+    close_server,
+    make_certificate,
+    start_relay,
+)
+
+
+@functools.lru_cache(None)
+def quick_command():
+    """The program, compiled once: that is half of its start. (Some tests start it as users do.)"""
+    try:
+        return [sys.executable, py_compile.compile(PROGRAM, doraise=True)]
+    except OSError:
+        return [sys.executable, PROGRAM]        # its folder is not ours
+
+
+if not OTHER_PYTHON:
+    support.program_command = quick_command
+
+# Limits of time are looked at twice a second: tests that wait for one need not wait so long.
+aiproxy.TICK_SECONDS = 0.05
 
 PROXY_AND_PLATFORM_VARIABLES = {
     "http_proxy",
@@ -74,6 +100,26 @@ def relay(upstream, request):
 def hidden(relay):
     """A relay with the provider key sk-hidden-key, which asks for the client key of alice."""
     return relay(KEY="sk-hidden-key", CLIENT_KEYS="alice=ck-alice")
+
+
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """check(*arguments, **environment) → exit status, stdout, stderr of `aiproxy.py --check`.
+
+    It runs in this process.
+    """
+
+    def run(*arguments, **environ):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", dict(environ))
+            patch.setattr("sys.argv", ["aiproxy.py", "--check"] + list(arguments))
+            try:
+                status = aiproxy.main()
+            except SystemExit as end:       # of --help and --version
+                status = end.code
+        return (status,) + tuple(capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

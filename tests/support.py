@@ -27,6 +27,12 @@ PROGRAM = os.path.join(os.path.dirname(HERE), "aiproxy.py")
 OTHER_PYTHON = shlex.split(os.environ.get("AIPROXY_TEST_PYTHON", ""))
 PYTHON = OTHER_PYTHON or [sys.executable]
 
+
+def program_command():
+    """What starts the program; its options come behind. conftest.py has something quicker."""
+    return [*PYTHON, PROGRAM]
+
+
 # Seconds until a wait that ought to end at once counts as a failure: generous, for slow machines.
 PATIENCE = 60
 
@@ -506,6 +512,20 @@ class Client:
             return True
 
 
+def allow_no_silence(running, seconds=0.2):
+    """From now on AIPROXY_TIMEOUT is so short for the response that is being relayed.
+
+    What comes before, like the head, may take its time on a slow machine.
+    """
+    loop = running.server.relay_loop
+    deadline = time.monotonic() + PATIENCE
+    while not loop.jobs:
+        assert time.monotonic() < deadline, "no response is being relayed"
+        time.sleep(0.01)
+    for job in list(loop.jobs):
+        job.timeout = job.silence = seconds         # the latter in a tunnel
+
+
 def watch(monkeypatch, owner, name):
     """done(): wait until `owner.name` has been called once more than the last time."""
     calls = threading.Semaphore(0)
@@ -523,7 +543,7 @@ def watch(monkeypatch, owner, name):
 def run_program(*arguments, env=None, timeout=PATIENCE):
     """Run `aiproxy.py ARGUMENTS` under this Python, with only the settings in `env`."""
     return subprocess.run(
-        [*PYTHON, PROGRAM, *arguments],
+        [*program_command(), *arguments],
         env=clean_environ(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -550,12 +570,12 @@ def clean_environ(env=None):
 class Program:
     """aiproxy.py as a process of its own, on a free port that its banner names.
 
-    `command` is what starts it, if not this Python.
+    `command` is what starts it, if not program_command().
     """
 
-    def __init__(self, *arguments, env=None, command=(*PYTHON, PROGRAM)):
+    def __init__(self, *arguments, env=None, command=None):
         self.process = subprocess.Popen(
-            [*command, *arguments],
+            [*(command or program_command()), *arguments],
             env=clean_environ({"AIPROXY_PORT": "0", **(env or {})}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -639,6 +659,19 @@ class ProcessRelay(Relay):
 
 
 start_relay = ProcessRelay if OTHER_PYTHON else Relay
+
+
+def banner_of(environ):
+    """What a server in this process prints of itself when it starts."""
+    server = aiproxy.Server(aiproxy.Settings({"AIPROXY_PORT": "0", **environ}))
+    printed = []
+    server.log.put = lambda stream, text: printed.append(text)
+    try:
+        aiproxy.print_banner(server)
+        assert server.url() in printed[0]
+    finally:
+        server.close()
+    return printed[0]
 
 
 def children(process):

@@ -24,6 +24,12 @@ def by_hand():
         yield upstream
 
 
+@pytest.fixture(autouse=True)
+def no_long_wait_for_the_body(monkeypatch):
+    """Send a request up soon after its first bytes: the clients of these tests pause there."""
+    monkeypatch.setattr(aiproxy, "PREFETCH_SECONDS", 0.05)
+
+
 def begin_upload(by_hand, running, framing, length=1000000, head=EARLY_HEAD):
     """Send the first 100 bytes of a body, and let the upstream answer with its head and 'begun'."""
     client = running.client()

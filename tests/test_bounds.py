@@ -223,6 +223,7 @@ def test_an_idle_client_that_has_hung_up_takes_no_place(relay, monkeypatch, plac
 def test_a_client_above_the_maximum_starts_no_thread(relay, monkeypatch):
     running = relay(MAX_CONNECTIONS="1")
     monkeypatch.setattr(running.server, "evict", lambda *args: False)
+    monkeypatch.setattr(aiproxy, "BUSY_SECONDS", 0.1)
 
     with running.client() as first:
         assert status_of(first) == 200

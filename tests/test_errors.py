@@ -197,7 +197,8 @@ def test_an_error_on_the_messages_api_has_anthropics_form(
 def test_a_broken_head_of_the_messages_api_has_anthropics_form_too(
     upstream, hidden, monkeypatch, head, status
 ):
-    monkeypatch.setattr(aiproxy, "HEAD_SECONDS", 0.1)
+    if status == 408:
+        monkeypatch.setattr(aiproxy, "HEAD_SECONDS", 0.3)
     with hidden.client() as client:
         client.send(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\n" + head)
         reply = client.read_reply()

@@ -147,7 +147,7 @@ def test_a_handshake_is_part_of_the_time_for_the_first_head(hidden, limit):  # n
     with Client(hidden.address) as silent, Client(hidden.address) as slow:
         slow.send(b"\x16\x03\x01")
         assert silent.ended() and slow.ended()
-    assert 0.2 < time.monotonic() - began < 5
+    assert 0.2 < time.monotonic() - began < 20      # HEAD_SECONDS is 30 otherwise
 
 
 def test_slow_handshakes_hold_up_nobody(hidden):

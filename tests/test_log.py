@@ -1,6 +1,7 @@
 """The log: one line per request, which no client can forge and which never shows a key."""
 
 import json
+import os
 import threading
 import time
 import urllib.parse
@@ -8,12 +9,17 @@ import urllib.parse
 import pytest
 
 import aiproxy
-from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, Upstream, chunk, event
+from support import (
+    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, PYTHON, Client, Program, Upstream, chunk, event)
 
 AUTH = [("Authorization", "Bearer ck-alice")]
 NAMES = {"time", "client", "method", "path", "model", "status", "upstream_status"}
 NAMES |= {"first_byte", "total", "bytes", "request_id", "outcome"}
 CLIENT_KEYS = 'alice=ck-alice,bob=ck-"quoted"'
+
+
+# The program, but lines do not wait for others that might be written with them.
+IMPATIENT = "import aiproxy, sys; aiproxy.LOG_SECONDS = 0.001; sys.exit(aiproxy.main())"
 
 
 @pytest.fixture(scope="module", params=["text", "json"])
@@ -27,8 +33,9 @@ def program(request):
             "AIPROXY_LOG": request.param,
             "AIPROXY_DEFAULT_MODEL": "m",
             "AIPROXY_PATHS": "*",
+            "PYTHONPATH": os.path.dirname(PROGRAM),
         }
-        with Program(env=environ) as running:
+        with Program(env=environ, command=[*PYTHON, "-c", IMPATIENT]) as running:
             running.upstream = fake
             running.form = request.param
             yield running

@@ -5,17 +5,17 @@ Below the line "# ==== Part two: Parts that can be taken out" each section of ai
 The tests remove both, see that nothing else needs the section, and run tests of the core on what
 is left. The tables below say which. A section that says "# Needs: OTHER" goes with OTHER.
 """
-import concurrent.futures
+import functools
+import json
 import os
 import re
-import shutil
 import subprocess
 import symtable
 import sys
 
 import pytest
 
-from support import HERE, PATIENCE, PROGRAM
+from support import HERE, PROGRAM
 
 PART = "# ==== "
 PART_TWO = "# ==== Part two: Parts that can be taken out "
@@ -66,6 +66,13 @@ CORE_TESTS = {
     ),
 }
 WITHOUT_TLS = ("-k", "not tls")
+
+# The assertions of four files are not rewritten, and of their functions only these are collected:
+# either would take half as long as the tests.
+CORE_NAMES = [name for names in CORE_TESTS.values() for name in names]
+CORE_ARGUMENTS = ["-q", "-x", "-p", "no:cacheprovider", "--assert=plain", *WITHOUT_TLS]
+CORE_ARGUMENTS += ["-o", "python_functions=" + " ".join(CORE_NAMES)]
+CORE_ARGUMENTS += ["tests/" + file for file in CORE_TESTS]
 
 DESELECTED = {      # section: tests of the core that cannot pass without it, and why
     "Another key header": {
@@ -169,78 +176,99 @@ def take_out(names):
     return rest, removed
 
 
-def symbols_of(lines):
-    return symtable.symtable("\n".join(lines), "aiproxy.py", "exec")
+class Names:
+    """The names that a piece of the program binds at top level, and those that it uses."""
+
+    def __init__(self, lines):
+        module = symtable.symtable("\n".join(lines), "aiproxy.py", "exec")
+        symbols = module.get_symbols()
+        self.defined = {symbol.get_name() for symbol in symbols
+                        if symbol.is_assigned() or symbol.is_imported()}
+
+        # The global names, in any scope. The compiler's own table of symbols tells them from
+        # local names that are spelled alike.
+        self.used = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
+        scopes = module.get_children()
+        while scopes:
+            scope = scopes.pop()
+            symbols = scope.get_symbols()
+            self.used.update(symbol.get_name() for symbol in symbols if symbol.is_global())
+            scopes.extend(scope.get_children())
 
 
-def defined_names(module):
-    """The names that a module binds at top level."""
-    symbols = module.get_symbols()
-    return {symbol.get_name() for symbol in symbols
-            if symbol.is_assigned() or symbol.is_imported()}
+INSIDE = {number for numbers in SECTIONS.values() for number in numbers}
+PIECES = {**SECTIONS, None: [number for number in range(len(LINES)) if number not in INSIDE]}
 
 
-def used_names(module):
-    """The global names that a module uses, in any scope.
+def names_of(piece, taken_out):
+    """The names of a section, or of all that stands outside, without the entries of these."""
+    entries = [number for number, name in ENTRIES if name in taken_out]
+    return names_without(piece, tuple(number for number in entries if number in PIECES[piece]))
 
-    The compiler's own table of symbols tells them from local names that are spelled alike.
+
+@functools.lru_cache(None)
+def names_without(piece, entries):
+    return Names([LINES[number] for number in PIECES[piece] if number not in entries])
+
+
+class CoreRuns:
+    """Runs of the core's tests in processes of their own, beside the rest of the suite.
+
+    conftest.py lets the first test start them and the tests that need their results come last.
     """
-    names = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()}
-    scopes = module.get_children()
-    while scopes:
-        scope = scopes.pop()
-        names.update(symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global())
-        scopes.extend(scope.get_children())
-    return names
 
+    def __init__(self, new_folder):
+        # By name of a section, and for ALL.
+        self.folders = {}
+        for variant in (*SECTIONS, ALL):
+            self.folders[variant] = str(new_folder("without"))
+        self.statuses = {}
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.join(HERE, "core_runs.py")], universal_newlines=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with self.process.stdin as file:
+            json.dump([self.prepare(variant) for variant in self.folders], file)
 
-def run_core_tests(folder, names):
-    """Run the core's tests on aiproxy.py without these sections: exit status and output."""
-    rest, _ = take_out(names)
-    (folder / "aiproxy.py").write_text("\n".join(rest), encoding="utf-8")
+    def prepare(self, variant):
+        """Write aiproxy.py without these sections. Return its folder, and pytest's arguments."""
+        names = list(SECTIONS) if variant == ALL else [variant]
+        folder = self.folders[variant]
+        with open(os.path.join(folder, "aiproxy.py"), "w", encoding="utf-8") as file:
+            file.write("\n".join(take_out(names)[0]))
 
-    # conftest.py and support.py take the program from the folder above their own.
-    ignored = shutil.ignore_patterns("real", "__pycache__")
-    shutil.copytree(HERE, str(folder / "tests"), ignore=ignored)
+        # conftest.py and support.py take the program from the folder above their own.
+        os.symlink(HERE, os.path.join(folder, "tests"))
+        arguments = list(CORE_ARGUMENTS)
+        for name in sorted(with_dependents(names)):
+            for test in DESELECTED.get(name, ()):
+                arguments += ["--deselect", "tests/" + test]
+        return folder, arguments
 
-    # Plain asserts: to rewrite those of four files would take half of the time.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["--assert=plain", *WITHOUT_TLS]
-    for file, tests in CORE_TESTS.items():
-        command += ["tests/%s::%s" % (file, test) for test in tests]
-    for name in with_dependents(names):
-        for test in DESELECTED.get(name, ()):
-            command += ["--deselect", "tests/" + test]
+    def result(self, variant):
+        """The status of this run, and what it has printed. Waits for its end."""
+        folder = self.folders[variant]
+        while folder not in self.statuses:
+            ended, status = json.loads(self.process.stdout.readline())
+            self.statuses[ended] = status
+        with open(os.path.join(folder, "output"), encoding="utf-8") as file:
+            return self.statuses[folder], file.read()
 
-    finished = subprocess.run(
-        command, cwd=str(folder), timeout=5 * PATIENCE, universal_newlines=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return finished.returncode, finished.stdout
+    def end(self):
+        """A run of the suite that was stopped early does not wait for them."""
+        self.process.kill()
+        self.process.stdout.close()
+        self.process.wait()
 
 
 @pytest.fixture(scope="session")
 def core_runs(tmp_path_factory):
-    """By section, and for ALL: the future result of run_core_tests.
-
-    They are processes of their own, which run beside the rest of the suite: conftest.py lets the
-    first test start them and the tests that need their results come last.
-    """
-    variants = {name: [name] for name in SECTIONS}
-    variants[ALL] = list(SECTIONS)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        runs = {}
-        for variant, names in variants.items():
-            folder = tmp_path_factory.mktemp("without")
-            runs[variant] = executor.submit(run_core_tests, folder, names)
-        yield runs
-
-        # A run that was stopped early does not wait for those that have not begun.
-        for run in runs.values():
-            run.cancel()
+    runs = CoreRuns(tmp_path_factory.mktemp)
+    yield runs
+    runs.end()
 
 
 def test_part_two_has_sections(core_runs):
-    assert set(core_runs) == {ALL, *SECTIONS}
+    assert set(core_runs.folders) == {ALL, *SECTIONS}
     assert SECTIONS
 
 
@@ -251,6 +279,14 @@ def test_every_entry_names_a_section():
 def test_every_section_that_is_needed_exists():
     for name in SECTIONS:
         assert set(needed(name)) <= set(SECTIONS) - {name}
+
+
+@pytest.mark.parametrize("file", list(CORE_TESTS))
+def test_every_test_of_the_core_exists(file):
+    with open(os.path.join(HERE, file), encoding="utf-8") as opened:
+        names = re.findall(r"^def (test_\w+)\(", opened.read(), re.M)
+    for name in CORE_TESTS[file]:
+        assert [other for other in names if other.startswith(name)] == [name]
 
 
 def test_every_deselected_test_is_one_of_the_core_and_its_section_exists():
@@ -282,15 +318,15 @@ def test_a_section_has_at_most_one_entry_and_it_stands_outside(name):
 
 @pytest.mark.parametrize("name", list(SECTIONS) + [ALL])
 def test_nothing_else_uses_a_name_of_a_section(name):
-    names = list(SECTIONS) if name == ALL else [name]
-    rest, removed = take_out(names)
-    module = symbols_of(rest)
-    missing = defined_names(symbols_of(removed)) - defined_names(module)
-    still_used = missing & used_names(module)
+    taken_out = with_dependents(SECTIONS if name == ALL else [name])
+    missing = set().union(*(names_of(piece, ()).defined for piece in taken_out))
+    rest = [names_of(piece, taken_out) for piece in PIECES if piece not in taken_out]
+    missing -= set().union(*(names.defined for names in rest))
+    still_used = missing & set().union(*(names.used for names in rest))
     assert not still_used
 
 
 @pytest.mark.parametrize("name", list(SECTIONS) + [ALL])
 def test_the_relay_works_without_a_section(core_runs, name):
-    status, output = core_runs[name].result()
+    status, output = core_runs.result(name)
     assert status == 0, output[-5000:]

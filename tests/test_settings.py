@@ -18,26 +18,6 @@ KEY = {"AIPROXY_KEY": "sk-hidden-key"}
 SECRETS = ("s3cret", "sk-hidden", "ck-alice")
 
 
-@pytest.fixture
-def check(monkeypatch, capsys):
-    """check(*arguments, **environment) → exit status, stdout, stderr of `aiproxy.py --check`.
-
-    It runs in this process.
-    """
-
-    def run(*arguments, **environ):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", dict(environ))
-            patch.setattr("sys.argv", ["aiproxy.py", "--check"] + list(arguments))
-            try:
-                status = aiproxy.main()
-            except SystemExit as end:       # of --help and --version
-                status = end.code
-        return (status,) + tuple(capsys.readouterr())
-
-    return run
-
-
 # A variable, and values that it does not take.
 INVALID = [
     (

@@ -307,21 +307,24 @@ def test_the_log_line_shows_who_used_how_much(upstream, form):
                 assert record["client"] == "alice" or path == "/health"
 
 
-@pytest.mark.parametrize("bomb", [
+BOMBS = [
     b'{"usage":{"a":' + b"[" * 60000,
     b'{"usage":{"a":' + b'{"a":' * 13000,
     b'{"usage":{"prompt_tokens":' + b"9" * 4000 + b',"completion_tokens":1}}',
     b'{"usage":{' * 9000,
-], ids=["brackets", "braces", "digits", "usage in usage"])
-def test_a_malicious_usage_object_does_no_harm(upstream, bomb):
-    upstream.answer = EVENT_HEAD + chunk(bomb) + b"0\r\n\r\n"
+]
+
+
+def test_a_malicious_usage_object_does_no_harm(upstream):
     with Program(env={"AIPROXY_UPSTREAM": upstream.url}) as program:
         with Client(program.address) as client:
-            for _ in range(2):
-                client.request("POST", CHAT, b"{}")
-                reply = client.read_reply()
-                assert reply.body == bomb
-                assert reply.complete
+            for bomb in BOMBS:
+                upstream.answer = EVENT_HEAD + chunk(bomb) + b"0\r\n\r\n"
+                for _ in range(2):
+                    client.request("POST", CHAT, b"{}")
+                    reply = client.read_reply()
+                    assert reply.body == bomb
+                    assert reply.complete
 
             program.wait_for_line(program.lines, CHAT)
             assert program.stop() == 0

@@ -7,7 +7,7 @@ import pytest
 
 import aiproxy
 from byhand import ByHand
-from support import OK
+from support import OK, allow_no_silence
 
 UPGRADE = [
     ("Connection", "keep-alive, Upgrade"),
@@ -106,6 +106,7 @@ def test_when_either_side_closes_the_other_gets_the_rest_and_is_closed(
     by_hand, relay, monkeypatch, leaves
 ):
     monkeypatch.setattr(aiproxy, "HALF_SECONDS", 0.2)
+    monkeypatch.setattr(aiproxy, "UNTOLD_SECONDS", 0.2)
     running = relay(UPSTREAM=by_hand.url)
     client, _, peer, _ = open_tunnel(by_hand, running)
     first, second = (client, peer) if leaves == "client" else (peer, client)
@@ -179,10 +180,11 @@ def test_both_sides_may_send_more_than_the_buffers_hold_at_once(by_hand, relay):
 
 
 def test_a_silent_tunnel_is_closed(by_hand, relay):
-    running = relay(UPSTREAM=by_hand.url, TIMEOUT=1.5)
+    running = relay(UPSTREAM=by_hand.url)
     client, _, peer, _ = open_tunnel(by_hand, running)
 
     with client:
+        allow_no_silence(running)
         assert client.ended()
         assert peer.ended()
 

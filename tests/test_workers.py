@@ -3,6 +3,7 @@
 The parent serves nobody. It passes signals on and ends when all workers have ended.
 """
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -208,6 +209,12 @@ def test_workers_whose_parent_was_killed_end(by_hand, workers):
     wait_until(lambda: not any(map(is_running, running.pids)), "a worker is left")
 
 
+def turns_of(process):
+    """How often it has gone to sleep, which the parent does once in each turn of its loop."""
+    with open("/proc/%d/status" % process) as file:
+        return int(re.search(r"^voluntary_ctxt_switches:\s*(\d+)", file.read(), re.M).group(1))
+
+
 @pytest.mark.parametrize("last", ["", "sk-hidden-0123"], ids=["once", "then a wrong file"])
 def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers, tmp_path, last):
     """Each reads the settings again: the client key that was revoked is refused by all."""
@@ -219,6 +226,9 @@ def test_SIGHUP_reaches_every_worker_and_those_that_come_later(by_hand, workers,
     path.write_text("ck-new-0123456789")
     os.kill(running.process, signal.SIGHUP)
     wait_until(lambda: "".join(errors).count("are in force") == 2, "not reloaded")
+    # The parent reads as well, a moment later, for those that come later; it says nothing.
+    begun = turns_of(running.process)
+    wait_until(lambda: turns_of(running.process) >= begun + 3, "the parent does nothing")
     if last:
         path.write_text(last)
         os.kill(running.process, signal.SIGHUP)

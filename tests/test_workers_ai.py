@@ -17,7 +17,7 @@ from aiproxy import SettingError, Settings
 from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, LLAMA_31, MID_STREAM, QWEN_3,
                              TOKEN, UUID, FakeCloudflare, delta, envelope, error_envelope,
                              read_sse, settings, sse)
-from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, chunk, run_program
+from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, banner_of, chunk
 
 AUTH = [("Authorization", "Bearer ck-alice")]
 LLAMA = "@cf/meta/llama-3.1-8b-instruct"
@@ -534,7 +534,7 @@ def test_a_stream_that_ends_early_ends_in_an_error_event_and_never_in_stop(
 def test_a_stream_that_times_out_ends_in_an_error_event(cloudflare, workers):
     cloudflare.answer = lambda received: (
         received.send(EVENT_HEAD + chunk(sse(delta(content="Hel")))) or received.wait_closed())
-    reply = post(workers(TIMEOUT=0.2), stream=True)
+    reply = post(workers(TIMEOUT=0.5), stream=True)
     assert events_of(reply)[-1]["error"]["code"] == "upstream_timeout" and not reply.complete
 
 
@@ -567,7 +567,7 @@ def test_a_silent_stream_gets_comments_between_its_events(cloudflare, workers):
 def test_heartbeats_do_not_prolong_the_upstreams_silence(cloudflare, workers):
     cloudflare.answer = lambda received: (
         received.send(EVENT_HEAD + chunk(sse(delta(content="Hel")))) or received.wait_closed())
-    reply = post(workers(TIMEOUT=0.2, HEARTBEAT=0.05), stream=True)
+    reply = post(workers(TIMEOUT=0.5, HEARTBEAT=0.05), stream=True)
     assert b": keep-alive" in reply.body
     assert events_of(reply)[-1]["error"]["code"] == "upstream_timeout" and not reply.complete
 
@@ -638,7 +638,7 @@ def test_when_the_client_disconnects_the_upstream_is_closed(cloudflare, workers,
         cloudflare.wait_for()
         client.read_until(seen) if seen else None
     took = closed.get(timeout=2 * PATIENCE)
-    assert took is not None and took < 5
+    assert took is not None and took < 20       # seconds: before any time limit
     assert running.wait_for_record()["outcome"] == "client_gone"
 
 
@@ -955,7 +955,7 @@ def test_a_list_that_hangs_is_given_up_and_the_last_one_served_meanwhile(
     cloudflare.answer = answer
     clock(601)
     requested = len(searches(cloudflare))
-    monkeypatch.setattr(aiproxy, "CATALOGUE_TIMEOUT", 0.5)
+    monkeypatch.setattr(aiproxy, "CATALOGUE_TIMEOUT", 1)        # what comes "at once" may take it
     try:
         with running.client() as first:
             first.request("GET", "/v1/models", fields=AUTH)
@@ -1053,12 +1053,13 @@ def test_short_names_can_be_the_list_of_models(cloudflare, workers):
 
 @pytest.mark.parametrize("given,shown", [
     ("", "all"), ("short", ", ".join(ALIASES)), ("mine=@cf/x/y", "mine=@cf/x/y")])
-def test_what_is_in_force_never_shows_short_names_as_a_list_of_models(cloudflare, given, shown):
-    done = run_program("--check", env=settings(cloudflare, AIPROXY_MODELS=given))
-    assert "AIPROXY_MODELS=%s\n" % shown in done.stdout
-    with Program(env=settings(cloudflare, AIPROXY_MODELS=given)) as program:
-        names = "mine" if given.startswith("mine") else shown
-        assert program.wait_for_line(program.errors, "  models       " + names)
+def test_what_is_in_force_never_shows_short_names_as_a_list_of_models(
+        cloudflare, check, given, shown):
+    environ = settings(cloudflare, AIPROXY_MODELS=given)
+    _, printed, _ = check(**environ)
+    assert "AIPROXY_MODELS=%s\n" % shown in printed
+    names = "mine" if given.startswith("mine") else shown
+    assert "  models       %s\n" % names in banner_of(environ)
 
 
 # -- several accounts
@@ -1341,12 +1342,12 @@ def test_the_account_and_the_token_appear_nowhere(cloudflare):
     assert seen.count(b"HTTP/1.1 200") > 3
 
 
-def test_check_shows_the_account_and_masks_the_token(cloudflare):
-    done = run_program("--check", env=settings(cloudflare))
-    assert done.returncode == 0
-    assert "CLOUDFLARE_ACCOUNT_ID=" + ACCOUNT in done.stdout
-    assert TOKEN not in done.stdout + done.stderr
-    assert "ck-alice" not in done.stdout
+def test_check_shows_the_account_and_masks_the_token(cloudflare, check):
+    status, printed, errors = check(**settings(cloudflare))
+    assert status == 0
+    assert "CLOUDFLARE_ACCOUNT_ID=" + ACCOUNT in printed
+    assert TOKEN not in printed + errors
+    assert "ck-alice" not in printed + errors
 
 
 @pytest.mark.parametrize(
