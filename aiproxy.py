@@ -7174,8 +7174,8 @@ class ResponseEvents:
         self.event("response.created", response=self.response)
         self.event("response.in_progress", response=self.response)
 
-    def add(self, index, delta, logprobs=None):
-        """Send what is new in a choice: a delta of a chat."""
+    def add(self, index, delta, finish=None, logprobs=None):
+        """Send what is new in a choice: a delta of a chat, and its finish_reason with the last."""
         for name, kind in DELTA_ITEMS.items():
             if name in delta:
                 self.write(kind, kind, delta[name])
@@ -7183,6 +7183,8 @@ class ResponseEvents:
             function = call["function"]
             self.write(call["index"], "function_call", function["arguments"],
                        call_id=call.get("id"), name=function.get("name"))
+        if finish in INCOMPLETE:
+            self.response["incomplete_details"] = {"reason": INCOMPLETE[finish]}
 
     def write(self, key, kind, text, **members):
         """Add text to an item, which may be a new one."""
@@ -7201,12 +7203,6 @@ class ResponseEvents:
         if text:
             self.texts[key].append(text)
             self.event(events + ".delta", key, delta=text)
-
-    def close(self, index, finish):
-        reason = INCOMPLETE.get(finish)
-        self.response["status"] = "incomplete" if reason else "completed"
-        if reason:
-            self.response["incomplete_details"] = {"reason": reason}
 
     def conclude(self, usage):
         """Send what closes the response; `usage` is chat's."""
@@ -7229,6 +7225,8 @@ class ResponseEvents:
             for name, count in usage.items():
                 name = name.replace("prompt_", "input_").replace("completion_", "output_")
                 self.response["usage"][name] = count
+        is_cut = self.response["incomplete_details"]
+        self.response["status"] = "incomplete" if is_cut else "completed"
         self.event("response." + self.response["status"], response=self.response)
 
 # ---- Workers AI ----------------------------------------------------------------------------------
@@ -7500,8 +7498,9 @@ class Choice:
         self.numbers = {}       # of tool calls, by Cloudflare's id and `index`, the last by None
         self.finish_reason = None
 
-    def feed(self, message, is_last=False, reason=None):
-        """What is new: a delta that may be empty."""
+    def feed(self, message, reason=None):
+        """What is new: a delta that may be empty, and the finish_reason if this is the last."""
+        is_last = bool(reason) and not self.finish_reason
         delta = dict(message)
         if "reasoning_content" in message:
             self.is_thinking = False        # Cloudflare has split it
@@ -7509,10 +7508,13 @@ class Choice:
             self.split_thoughts(delta, is_last, reason)
         calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
         delta["tool_calls"] = list(calls)
-        if is_last:         # agents look for tool_calls; some models end with `stop` after one
-            default = "tool_calls" if self.numbers else "stop"
-            self.finish_reason = FINISH_REASONS.get(reason, default)
-        return {name: value for name, value in delta.items() if value}
+        delta = {name: value for name, value in delta.items() if value}
+        if not is_last:
+            return delta, None
+        # Agents look for tool_calls; some models end with `stop` after one.
+        default = "tool_calls" if self.numbers else "stop"
+        self.finish_reason = FINISH_REASONS.get(reason, default)
+        return delta, self.finish_reason
 
     def split_thoughts(self, delta, is_last, reason):
         """Make reasoning of what stands in front of </think>, wherever the text was cut."""
@@ -7558,12 +7560,9 @@ def decode_twice(text):
     return text
 
 def translate_response(call, body):
-    """A whole response with status 200 in OpenAI's form. Raises ErrorResponse if it is none."""
+    """A whole response in OpenAI's form. Raises ErrorResponse or WRONG_SHAPE if it is none."""
     if call.kind == "embeddings":
-        try:
-            return embeddings_object(read_json(body, call.secrets, "data"), call)
-        except WRONG_SHAPE:
-            raise unreadable()
+        return embeddings_object(read_json(body, call.secrets, "data"), call)
     if call.kind not in ("chat", "text"):
         translator = StreamTranslator(call)
         translator.whole(body)
@@ -7572,13 +7571,14 @@ def translate_response(call, body):
     if not choices:
         raise unreadable()
     for choice in choices:
-        state = Choice(call)
         message = {"role": "assistant", "content": "", "refusal": None}
-        message.update(state.feed(choice["message"], True, choice["finish_reason"]))
+        reason = choice["finish_reason"] or "stop"
+        delta, choice["finish_reason"] = Choice(call).feed(choice["message"], reason)
+        message.update(delta)
         for tool_call in message.get("tool_calls", ()):
             del tool_call["index"]      # only deltas number them
             message["content"] = message["content"] or None
-        choice.update(message=message, finish_reason=state.finish_reason)
+        choice["message"] = message
     return completion_object(call, choices, usage)
 
 def completion_object(call, choices, usage, chunk=""):
@@ -7695,7 +7695,7 @@ class StreamTranslator:
         return out
 
     def translate(self, data):
-        """Send the events of choices: the beginning first, then what is new, then the finish."""
+        """Send the events of choices: the beginning first, then what is new or the finish."""
         choices, usage = read_response(data, self.call.secrets)
         self.usage = usage or self.usage        # of two finish chunks the second has zeros
         for choice in choices:
@@ -7703,22 +7703,16 @@ class StreamTranslator:
             if index not in self.choices:
                 self.choices[index] = Choice(self.call)
                 self.form.begin(index)
-            state = self.choices[index]
-            is_last = bool(choice["finish_reason"]) and not state.finish_reason
-            delta = state.feed(choice["message"], is_last, choice["finish_reason"])
-            self.form.add(index, delta, choice["logprobs"])
-            if is_last:
-                self.form.close(index, state.finish_reason)
+            new = self.choices[index].feed(choice["message"], choice["finish_reason"])
+            self.form.add(index, *new, logprobs=choice["logprobs"])
 
     def finish(self):
         """What closes a stream that the upstream ended well: legacy ones give no finish_reason."""
         if not self.choices:
             raise unreadable()
         self.done = True
-        for index, state in self.choices.items():
-            if not state.finish_reason:
-                self.form.add(index, state.feed({}, True))
-                self.form.close(index, state.finish_reason)
+        for index, choice in self.choices.items():
+            self.form.add(index, *choice.feed({}, "stop"))
         self.form.conclude(self.usage)
         if self.call.kind in ("chat", "text"):
             self.out.append(b"data: [DONE]\n\n")
@@ -7753,12 +7747,11 @@ class ChatEvents:
         if self.is_chat:
             self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
 
-    def add(self, index, delta, logprobs=None):
+    def add(self, index, delta, finish=None, logprobs=None):
         if delta.get("content") or delta and self.is_chat:
             self.chunk(index, delta, None, logprobs)
-
-    def close(self, index, finish):
-        self.chunk(index, {}, finish)
+        if finish:
+            self.chunk(index, {}, finish)
 
     def chunk(self, index, delta, finish=None, logprobs=None):
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -7832,10 +7825,8 @@ def redact_message(text, secrets):
 
 # -- the model list
 
-def read_catalogue_page(status, body, secrets=()):
+def read_catalogue_page(body, secrets=()):
     """The items of one page of models/search; an empty list is the end."""
-    if status != 200:
-        raise translate_error(status, body, secrets)
     return dicts(read_json(body, secrets, "result")["result"])
 
 def translate_catalogue(items, today, names, only_names):
@@ -7881,6 +7872,7 @@ CATALOGUE_RETRY = 30        # and one that could not be read is tried again afte
 CATALOGUE_TIMEOUT = 10      # seconds for all of its pages,
 CATALOGUE_PAGES = 50        # which are so many at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
+WHOLE_TYPES = (b"application/json", b"text/html")   # of responses that are not streams
 NOT_ALLOWED = ("upstream_credentials_rejected", "permission_denied")    # to list models
 
 def prepare_workers(settings):
@@ -7949,14 +7941,6 @@ class Catalogue:
         return int(window) if window else None
 
 
-def read_all(exchange, most):
-    """All of a response's body. ValueError if it is larger than `most` bytes."""
-    body = join_pieces(read_pieces(exchange.body, exchange.wait, most + 1))
-    if len(body) > most:
-        raise ValueError("the response is too large")
-    return body
-
-
 class WorkersHandler(Handler):
     """Handler's steps where Workers AI needs others."""
 
@@ -8000,8 +7984,8 @@ class WorkersHandler(Handler):
             target = "/ai/models/search?per_page=50&page=%d" % number
             exchange = self.open_exchange("GET", target, b"", wait)
             try:
-                body = self.read_whole(exchange)
-                page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
+                secrets = self.settings.workers_secrets
+                page = read_catalogue_page(self.read_whole(exchange), secrets)
             except ErrorResponse as error:
                 self.server.log.warn("the model list cannot be read: " + error.message)
                 raise
@@ -8043,26 +8027,27 @@ class WorkersHandler(Handler):
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
-        call = self.call
-        translator = StreamTranslator(call, functools.partial(error_event, self))
+        # gpt-oss may answer a streaming request as a whole, and an edge with a page.
+        is_whole = exchange.status != 200 or exchange.media_type in WHOLE_TYPES
+        relay = self.relay_events if self.call.stream and not is_whole else self.relay_whole
         try:
-            if exchange.status != 200:
-                raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
-                                      exchange.headers.get(b"retry-after"))
-            # gpt-oss may answer a streaming request as a whole, and an edge with a page.
-            is_whole = exchange.media_type in (b"application/json", b"text/html")
-            relay = self.relay_events if call.stream and not is_whole else self.relay_whole
-            relay(exchange, translator)
+            relay(exchange, StreamTranslator(self.call, functools.partial(error_event, self)))
         finally:
             exchange.close()
 
     def read_whole(self, exchange):
+        """The body of a response. ErrorResponse for one that says so, or cannot be had."""
+        pieces = read_pieces(exchange.body, exchange.wait, MAX_RESPONSE + 1)
         try:
-            return exchange.prefetched + read_all(exchange, MAX_RESPONSE)
+            body = exchange.prefetched + join_pieces(pieces)
         except (OSError, ProtocolError) as error:
             raise response_error(error)
-        except ValueError:
+        if exchange.status != 200:
+            raise translate_error(exchange.status, body, self.settings.workers_secrets,
+                                  exchange.headers.get(b"retry-after"))
+        if len(body) > MAX_RESPONSE:
             raise unreadable()
+        return body
 
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""

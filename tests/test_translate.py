@@ -552,13 +552,6 @@ def test_embeddings_are_in_openais_form_in_base64_where_requested(response, as_b
     assert translate_response(call("embeddings", base64=as_base64), body(response)) == made
 
 
-@pytest.mark.parametrize("rows", [[["x"]], [[1e39]], [None], [{"embedding": None}], []], ids=str)
-def test_embeddings_that_cannot_be_read_are_a_502(rows):
-    assert (
-        raised(translate_response, call("embeddings", base64=True), body({"data": rows})).status
-        == 502)
-
-
 THOUGHT = {"content": "4", "reasoning_content": "2+2"}
 R1 = "<think>2+2</think>4"
 
@@ -1296,14 +1289,11 @@ def test_a_page_of_the_list_is_read_or_is_an_error():
     page = {
         "success": True, "errors": [], "messages": [], "result": [ITEM],
         "result_info": {"page": 1, "per_page": 50, "count": 50, "total_count": 308}}
-    assert read_catalogue_page(200, body(page)) == [ITEM]
-    assert read_catalogue_page(200, body(dict(page, result=[]))) == []
-    assert (
-        raised(read_catalogue_page, 401, body(error_envelope(10000))).code
-        == "upstream_credentials_rejected")
+    assert read_catalogue_page(body(page)) == [ITEM]
+    assert read_catalogue_page(body(dict(page, result=[]))) == []
     for bad in (b"", b"<html>", b"{}", body(dict(page,
                                                  result=None)), body(dict(page, success=False))):
-        assert raised(read_catalogue_page, 200, bad).code == "upstream_bad_response"
+        assert raised(read_catalogue_page, bad).code == "upstream_bad_response"
 
 
 def test_no_retired_model_is_a_default():

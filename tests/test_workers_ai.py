@@ -352,6 +352,14 @@ def test_embeddings_are_floats_where_base64_is_not_requested(workers, form):
         "model": "bge", "usage": {"prompt_tokens": 4, "total_tokens": 4}}
 
 
+def test_embeddings_that_cannot_be_read_are_a_502(cloudflare, workers):
+    running = workers()
+    for rows in ([["x"]], [[1e38, 1e39]], [None], [{"embedding": None}], []):
+        cloudflare.answer = lambda received: cloudflare.reply(received, {"data": rows})
+        reply = post(running, "/v1/embeddings", input="Once", encoding_format="base64")
+        assert (reply.status, reply.code) == (502, "upstream_bad_response"), rows
+
+
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_every_shape_is_a_response_of_the_responses_api(workers, model, stream):
