@@ -7779,6 +7779,8 @@ def translate_error(status, body, secrets=(), retry_after=None):
     message = OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
     if not message:
         message = "Cloudflare answered with status %d and no reason that could be read." % status
+    if code == "model_not_found":
+        message = "%s. GET /v1/models lists the names that work here." % message.rstrip(".")
     headers = [(b"Retry-After", retry_after)] if retry_after else []
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
         headers.append(NO_RETRY)
@@ -7835,9 +7837,16 @@ def translate_catalogue(items, today, names, only_names):
     models = {item.get("name"): model_object(item, today) for item in items}
     shown = {name: model for name, model in names.items() if name != model}
     shown.update(names)
-    for name in () if only_names else models:
-        shown.setdefault(name, name)
+    for model in names.values() if only_names else ():
+        models.setdefault(model, plain_model(model))    # Cloudflare may serve what it does not list
+    for model in () if only_names else models:
+        shown.setdefault(model, model)
     return [dict(models[model], id=name) for name, model in shown.items() if models.get(model)]
+
+def plain_model(name):
+    """A model of OpenAI's list of which only the name is known."""
+    return {"id": name, "object": "model", "created": STARTED, "owned_by": "cloudflare",
+            "permission": [], "root": name, "parent": None, "metadata": {"context_window": None}}
 
 def model_object(item, today):
     """A model of OpenAI's list, by its own name; None if it is no model for text, or is retired."""
@@ -7855,15 +7864,11 @@ def model_object(item, today):
     with contextlib.suppress(ValueError):
         created = int(datetime.datetime.fromisoformat(moment).timestamp())
     window = as_text(properties.get("context_window"))
-    metadata = {"task": task, "context_window": window if re.fullmatch("[0-9]+", window) else None}
-    if item.get("description"):
-        metadata["description"] = item["description"]
-    if retired:
-        metadata["planned_deprecation_date"] = retired
-    if properties.get("require_workers_paid") == "true":
-        metadata["require_workers_paid"] = True
-    return {"id": item["name"], "object": "model", "created": created, "owned_by": "cloudflare",
-            "permission": [], "root": item["name"], "parent": None, "metadata": metadata}
+    metadata = {"description": item.get("description"), "planned_deprecation_date": retired,
+                "require_workers_paid": properties.get("require_workers_paid") == "true"}
+    metadata = {name: value for name, value in metadata.items() if value}
+    metadata.update(task=task, context_window=window if window.isdecimal() else None)
+    return dict(plain_model(item["name"]), created=created, metadata=metadata)
 
 # -- the way in: the settings, the handler and the row of PROVIDERS
 
@@ -7889,12 +7894,15 @@ def prepare_workers(settings):
     settings.account_paths = paths * (len(keys) // len(accounts))       # by the key's index
     settings.hidden_words = [account.encode() for account in accounts]
     settings.workers_secrets = accounts + [key.decode() for key in keys]
-    if settings.models.get("short") == "short":
-        del settings.models["short"]
-        settings.models.update(WORKERS_ALIASES)
-        settings.shown["AIPROXY_MODELS"] = ", ".join(settings.models)
-    settings.aliases = settings.models or WORKERS_ALIASES
-    settings.catalogue = Catalogue(settings.aliases, bool(settings.models))
+    models = {name: WORKERS_ALIASES.get(model, model) for name, model in settings.models.items()}
+    if models.get("short") == "short":
+        del models["short"]
+        models = dict(WORKERS_ALIASES, **models)
+        settings.shown["AIPROXY_MODELS"] = ", ".join(models)
+    settings.models = models
+    settings.aliases = models or WORKERS_ALIASES
+    listed = {name: model for name, model in settings.aliases.items() if "*" not in name}
+    settings.catalogue = Catalogue(listed, bool(models))
 
 
 class Catalogue:
@@ -7964,10 +7972,9 @@ class WorkersHandler(Handler):
         items = catalogue.items(self.read_catalogue)
         if items is not None:
             return items
-        if not (self.settings.models or catalogue.failure.code in NOT_ALLOWED):
+        if not (catalogue.only_names or catalogue.failure.code in NOT_ALLOWED):
             raise catalogue.failure
-        return [{"id": name, "object": "model", "created": STARTED,
-                 "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
+        return translate_catalogue((), "", catalogue.names, True)
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list."""

@@ -1176,7 +1176,8 @@ def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, statu
             "Cloudflare answered with status 502 and no reason that could be read."),
         (
             410, b'{"errors":["odd"]}', 404, "model_not_found",
-            "Cloudflare answered with status 410 and no reason that could be read."),
+            "Cloudflare answered with status 410 and no reason that could be read. "
+            "GET /v1/models lists the names that work here."),
         (401, b"{}", 502, "upstream_credentials_rejected", None),
         (403, b"no json", 403, "permission_denied", None),
         (408, b"", 504, "upstream_timeout", None), (302, b"", 502, "upstream_bad_response", None),
@@ -1259,8 +1260,9 @@ def test_an_item_of_the_catalogue_becomes_a_model():
             WORKERS_ALIASES, False,
             ["gpt-oss-20b", "@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"]),
         (
-            {"@cf/leaving": "@cf/leaving", "small": "@cf/openai/gpt-oss-20b", "gone": "@cf/old"},
-            True, ["small", "@cf/leaving"]),
+            {"@cf/leaving": "@cf/leaving", "small": "@cf/openai/gpt-oss-20b", "gone": "@cf/old",
+             "@cf/unlisted": "@cf/unlisted", "flux": "@cf/black-forest-labs/flux"},
+            True, ["small", "@cf/leaving", "@cf/unlisted"]),
         ({}, False, ["@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"])],
     ids=["out of the box", "an allow-list", "no aliases"])
 def test_the_list_has_live_text_and_embedding_models_aliases_first(names, only, ids):

@@ -792,8 +792,11 @@ def test_an_allow_list_filters_the_models(workers):
         workers(
             MODELS="@cf/baai/bge-m3,small=@cf/openai/gpt-oss-20b,gone=@cf/old/gone,"
             "gemma-4=@cf/google/gemma-4-26b-a4b-it")).json
+    # What Cloudflare does not list it may serve; what it calls retired it does not.
     assert [(model["id"], model["root"]) for model in listed["data"]] == [
-        ("small", "@cf/openai/gpt-oss-20b"), ("@cf/baai/bge-m3", "@cf/baai/bge-m3")]
+        ("small", "@cf/openai/gpt-oss-20b"), ("gemma-4", "@cf/google/gemma-4-26b-a4b-it"),
+        ("@cf/baai/bge-m3", "@cf/baai/bge-m3")]
+    assert len({frozenset(model) for model in listed["data"]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -1055,8 +1058,28 @@ def test_short_names_can_be_the_list_of_models(cloudflare, workers):
         assert post(running, model=other).code == "model_not_allowed"
     allowed = list(aiproxy.WORKERS_ALIASES) + ["@cf/shape/bare"]
     assert sorted(models(running, "/health").json["models"]) == sorted(allowed)
-    ids = [model["id"] for model in models(running).json["data"]]
-    assert ids == ["gpt-oss-20b", "glm-4.7-flash"]          # of those, the fake's list has two
+    assert [model["id"] for model in models(running).json["data"]] == allowed
+    assert models(running, "/v1/models/gemma-4").json["root"] == ALIASES["gemma-4"]
+
+
+@pytest.mark.parametrize("given,models", [
+    ("gpt-oss-20b", {"gpt-oss-20b": ALIASES["gpt-oss-20b"]}),
+    ("mine=gpt-oss-20b", {"mine": ALIASES["gpt-oss-20b"]}),
+    ("gpt-oss-20b=@cf/x/y", {"gpt-oss-20b": "@cf/x/y"}),
+    ("short=@cf/x/y", {"short": "@cf/x/y"}),
+    ("llama-3.3-70b,@cf/x/y", {"llama-3.3-70b": "llama-3.3-70b", "@cf/x/y": "@cf/x/y"}),
+    ("gemma-4=@cf/x/y,short", dict(ALIASES, **{"gemma-4": "@cf/x/y"}))])
+def test_a_short_name_alone_means_its_model(cloudflare, given, models):
+    read = Settings(settings(cloudflare, AIPROXY_MODELS=given))
+    assert read.models == read.aliases == models
+
+
+def test_a_short_name_alone_can_be_asked_for(cloudflare, workers):
+    running = workers(MODELS="gpt-oss-20b,@cf/shape/*")
+    assert post(running, model="gpt-oss-20b").json["model"] == "gpt-oss-20b"
+    assert json.loads(cloudflare.wait_for().body)["model"] == ALIASES["gpt-oss-20b"]
+    assert post(running, model="gemma-4").code == "model_not_allowed"
+    assert [model["id"] for model in models(running).json["data"]] == ["gpt-oss-20b"]
 
 
 @pytest.mark.parametrize("given,shown", [
@@ -1165,7 +1188,8 @@ def test_an_unknown_model_is_refused_by_cloudflare(workers):
     reply = post(workers(), model="@cf/no/such")
     assert (reply.status, reply.code, reply.json["error"]["param"]) == (
         404, "model_not_found", "model")
-    assert "No such model" in reply.json["error"]["message"]
+    assert reply.json["error"]["message"] == (
+        "No such model @cf/no/such or task. GET /v1/models lists the names that work here.")
 
 
 # -- validation
