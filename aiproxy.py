@@ -7283,6 +7283,7 @@ CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and stat
     "rate_limit_exceeded": (429, 3021, 3040, 429),
     "insufficient_quota": (429, 3036, 4006),        # 3036 in the docs, 4006 on the wire
     "upstream_timeout": (504, 3007, 3008, 408),
+    "upstream_error": (502, 7009, 8005),            # Cloudflare's own, whatever it calls them
     "upstream_credentials_rejected": (502, 10000, 9106, 401),       # ours: the client's is fine
     "upstream_misconfigured": (502, 7000, 7001, 7003),      # no such route or account
     "not_found": (404, 404),
@@ -7295,8 +7296,7 @@ OPERATOR_ERRORS = {
     "CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
 # Cloudflare's: OpenAI's; any other is `stop`, or `tool_calls` after a call.
-FINISH_REASONS = {"length": "length", "model_length": "length", "tool_calls": "tool_calls",
-                  "content_filter": "content_filter"}
+FINISH_REASONS = {"length": "length", "model_length": "length", "content_filter": "content_filter"}
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
@@ -7359,11 +7359,11 @@ def edit_body(body, values, wanted):
 
 def add_limit(chat, window):
     """Add max_tokens, which counts against the model's window; Cloudflare's own fits small ones."""
-    most = chat.get("max_tokens") or WORKERS_MAX_TOKENS
+    limits = [WORKERS_MAX_TOKENS, chat.get("max_tokens") or WORKERS_MAX_TOKENS]
     if window:
-        most = min(most, window // WINDOW_SHARE)
+        limits.append(window // WINDOW_SHARE)
     if window or not SMALL.search(chat["model"]):
-        chat["max_tokens"] = min(most, WORKERS_MAX_TOKENS)
+        chat["max_tokens"] = min(limits)
 
 def invalid_parameter(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
@@ -7372,10 +7372,9 @@ def chat_of_prompt(given):
     """The members of a chat request that asks for what a completion does. Else 400."""
     prompt = given.pop("prompt", None)
     texts = prompt if isinstance(prompt, list) else [prompt]
-    if "messages" in given:
-        raise invalid_parameter("messages", "belongs to /v1/chat/completions")
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise invalid_parameter("prompt", "must be one text, a string or an array of one")
+    if len(texts) != 1 or not isinstance(texts[0], str) or "messages" in given:
+        raise invalid_parameter("prompt", "must be one text, a string or an array of one, without "
+                                          "`messages` beside it")
     return dict(given, messages=[{"role": "user", "content": texts[0]}])
 
 def fit_chat(chat, model):
@@ -7386,10 +7385,7 @@ def fit_chat(chat, model):
     schema = as_dict(as_dict(chat.get("response_format")).get("json_schema")).get("schema")
     if schema is not None and BARE_SCHEMA.search(model):
         chat["response_format"] = dict(chat["response_format"], json_schema=schema)
-    for name, value in MEANINGLESS:
-        if chat.get(name) == value:
-            del chat[name]
-    return chat
+    return {name: value for name, value in chat.items() if (name, value) not in MEANINGLESS}
 
 def fit_message(message, model):
     """Text becomes a string, and nothing an empty one; other parts stay."""
@@ -7416,7 +7412,7 @@ WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError, OverflowError
 def unreadable(message="Cloudflare's answer could not be read."):
     return ErrorResponse(502, "upstream_bad_response", message)
 
-def read_json(data, secrets, needed=""):
+def read_json(data, secrets):
     """Cloudflare's response or event, out of its envelope. ErrorResponse if it is none."""
     try:
         value = parse_object(data)
@@ -7427,8 +7423,6 @@ def read_json(data, secrets, needed=""):
     has_error = value.get("error") or value.get("errors") or value.get("success") is False
     if has_error or "error" in (value.get("type"), value.get("object")):
         raise translate_error(200, value, secrets)
-    if needed and value.get(needed) is None:
-        raise unreadable()
     return value
 
 def read_response(body, secrets):
@@ -7562,7 +7556,7 @@ def decode_twice(text):
 def translate_response(call, body):
     """A whole response in OpenAI's form. Raises ErrorResponse or WRONG_SHAPE if it is none."""
     if call.kind == "embeddings":
-        return embeddings_object(read_json(body, call.secrets, "data"), call)
+        return embeddings_object(read_json(body, call.secrets), call)
     if call.kind not in ("chat", "text"):
         translator = StreamTranslator(call)
         translator.whole(body)
@@ -7789,8 +7783,6 @@ def translate_error(status, body, secrets=(), retry_after=None):
 
 def classify_error(number, status, word):
     """Our status and code for Cloudflare's number, status and word."""
-    if number in (8005, 7009) and status < 500:     # Cloudflare's own, whatever it calls them
-        status = 502
     for key in (number, status):
         for code, numbers in CLOUDFLARE_ERRORS.items():
             if key in numbers[1:]:
@@ -7826,10 +7818,6 @@ def redact_message(text, secrets):
     return text
 
 # -- the model list
-
-def read_catalogue_page(body, secrets=()):
-    """The items of one page of models/search; an empty list is the end."""
-    return dicts(read_json(body, secrets, "result")["result"])
 
 def translate_catalogue(items, today, names, only_names):
     """OpenAI's models out of the items of all pages: `names` first, aliases ahead, then others."""
@@ -7914,25 +7902,19 @@ class Catalogue:
         self.last = None
         self.failure = None
         self.valid_until = 0
-        self.is_refreshing = False          # by one thread; the condition guards it
-        self.refreshed = threading.Condition()
+        self.reading = threading.Lock()     # whose holder alone asks Cloudflare
 
-    def items(self, read):
-        """OpenAI's list, or None. One client asks Cloudflare; others wait only for a first list."""
-        with self.refreshed:
-            self.refreshed.wait_for(lambda: self.last is not None or not self.is_refreshing)
-            if self.is_refreshing or time.monotonic() < self.valid_until:
-                return self.last
-            self.is_refreshing = True
-        try:
-            self.refresh(read)
-            return self.last
-        finally:
-            with self.refreshed:
-                self.is_refreshing = False
-                self.refreshed.notify_all()
+    def items(self, read, warn):
+        """OpenAI's list, or None. Only for a first one does a client wait for another's."""
+        if self.reading.acquire(blocking=self.last is None):
+            try:
+                if time.monotonic() >= self.valid_until:
+                    self.refresh(read, warn)
+            finally:
+                self.reading.release()
+        return self.last
 
-    def refresh(self, read):
+    def refresh(self, read, warn):
         today = time.strftime("%Y-%m-%d", time.gmtime())
         seconds = CATALOGUE_SECONDS
         try:
@@ -7940,13 +7922,15 @@ class Catalogue:
         except (ErrorResponse,) + WRONG_SHAPE as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
             seconds = CATALOGUE_RETRY
+            warn("the model list cannot be read: " + self.failure.message)
         self.valid_until = time.monotonic() + seconds
 
     def window(self, model):
-        """How many tokens a model can hold; None if the list does not say."""
-        items = [item for item in self.last or () if item["root"] == model]
-        window = items and items[0]["metadata"]["context_window"]
-        return int(window) if window else None
+        """How many tokens a model can hold; 0 if the list does not say."""
+        for item in self.last or ():
+            if item["root"] == model:
+                return int(item["metadata"]["context_window"] or 0)
+        return 0
 
 
 class WorkersHandler(Handler):
@@ -7969,7 +7953,7 @@ class WorkersHandler(Handler):
         for check in self.service.checks:       # the list may cost a call
             check(self)
         catalogue = self.settings.catalogue
-        items = catalogue.items(self.read_catalogue)
+        items = catalogue.items(self.read_catalogue, self.server.log.warn)
         if items is not None:
             return items
         if not (catalogue.only_names or catalogue.failure.code in NOT_ALLOWED):
@@ -7989,18 +7973,12 @@ class WorkersHandler(Handler):
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
             target = "/ai/models/search?per_page=50&page=%d" % number
-            exchange = self.open_exchange("GET", target, b"", wait)
-            try:
-                secrets = self.settings.workers_secrets
-                page = read_catalogue_page(self.read_whole(exchange), secrets)
-            except ErrorResponse as error:
-                self.server.log.warn("the model list cannot be read: " + error.message)
-                raise
-            finally:
-                exchange.close()
+            with contextlib.closing(self.open_exchange("GET", target, b"", wait)) as exchange:
+                body = self.read_whole(exchange)
+            page = read_json(body, self.settings.workers_secrets)["result"]
+            items += page
             if not page:
                 break
-            items += page
         return items
 
     def read_body(self):
@@ -8037,10 +8015,8 @@ class WorkersHandler(Handler):
         # gpt-oss may answer a streaming request as a whole, and an edge with a page.
         is_whole = exchange.status != 200 or exchange.media_type in WHOLE_TYPES
         relay = self.relay_events if self.call.stream and not is_whole else self.relay_whole
-        try:
+        with contextlib.closing(exchange):
             relay(exchange, StreamTranslator(self.call, functools.partial(error_event, self)))
-        finally:
-            exchange.close()
 
     def read_whole(self, exchange):
         """The body of a response. ErrorResponse for one that says so, or cannot be had."""

@@ -849,6 +849,14 @@ FAILURES = {
     "no list": (
         lambda fake, received: fake.reply(received, envelope({"n": 1})), 502,
         "upstream_bad_response"),
+    "null": (
+        lambda fake, received: fake.reply(received, envelope(None)), 502, "upstream_bad_response"),
+    "no success": (
+        lambda fake, received: fake.reply(received, dict(envelope([]), success=False)), 502,
+        "upstream_bad_response"),
+    "no objects": (
+        lambda fake, received: fake.reply(received, envelope(["x"])), 502,
+        "upstream_bad_response"),
     "hang-up": (lambda fake, received: received.close(), 502, "upstream_bad_response"),
     "half": (
         lambda fake, received: (
@@ -873,6 +881,7 @@ def test_a_list_that_cannot_be_read_is_an_error_for_half_a_minute(cloudflare, wo
     assert (reply.status, reply.code) == (status, code)
     assert not any(word in reply.raw_head.decode() + reply.body.decode() for word in SECRETS)
     printed = capfd.readouterr().err
+    assert printed.count("the model list cannot be read") == 1
     assert ("CLOUDFLARE_ACCOUNT_ID" in printed) == (failure == "account")
     requested, cloudflare.answer = len(searches(cloudflare)), cloudflare.route
     clock(29)
@@ -1201,7 +1210,7 @@ def test_an_unknown_model_is_refused_by_cloudflare(workers):
         (CHAT, {"stream": "true"}, "stream"), ("/v1/completions", {}, "prompt"),
         ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
         ("/v1/completions", {"prompt": 1}, "prompt"),
-        ("/v1/completions", {"prompt": "a", "messages": HELLO}, "messages")],
+        ("/v1/completions", {"prompt": "a", "messages": HELLO}, "prompt")],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value))
 def test_what_would_be_misread_is_refused_before_the_call(cloudflare, workers, path, body, param):
     reply = post(workers(), path, **body)
@@ -1271,7 +1280,7 @@ def test_a_prompt_has_a_maximum_length(cloudflare, workers, setting, most):
         (7000, 400, 502, "upstream_misconfigured", "false"),
         (7001, 405, 502, "upstream_misconfigured", "false"),
         (7003, 404, 502, "upstream_misconfigured", "false"),
-        (8005, 500, 500, "upstream_error", None), (7009, 503, 503, "upstream_error", None),
+        (8005, 500, 502, "upstream_error", None), (7009, 503, 502, "upstream_error", None),
         (1, 522, 522, "upstream_error", None)])
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses"], ids=["chat", "responses"])
 def test_cloudflares_errors_are_openais(workers, capfd, path, number, sent, status, code, retry):
