@@ -7050,8 +7050,7 @@ DELTA_ITEMS = {"reasoning_content": "reasoning", "refusal": "message", "content"
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 def install_responses(paths, chat_makers, event_makers):
-    _, chat_path = paths["/v1/chat/completions"]
-    paths["/v1/responses"] = ("responses", chat_path)
+    paths["/v1/responses"] = "responses"
     chat_makers["responses"] = chat_of_response
     event_makers["responses"] = ResponseEvents
 
@@ -7255,15 +7254,12 @@ MAX_CHOICES = 128               # in one response, as OpenAI allows: each become
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
-# What the client calls: the kind of its response, and the path under /accounts/{id}. Cloudflare's
-# OpenAI routes take messages, tools, images and unknown fields as OpenAI has them, and stream every
-# text model. /ai/v1/completions is documented nowhere; /ai/v1/responses serves gpt-oss alone, and
-# never streams (cloudflare-docs#32116). So all that is text goes up as a chat.
-WORKERS_PATHS = {
-    "/v1/chat/completions": ("chat", "/ai/v1/chat/completions"),
-    "/v1/completions": ("text", "/ai/v1/chat/completions"),
-    "/v1/embeddings": ("embeddings", "/ai/v1/embeddings"),
-}
+# What the client calls: the kind of its response. Cloudflare's OpenAI routes take messages, tools,
+# images and unknown fields as OpenAI has them, and stream every text model. /ai/v1/completions is
+# documented nowhere; /ai/v1/responses serves gpt-oss alone, and never streams
+# (cloudflare-docs#32116). So all that is text goes up as a chat.
+WORKERS_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "text",
+                 "/v1/embeddings": "embeddings"}
 # Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user and
 # so on are in newer schemas (workerd's ChatCompletionsCommonOptions); older ones forbid none [O].
 MEANINGLESS = (("top_k", 0), ("top_k", -1))
@@ -7308,7 +7304,7 @@ BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
 
 Call = collections.namedtuple("Call", (    # one request
-    "kind", "path", "body",         # a kind and a path of WORKERS_PATHS; bytes
+    "kind",                         # see WORKERS_PATHS
     "model", "id", "created",       # what the response shows: the client's name, an id, seconds
     "stream", "include_usage", "base64",    # what the client wants
     "secrets",                      # what no error may show: the account ids, the tokens
@@ -7318,12 +7314,12 @@ Call = collections.namedtuple("Call", (    # one request
 # -- requests
 
 def translate_request(path, body, values, model, shown, secrets=(), changes=None, window=None):
-    """The Call for the body of a client's request. Raises ErrorResponse 400.
+    """The Call for the body of a client's request, and Cloudflare's body. ErrorResponse 400.
 
     `values` is the body, parsed, `model` the real name, `shown` the client's, `changes` what
     settings want. What a model takes is Cloudflare's to say: only what we act on is checked.
     """
-    kind, upstream_path = WORKERS_PATHS[path]
+    kind = WORKERS_PATHS[path]
     if not MODEL_NAME.fullmatch(model):
         raise ErrorResponse(400, "invalid_model", "`model` is not the name of a model.", "model")
     given = {name: value for name, value in values.items() if value is not None}
@@ -7341,13 +7337,13 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
         chat = fit_chat(make_chat(chat), model)
         if not LIMITS & set(given):
             add_limit(chat, window)
-    return Call(
-        kind=kind, path=upstream_path, body=edit_body(body, values, chat),
-        model=shown, id=os.urandom(12).hex(), created=int(time.time()),
+    call = Call(
+        kind=kind, model=shown, id=os.urandom(12).hex(), created=int(time.time()),
         stream=stream and kind != "embeddings",
         include_usage=as_dict(given.get("stream_options")).get("include_usage") is True,
         base64=given.get("encoding_format") == "base64", secrets=secrets,
         thinks=bool(THINKS_IN_TEXT.search(model)))
+    return call, edit_body(body, values, chat)
 
 def edit_body(body, values, wanted):
     """The body of an object with other values; if it can be edited, no other byte differs."""
@@ -7916,14 +7912,13 @@ class Catalogue:
 
     def refresh(self, read, warn):
         today = time.strftime("%Y-%m-%d", time.gmtime())
-        seconds = CATALOGUE_SECONDS
         try:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
+            self.valid_until = time.monotonic() + CATALOGUE_SECONDS
         except (ErrorResponse,) + WRONG_SHAPE as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
-            seconds = CATALOGUE_RETRY
+            self.valid_until = time.monotonic() + CATALOGUE_RETRY
             warn("the model list cannot be read: " + self.failure.message)
-        self.valid_until = time.monotonic() + seconds
 
     def window(self, model):
         """How many tokens a model can hold; 0 if the list does not say."""
@@ -7989,14 +7984,14 @@ class WorkersHandler(Handler):
         settings = self.settings
         shown = self.request.model
         model = settings.aliases.get(shown, shown)
-        call = translate_request(self.request.path, body, members, model, shown, changes=changes,
-                                 secrets=settings.workers_secrets,
-                                 window=settings.catalogue.window(model))
-        self.call = call._replace(body=b"")     # nothing keeps it once it has gone up
-        return call.body
+        self.call, body = translate_request(
+            self.request.path, body, members, model, shown, changes=changes,
+            secrets=settings.workers_secrets, window=settings.catalogue.window(model))
+        return body
 
     def ask_upstream(self, body):
-        return self.open_exchange("POST", self.call.path, body)
+        path = "/ai/v1/embeddings" if self.call.kind == "embeddings" else "/ai/v1/chat/completions"
+        return self.open_exchange("POST", path, body)
 
     def send_up(self, key_index, method, target, *others):
         """A request with one of the keys, to its account. Its daily quota ends at midnight UTC."""
@@ -8067,7 +8062,13 @@ class WorkersHandler(Handler):
         wait = exchange.request.wait
         exchange.request.wait = self.service.add_heartbeats(wait, send)
         while not translator.done:
-            events = self.next_events(exchange, translator)
+            try:
+                piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
+                events = translator.feed(piece) if piece else translator.end()
+            except (OSError, ProtocolError) as error:
+                is_late = isinstance(error, TimedOut)
+                code = "upstream_timeout" if is_late else "upstream_died"
+                events = translator.end(upstream_error(code, BROKEN_OFF))
             if exchange.body.done:
                 exchange.close()            # the connection is free for others
             if events:
@@ -8082,14 +8083,6 @@ class WorkersHandler(Handler):
         self.is_whole = True
         with contextlib.suppress(ClientGone):
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)     # what is left, for its reuse
-
-    def next_events(self, exchange, translator):
-        try:
-            piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
-        except (OSError, ProtocolError) as error:
-            code = "upstream_timeout" if isinstance(error, TimedOut) else "upstream_died"
-            return translator.end(upstream_error(code, BROKEN_OFF))
-        return translator.feed(piece) if piece else translator.end()
 
 def parse_accounts(text):
     takes = "the id of an account, letters and digits, or several, comma-separated"
