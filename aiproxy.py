@@ -7036,7 +7036,6 @@ RESPONSES_ONLY = frozenset((
     "input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "n",
     "include", "truncation", "store", "background", "prompt_cache_key", "client_metadata"))
 STORED = ("previous_response_id", "conversation", "prompt")
-RESPONSE_TEXTS = ("input_text", "output_text", "text")
 # Of the response: for each kind of item what is in it at first, what its events are called, and the
 # part that has its text; what chat's finish_reasons are called.
 RESPONSE_ITEMS = {
@@ -7070,17 +7069,17 @@ def bad_response_request(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
 def read_response_request(given):
-    chat = {name: value for name, value in given.items() if name not in RESPONSES_ONLY}
-    chat["messages"] = []
+    messages = []
     if given.get("instructions"):
-        chat["messages"].append({"role": "system", "content": given["instructions"]})
+        messages.append({"role": "system", "content": given["instructions"]})
     items = given["input"]
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
     for item in items:
-        add_item(chat["messages"], item)
+        add_item(messages, item)
 
-    chat.update(read_choices(given))
+    chat = {name: value for name, value in given.items() if name not in RESPONSES_ONLY}
+    chat.update(read_choices(given), messages=messages)
     if given.get("max_output_tokens"):
         chat["max_tokens"] = given["max_output_tokens"]
     if given.get("stream"):
@@ -7105,10 +7104,10 @@ def read_choices(given):
 
 def nest(value, name):
     """What has members beside its type, as a chat has it: inside a member of this name."""
-    if isinstance(value, str):
+    if isinstance(value, str):          # a tool_choice such as `auto`
         return value
     inner = {key: item for key, item in value.items() if key != "type"}
-    return {"type": value["type"], name: inner}
+    return {"type": value["type"], name: inner} if inner else value
 
 def add_item(messages, item):
     """Add an item to the messages of a chat."""
@@ -7135,7 +7134,7 @@ def chat_content(content):
         return content
     parts = []
     for part in content:
-        if part["type"] in RESPONSE_TEXTS:
+        if part["type"].endswith("text"):       # input_text, output_text
             parts.append({"type": "text", "text": part["text"]})
         elif part["type"] == "input_image":
             parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
@@ -7144,9 +7143,8 @@ def chat_content(content):
     return parts
 
 def unknown_type(kind):
-    return bad_response_request("input", "has something of the type %.40s. Nothing is stored here "
-                                "(set `store` to false), and what is understood are texts, images, "
-                                "functions and their outputs" % kind)
+    return bad_response_request("input", "has a %.40s. Nothing is stored here (set `store` to "
+                                "false); known are texts, images, functions and outputs" % kind)
 
 
 class ResponseEvents:
@@ -7190,12 +7188,11 @@ class ResponseEvents:
         empty, events, part = RESPONSE_ITEMS[kind]
         if key not in self.texts:
             number = len(self.texts)
-            self.texts[key] = []
-            self.places[key] = {"output_index": number, "content_index": 0,
-                                "item_id": "%s_%s_%d" % (kind, self.id, number)}
-            item = dict(empty, id=self.places[key]["item_id"], type=kind, status="in_progress")
-            item.update(members)
+            ident = "%s_%s_%d" % (kind, self.id, number)
+            item = dict(empty, id=ident, type=kind, status="in_progress", **members)
             self.response["output"].append(item)
+            self.texts[key] = []
+            self.places[key] = {"output_index": number, "content_index": 0, "item_id": ident}
             self.event("response.output_item.added", key, item=item)
             if part:
                 self.event("response.content_part.added", key, part=part)
@@ -7218,12 +7215,11 @@ class ResponseEvents:
                 self.event(events + ".done", key, arguments=text)
             self.event("response.output_item.done", key, item=item)
         if usage:
-            self.response["usage"] = {
-                "input_tokens_details": {"cached_tokens": 0},
-                "output_tokens_details": {"reasoning_tokens": 0}}
+            counts = {"input_tokens_details": {"cached_tokens": 0},
+                      "output_tokens_details": {"reasoning_tokens": 0}}
             for name, count in usage.items():
-                name = name.replace("prompt_", "input_").replace("completion_", "output_")
-                self.response["usage"][name] = count
+                counts[name.replace("prompt_", "input_").replace("completion_", "output_")] = count
+            self.response["usage"] = counts
         is_cut = self.response["incomplete_details"]
         self.response["status"] = "incomplete" if is_cut else "completed"
         self.event("response." + self.response["status"], response=self.response)

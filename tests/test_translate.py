@@ -242,6 +242,9 @@ RESPONSES = {
     "a schema": (
         {"input": "hi", "text": {"format": dict(ENVELOPE, type="json_schema")}},
         {"messages": [HI], "response_format": {"type": "json_schema", "json_schema": ENVELOPE}}),
+    "JSON mode": (
+        {"input": "hi", "text": {"format": {"type": "json_object"}}},
+        {"messages": [HI], "response_format": {"type": "json_object"}}),
     "settings": (
         {"input": "hi", "max_output_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": 0,
          "reasoning": {"effort": "low", "summary": "auto"}, "text": {"format": {"type": "text"}},
