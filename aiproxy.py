@@ -7298,6 +7298,9 @@ NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
 BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
+MAY_BE_CALL = re.compile(br"\s*(?:\{|\Z)")
+CALL_MEMBERS = {"arguments", "parameters"}
+MAX_CALL_TEXT = 1 << 16         # bytes of text that are held back because they may be a call
 
 Call = collections.namedtuple("Call", (    # one request
     "kind",                         # see WORKERS_PATHS
@@ -7305,7 +7308,8 @@ Call = collections.namedtuple("Call", (    # one request
     "stream", "include_usage", "base64",    # what the client wants
     "secrets",                      # what no error may show: the account ids, the tokens
     "thinks",                       # does its model think in its text?
-), defaults=(False,))
+    "forced",                       # the function that it must call, as its tool has it, or None
+), defaults=(False, None))
 
 # -- requests
 
@@ -7338,8 +7342,19 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
         stream=stream and kind != "embeddings",
         include_usage=as_dict(given.get("stream_options")).get("include_usage") is True,
         base64=given.get("encoding_format") == "base64", secrets=secrets,
-        thinks=bool(THINKS_IN_TEXT.search(model)))
+        thinks=bool(THINKS_IN_TEXT.search(model)),
+        forced=None if kind == "text" else forced_function(chat))
     return call, edit_body(body, values, chat)
+
+def forced_function(chat):
+    """The one function that a chat request lets the model call, and nothing else; or None."""
+    functions = [as_dict(tool.get("function")) for tool in dicts(chat.get("tools"))]
+    choice = chat.get("tool_choice")
+    if isinstance(choice, dict):
+        name = as_dict(choice.get("function")).get("name")
+        functions = [function for function in functions if function.get("name") == name]
+        choice = "required"
+    return functions[0] if choice == "required" and len(functions) == 1 else None
 
 def edit_body(body, values, wanted):
     """The body of an object with other values; if it can be edited, no other byte differs."""
@@ -7481,6 +7496,8 @@ class Choice:
         self.held = ""          # of a thought, what may be the beginning of a tag
         self.thoughts = []      # which may be none
         self.may_be_text = True     # as long as there were no tags
+        self.forced = call.forced   # as long as its call may come as text,
+        self.unsure = bytearray()   # which is held back
         self.numbers = {}       # of tool calls, by Cloudflare's id and `index`, the last by None
         self.finish_reason = None
 
@@ -7492,6 +7509,8 @@ class Choice:
             self.is_thinking = False        # Cloudflare has split it
         if self.is_thinking:
             self.split_thoughts(delta, is_last, reason)
+        if self.forced:
+            self.find_forced_call(delta, is_last)
         calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
         delta["tool_calls"] = list(calls)
         delta = {name: value for name, value in delta.items() if value}
@@ -7516,6 +7535,20 @@ class Choice:
         else:
             delta.update(reasoning_content=thought.replace("<think>", ""), content=text)
 
+    def find_forced_call(self, delta, is_last):
+        """Hold text back until it cannot be a forced call any more, or surely is one."""
+        self.unsure += delta.pop("content", "").encode("utf-8", "surrogatepass")
+        is_text = "tool_calls" in delta or not MAY_BE_CALL.match(self.unsure)
+        if not (is_text or is_last or len(self.unsure) > MAX_CALL_TEXT):
+            return
+        may_be_call = is_last and not is_text
+        arguments = leaked_arguments(self.unsure, self.forced) if may_be_call else None
+        if arguments is None:
+            delta["content"] = self.unsure.decode("utf-8", "surrogatepass")
+        else:
+            delta["tool_calls"] = [{"name": self.forced["name"], "arguments": arguments}]
+        self.forced = None
+
     def number_calls(self, calls, empty):
         """OpenAI's deltas of tool calls: id and name once, after that only arguments."""
         for call in calls:
@@ -7536,6 +7569,25 @@ class Choice:
                        "type": "function", "function": function}
             elif arguments:
                 yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
+
+def leaked_arguments(text, function):
+    """The arguments in text that is nothing but a call of this function; None if in doubt.
+
+    gpt-oss has them beside the name (cloudflare/ai#574 [O]), others in a member of their own.
+    """
+    try:
+        members = parse_object(text)
+    except ErrorResponse:
+        return None
+    if members.pop("name", "") != function.get("name"):
+        return None
+    properties = set(as_dict(as_dict(function.get("parameters")).get("properties")))
+    others = set(members) - properties
+    if len(members) == 1 and others & CALL_MEMBERS:
+        members = members.popitem()[1]
+    elif others or properties & (CALL_MEMBERS | {"name"}):
+        return None
+    return members if isinstance(members, dict) else None
 
 def decode_twice(text):
     """The JSON object in a JSON string: granite and deepseek-r1 encode arguments twice [T]."""

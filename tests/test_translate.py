@@ -626,6 +626,166 @@ def test_arguments_that_are_encoded_twice_are_decoded_once(arguments, wanted):
     assert made == [called("call_100", "f", wanted)]
 
 
+# -- a forced call that comes as text
+
+WEATHER_TOOL = {"name": "get_weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}}}
+PARIS = {"city": "Paris"}
+PARIS_CALL = {"tool_calls": [called("call_100", "get_weather", '{"city": "Paris"}')]}
+
+
+def tool(*properties, name="get_weather"):
+    """A function that takes these."""
+    return {"name": name, "parameters": {"properties": dict.fromkeys(properties, {})}}
+
+
+# name: what the model says, and the arguments of the call that it is
+LEAKED = {
+    "arguments beside the name (cloudflare/ai#574) [O]": (
+        '{"name":"get_weather","city":"Paris"}', PARIS),
+    "arguments [T]": ('{"name": "get_weather", "arguments": {"city": "Paris"}}', PARIS),
+    "parameters [T]": ('{"parameters": {"city": "Paris"}, "name": "get_weather"}', PARIS),
+    "unknown arguments [A]": ('{"name": "get_weather", "arguments": {"x": [1]}}', {"x": [1]}),
+    "no arguments [A]": ('{"name": "get_weather"}', {}),
+    "empty arguments [A]": ('{"name": "get_weather", "arguments": {}}', {}),
+    "blanks around it [A]": ('\n {\n"name": "get_weather",\n"city": "Paris"}\n\n', PARIS),
+    "not ASCII [A]": ('{"name": "get_weather", "city": "\u00c4 \U0001f600"}',
+                      {"city": "\u00c4 \U0001f600"})}
+
+# name: what the model says that stays text, and the function if it is another
+NO_CALLS = {
+    "prose": ("It is sunny.", None), "blanks": (" \n", None), "a list": ("[1]", None),
+    "another name": ('{"name": "get_time", "arguments": {"city": "Paris"}}', None),
+    "the arguments alone": ('{"city": "Paris"}', None), "an empty object": ("{}", None),
+    "text behind it": ('{"name": "get_weather", "city": "Paris"} Right?', None),
+    "text before it": ('Sure: {"name": "get_weather", "city": "Paris"}', None),
+    "two": ('{"name": "get_weather"}{"name": "get_weather"}', None),
+    "in a fence": ('```json\n{"name": "get_weather"}\n```', None),
+    "cut": ('{"name": "get_weather", "city": "Par', None),
+    "a name twice": ('{"name": "get_weather", "city": "Paris", "city": "Rome"}', None),
+    "no JSON": ('{"name": "get_weather", "city": NaN}', None),
+    "half of an emoji": ('{"name": "get_weather", "city": "\ud83d"}', None),
+    "arguments as text": ('{"name": "get_weather", "arguments": "Paris"}', None),
+    "arguments that are none": ('{"name": "get_weather", "arguments": null}', None),
+    "both": ('{"name": "get_weather", "arguments": {}, "parameters": {}}', None),
+    "an argument that is unknown": ('{"name": "get_weather", "town": "Paris"}', None),
+    "more beside them": ('{"name": "get_weather", "arguments": {}, "city": "Paris"}', None),
+    "an argument of that name": ('{"name": "get_weather", "city": "Paris"}', tool("name", "city")),
+    "arguments that are an argument": (
+        '{"name": "get_weather", "arguments": {}}', tool("arguments")),
+    "deep": ('{"name": "get_weather", "city": ' + "[" * 9999, None)}
+
+
+def said(text, size, forced, kind="chat", finish="stop"):
+    """The message and the finish_reason of a response that says this: whole, or in pieces."""
+    translator = StreamTranslator(call(kind, forced=forced))
+    if not size:
+        whole = {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
+        made = translate_response(call(kind, forced=forced), body(whole))["choices"][0]
+        assert (made["message"]["content"] is None) == ("tool_calls" in made["message"])
+        message = {name: value for name, value in made["message"].items()
+                   if value and name != "role"}
+        return message, made["finish_reason"]
+    deltas = [delta(content=text[at:at + size]) for at in range(0, len(text), size)]
+    deltas.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    return joined(stream(deltas + ["[DONE]"], translator))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1000], ids=["whole", "split 1", "split 7", "at once"])
+@pytest.mark.parametrize("text,arguments", list(LEAKED.values()), ids=list(LEAKED))
+def test_a_forced_call_that_comes_as_text_becomes_a_call(text, arguments, size):
+    message, finish = said(text, size, WEATHER_TOOL)
+    one, = message.pop("tool_calls")
+    assert (message, finish) == ({}, "tool_calls")
+    assert json.loads(one["function"].pop("arguments")) == arguments
+    assert one == {"id": "call_100", "type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 100000],
+                         ids=["whole", "split 1", "split 7", "at once"])
+@pytest.mark.parametrize("text,forced", list(NO_CALLS.values()), ids=list(NO_CALLS))
+def test_what_is_not_surely_a_forced_call_stays_text(text, forced, size):
+    assert said(text, size, forced or WEATHER_TOOL) == ({"content": text}, "stop")
+
+
+@pytest.mark.parametrize("size", [0, 7], ids=["whole", "split"])
+def test_a_call_as_text_stays_text_where_none_was_forced(size):
+    text = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+    assert said(text, size, None) == ({"content": text}, "stop")
+
+
+def test_a_call_beside_text_is_the_call():
+    text = '{"name": "get_weather", "city": "Rome"}'
+    tool_call = {"id": "a", "index": 0, "function": {"name": "get_weather",
+                                                     "arguments": '{"city": "Paris"}'}}
+    whole = {"choices": [{"message": {"content": text, "tool_calls": [tool_call]}}]}
+    made = translate_response(call(forced=WEATHER_TOOL), body(whole))["choices"][0]["message"]
+    wanted = dict(PARIS_CALL, content=text)
+    assert made == dict({"role": "assistant", "refusal": None}, **wanted)
+    translator = StreamTranslator(call(forced=WEATHER_TOOL))
+    made = stream([delta(content=text), delta(tool_calls=[tool_call]), "[DONE]"], translator)
+    assert joined(made) == (wanted, "tool_calls")
+
+
+def test_a_forced_call_comes_after_its_thoughts():
+    text = '2+2</think>\n\n{"name": "get_weather", "city": "Paris"}'
+    for size in (1, 1000):
+        translator = StreamTranslator(call(forced=WEATHER_TOOL, thinks=True))
+        deltas = [delta(content=text[at:at + size]) for at in range(0, len(text), size)]
+        assert joined(stream(deltas + ["[DONE]"], translator)) == (
+            dict(PARIS_CALL, reasoning_content="2+2"), "tool_calls")
+
+
+def contents(translator, *texts):
+    """What goes down of each text when it has come."""
+    return ["".join(event["choices"][0]["delta"].get("content", "")
+                    for event in read_events(translator.feed(sse(delta(content=text)))))
+            for text in texts]
+
+
+def test_text_is_held_back_only_while_it_may_be_a_forced_call(monkeypatch):
+    monkeypatch.setattr(aiproxy, "MAX_CALL_TEXT", 9)
+    translator = functools.partial(StreamTranslator, call(forced=WEATHER_TOOL))
+    assert contents(translator(), "It ", "is") == ["It ", "is"]
+    assert contents(translator(), " \n", "It ", "is {") == ["", " \nIt ", "is {"]
+    assert contents(translator(), "{", "1234", "5678", "9", "{") == [
+        "", "", "", "{123456789", "{"]
+
+
+def test_a_forced_call_as_text_is_a_call_of_the_responses_api():
+    text = '{"name": "get_weather", "city": "Paris"}'
+    events = sse(delta(content=text[:9]), delta(content=text[9:]), "[DONE]")
+    translator = StreamTranslator(call("responses", forced=WEATHER_TOOL))
+    made = [json.loads(data) for _, data in read_sse(translator.feed(events))]
+    item, = made[-1]["response"]["output"]
+    assert (item["type"], item["name"], json.loads(item["arguments"])) == (
+        "function_call", "get_weather", PARIS)
+    assert made[-1]["response"]["status"] == "completed"
+
+
+CHAT_TOOLS = [{"type": "function", "function": WEATHER_TOOL},
+              {"type": "function", "function": tool(name="get_time")}]
+BY_NAME = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("tools,choice,name", [
+    (CHAT_TOOLS, BY_NAME, "get_weather"), (CHAT_TOOLS[:1], "required", "get_weather"),
+    (CHAT_TOOLS, "required", None), (CHAT_TOOLS[:1], "auto", None), (CHAT_TOOLS[:1], None, None),
+    (CHAT_TOOLS[1:], BY_NAME, None), ([], "required", None), ([], BY_NAME, None),
+    (CHAT_TOOLS[:1], "none", None), ("x", {"type": "function"}, None), ([7], [7], None)], ids=str)
+def test_a_forced_function_is_the_only_one_that_can_be_called(tools, choice, name):
+    sent = {"messages": [], "tools": tools, "tool_choice": choice}
+    assert (request(sent).forced or {}).get("name") == name
+    del sent["messages"]        # a completion has no room for calls
+    assert request(dict(sent, prompt="x"), "/v1/completions").forced is None
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "f"}], ids=str)
+def test_a_responses_request_forces_a_function_too(choice):
+    made = request({"input": "hi", "tools": [TOOL], "tool_choice": choice}, "/v1/responses")
+    assert made.forced["name"] == "f" and made.forced["parameters"] == SCHEMA
+
+
 # -- events
 
 EVENTS = ["one", "two\nlines", "[DONE]"]
