@@ -7299,13 +7299,11 @@ ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
 BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
 MAY_BE_CALL = re.compile(br"\s*(?:\{|\Z)")
-CALL_MEMBERS = {"arguments", "parameters"}
 MAX_CALL_TEXT = 1 << 16         # bytes of text that are held back because they may be a call
 
 Call = collections.namedtuple("Call", (    # one request
-    "kind",                         # see WORKERS_PATHS
+    "kind", "stream", "include_usage", "base64",    # what the client wants: see WORKERS_PATHS
     "model", "id", "created",       # what the response shows: the client's name, an id, seconds
-    "stream", "include_usage", "base64",    # what the client wants
     "secrets",                      # what no error may show: the account ids, the tokens
     "thinks",                       # does its model think in its text?
     "forced",                       # the function that it must call, as its tool has it, or None
@@ -7347,14 +7345,13 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
     return call, edit_body(body, values, chat)
 
 def forced_function(chat):
-    """The one function that a chat request lets the model call, and nothing else; or None."""
+    """The function that a chat request leaves the model to call; None if it has a choice."""
     functions = [as_dict(tool.get("function")) for tool in dicts(chat.get("tools"))]
     choice = chat.get("tool_choice")
-    if isinstance(choice, dict):
-        name = as_dict(choice.get("function")).get("name")
+    if choice != "required":
+        name = as_dict(as_dict(choice).get("function")).get("name", "")
         functions = [function for function in functions if function.get("name") == name]
-        choice = "required"
-    return functions[0] if choice == "required" and len(functions) == 1 else None
+    return functions[0] if len(functions) == 1 else None
 
 def edit_body(body, values, wanted):
     """The body of an object with other values; if it can be edited, no other byte differs."""
@@ -7380,8 +7377,7 @@ def chat_of_prompt(given):
     prompt = given.pop("prompt", None)
     texts = prompt if isinstance(prompt, list) else [prompt]
     if len(texts) != 1 or not isinstance(texts[0], str) or "messages" in given:
-        raise invalid_parameter("prompt", "must be one text, a string or an array of one, without "
-                                          "`messages` beside it")
+        raise invalid_parameter("prompt", "must be one text, and without `messages` beside it")
     return dict(given, messages=[{"role": "user", "content": texts[0]}])
 
 def fit_chat(chat, model):
@@ -7513,13 +7509,11 @@ class Choice:
             self.find_forced_call(delta, is_last)
         calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
         delta["tool_calls"] = list(calls)
+        if is_last:         # agents look for tool_calls; some models end with `stop` after one
+            default = "tool_calls" if self.numbers else "stop"
+            self.finish_reason = FINISH_REASONS.get(reason, default)
         delta = {name: value for name, value in delta.items() if value}
-        if not is_last:
-            return delta, None
-        # Agents look for tool_calls; some models end with `stop` after one.
-        default = "tool_calls" if self.numbers else "stop"
-        self.finish_reason = FINISH_REASONS.get(reason, default)
-        return delta, self.finish_reason
+        return delta, self.finish_reason if is_last else None
 
     def split_thoughts(self, delta, is_last, reason):
         """Make reasoning of what stands in front of </think>, wherever the text was cut."""
@@ -7571,21 +7565,19 @@ class Choice:
                 yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
 
 def leaked_arguments(text, function):
-    """The arguments in text that is nothing but a call of this function; None if in doubt.
-
-    gpt-oss has them beside the name (cloudflare/ai#574 [O]), others in a member of their own.
-    """
+    """The arguments in text that is nothing but a call of this function; None if in doubt."""
     try:
         members = parse_object(text)
     except ErrorResponse:
         return None
     if members.pop("name", "") != function.get("name"):
         return None
+    # gpt-oss has them beside the name (cloudflare/ai#574 [O]), others in a member of their own.
     properties = set(as_dict(as_dict(function.get("parameters")).get("properties")))
     others = set(members) - properties
-    if len(members) == 1 and others & CALL_MEMBERS:
+    if len(members) == 1 and others & {"arguments", "parameters"}:
         members = members.popitem()[1]
-    elif others or properties & (CALL_MEMBERS | {"name"}):
+    elif others or properties & {"name", "arguments", "parameters"}:
         return None
     return members if isinstance(members, dict) else None
 
@@ -7609,10 +7601,9 @@ def translate_response(call, body):
     if not choices:
         raise unreadable()
     for choice in choices:
-        message = {"role": "assistant", "content": "", "refusal": None}
         reason = choice["finish_reason"] or "stop"
         delta, choice["finish_reason"] = Choice(call).feed(choice["message"], reason)
-        message.update(delta)
+        message = dict({"role": "assistant", "content": "", "refusal": None}, **delta)
         for tool_call in message.get("tool_calls", ()):
             del tool_call["index"]      # only deltas number them
             message["content"] = message["content"] or None
@@ -7666,11 +7657,9 @@ class EventReader:
         self.buffer += piece
         events = []
         begin = 0
-        blank_line = BLANK_LINE.search(self.buffer, position)
-        while blank_line:
+        for blank_line in BLANK_LINE.finditer(self.buffer, position):
             events.append(read_event(self.buffer[begin:blank_line.start()]))
             begin = blank_line.end()
-            blank_line = BLANK_LINE.search(self.buffer, begin)
         del self.buffer[:begin]
         if len(self.buffer) > MAX_EVENT:
             raise unreadable()
@@ -7692,7 +7681,7 @@ class StreamTranslator:
         self.choices = {}       # the Choices that began, by index
         self.out = []           # events for the client, in bytes
         self.form = EVENT_MAKERS.get(call.kind, ChatEvents)(call, self.send)
-        self.usage = None       # OpenAI's counts, if there were any
+        self.usage = {}         # OpenAI's counts, if there were any
         self.failed = None      # the code of the error that ended the stream
         self.done = False       # the client has all that it will get
 
@@ -7728,9 +7717,8 @@ class StreamTranslator:
         return self.take_out()
 
     def take_out(self):
-        out = b"".join(self.out)
-        self.out.clear()
-        return out
+        out, self.out = self.out, []
+        return b"".join(out)
 
     def translate(self, data):
         """Send the events of choices: the beginning first, then what is new or the finish."""
@@ -7766,8 +7754,7 @@ class StreamTranslator:
         return bool(self.choices) and all(one.finish_reason for one in self.choices.values())
 
     def count_tokens(self):
-        usage = self.usage or {}
-        return usage.get("prompt_tokens"), usage.get("completion_tokens")
+        return self.usage.get("prompt_tokens"), self.usage.get("completion_tokens")
 
     def send(self, event, name=""):
         self.out.append(render_event(event, name))
@@ -7782,8 +7769,7 @@ class ChatEvents:
         self.is_chat = call.kind == "chat"
 
     def begin(self, index):
-        if self.is_chat:
-            self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        self.add(index, {"role": "assistant", "content": "", "refusal": None})
 
     def add(self, index, delta, finish=None, logprobs=None):
         if delta.get("content") or delta and self.is_chat:
@@ -7814,9 +7800,8 @@ def translate_error(status, body, secrets=(), retry_after=None):
     if status < 400 <= number < 600:    # vLLM's {"object": "error", "code": 400} inside a 200
         status = number
     our_status, code = classify_error(number, status, word)
-    message = OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
-    if not message:
-        message = "Cloudflare answered with status %d and no reason that could be read." % status
+    message = (OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
+               or "Cloudflare answered with status %d and no reason that could be read." % status)
     if code == "model_not_found":
         message = "%s. GET /v1/models lists the names that work here." % message.rstrip(".")
     headers = [(b"Retry-After", retry_after)] if retry_after else []
@@ -7871,9 +7856,9 @@ def translate_catalogue(items, today, names, only_names):
     shown.update(names)
     for model in names.values() if only_names else ():
         models.setdefault(model, plain_model(model))    # Cloudflare may serve what it does not list
-    for model in () if only_names else models:
-        shown.setdefault(model, model)
-    return [dict(models[model], id=name) for name, model in shown.items() if models.get(model)]
+    shown.update(() if only_names else zip(models, models))
+    return [dict(models[model], id=name) for name, model in shown.items()
+            if models.get(model) and "*" not in name]
 
 def plain_model(name):
     """A model of OpenAI's list of which only the name is known."""
@@ -7933,12 +7918,11 @@ def prepare_workers(settings):
         settings.shown["AIPROXY_MODELS"] = ", ".join(models)
     settings.models = models
     settings.aliases = models or WORKERS_ALIASES
-    listed = {name: model for name, model in settings.aliases.items() if "*" not in name}
-    settings.catalogue = Catalogue(listed, bool(models))
+    settings.catalogue = Catalogue(settings.aliases, bool(models))
 
 
 class Catalogue:
-    """Cloudflare's model list. Where it cannot be read: the last one, else None and the error."""
+    """Cloudflare's model list. Where it cannot be read: the last one, the names, or an error."""
 
     def __init__(self, names, only_names):
         self.names = names
@@ -7949,14 +7933,18 @@ class Catalogue:
         self.reading = threading.Lock()     # whose holder alone asks Cloudflare
 
     def items(self, read, warn):
-        """OpenAI's list, or None. Only for a first one does a client wait for another's."""
+        """OpenAI's list. Only for a first one does a client wait for another that asks."""
         if self.reading.acquire(blocking=self.last is None):
             try:
                 if time.monotonic() >= self.valid_until:
                     self.refresh(read, warn)
             finally:
                 self.reading.release()
-        return self.last
+        if self.last is not None:
+            return self.last
+        if not (self.only_names or self.failure.code in NOT_ALLOWED):
+            raise self.failure
+        return translate_catalogue((), "", self.names, True)
 
     def refresh(self, read, warn):
         today = time.strftime("%Y-%m-%d", time.gmtime())
@@ -7989,19 +7977,11 @@ class WorkersHandler(Handler):
     def answer_ourselves(self):
         if not is_model_list(self.request):
             return super().answer_ourselves()
-        send_models(self, self.list_models())
-        return True
-
-    def list_models(self):
         for check in self.service.checks:       # the list may cost a call
             check(self)
         catalogue = self.settings.catalogue
-        items = catalogue.items(self.read_catalogue, self.server.log.warn)
-        if items is not None:
-            return items
-        if not (catalogue.only_names or catalogue.failure.code in NOT_ALLOWED):
-            raise catalogue.failure
-        return translate_catalogue((), "", catalogue.names, True)
+        send_models(self, catalogue.items(self.read_catalogue, self.server.log.warn))
+        return True
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list."""
@@ -8047,8 +8027,7 @@ class WorkersHandler(Handler):
         exchange = super().send_up(key_index, method, account + target, *others)
         if exchange.status == 429 and len(self.settings.account_paths) > 1:
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-            error = translate_error(429, exchange.prefetched)
-            if error.code == "insufficient_quota":
+            if translate_error(429, exchange.prefetched).code == "insufficient_quota":
                 seconds = b"%d" % (86400 - time.time() % 86400)
                 exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
         return exchange
@@ -8078,23 +8057,22 @@ class WorkersHandler(Handler):
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""
         fields = downstream_headers(exchange.headers, self.settings)
-        kept = [field for field in fields if not ABOUT_BODY.match(field[0])]
-        return [(b"Content-Type", media_type)] + kept
+        fields = [field for field in fields if not ABOUT_BODY.match(field[0])]
+        return [(b"Content-Type", media_type)] + fields
 
     def relay_whole(self, exchange, translator):
         body = self.read_whole(exchange)
         try:
             if self.call.stream:
                 content = translator.whole(body)
-                media_type = b"text/event-stream"
             else:
                 content = json.dumps(translate_response(self.call, body)).encode()
-                media_type = b"application/json"
         except WRONG_SHAPE:
             raise unreadable()
         observe = self.service.observe_response(self.record)
         if observe:
             observe(body)
+        media_type = b"text/event-stream" if self.call.stream else b"application/json"
         self.send_response(200, self.translated_headers(exchange, media_type), content)
 
     def relay_events(self, exchange, translator):
@@ -8114,11 +8092,8 @@ class WorkersHandler(Handler):
                 piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
                 events = translator.feed(piece) if piece else translator.end()
             except (OSError, ProtocolError) as error:
-                is_late = isinstance(error, TimedOut)
-                code = "upstream_timeout" if is_late else "upstream_died"
+                code = "upstream_timeout" if isinstance(error, TimedOut) else "upstream_died"
                 events = translator.end(upstream_error(code, BROKEN_OFF))
-            if exchange.body.done:
-                exchange.close()            # the connection is free for others
             if events:
                 send(events)
         exchange.request.wait = wait

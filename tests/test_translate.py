@@ -848,10 +848,9 @@ class CountingPattern:
         self.pattern = pattern
         self.searched = 0
 
-    def search(self, data, position):
-        match = self.pattern.search(data, position)
-        self.searched += (match.end() if match else len(data)) - position
-        return match
+    def finditer(self, data, position):
+        self.searched += len(data) - position
+        return self.pattern.finditer(data, position)
 
 
 def test_an_event_in_many_pieces_is_searched_once_and_taken_apart_once(monkeypatch):
