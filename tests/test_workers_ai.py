@@ -14,8 +14,8 @@ import pytest
 
 import aiproxy
 from aiproxy import SettingError, Settings
-from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, LLAMA_31, MID_STREAM, QWEN_3,
-                             TOKEN, UUID, FakeCloudflare, delta, envelope, error_envelope,
+from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, LEAK, LLAMA_31, MID_STREAM,
+                             QWEN_3, TOKEN, UUID, FakeCloudflare, delta, envelope, error_envelope,
                              read_sse, settings, sse)
 from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, banner_of, chunk
 
@@ -264,6 +264,39 @@ def test_an_agent_gets_through_two_turns_with_a_tool(cloudflare, workers, agent)
     assert [message["tool_call_id"] for message in results] == [call_id]
     if path != CHAT:
         assert events_of(reply)[-1]["response"]["output"][0]["content"][0]["text"] == "It is sunny."
+
+
+WEATHER = {"name": "get_weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}
+FORCED = {
+    CHAT: {"tools": [{"type": "function", "function": WEATHER}],
+           "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+    "/v1/responses": {"input": "Once", "tools": [dict(WEATHER, type="function")],
+                      "tool_choice": {"type": "function", "name": "get_weather"}}}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", list(FORCED))
+def test_a_forced_call_that_comes_as_text_is_a_call(workers, path, stream):
+    running = workers()
+    reply = post(running, path, model="gpt-oss-120b", stream=stream, **FORCED[path])
+    assert (reply.status, reply.complete) == (200, True)
+    if path != CHAT:
+        response = events_of(reply)[-1]["response"] if stream else reply.json
+        call, = response["output"]
+    elif stream:
+        events = events_of(reply)
+        assert text_of(events) == "" and events[-2]["choices"][0]["finish_reason"] == "tool_calls"
+        call = events[1]["choices"][0]["delta"]["tool_calls"][0]["function"]
+    else:
+        choice, = reply.json["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+        call = choice["message"]["tool_calls"][0]["function"]
+    assert (call["name"], json.loads(call["arguments"])) == ("get_weather", {"city": "Paris"})
+
+    # The same text stays text where nothing was forced.
+    reply = post(running, path, model="gpt-oss-120b", **dict(FORCED[path], tool_choice="auto"))
+    assert json.dumps(LEAK) in reply.body.decode()
 
 
 # -- whole responses

@@ -99,6 +99,18 @@ def check_all(checks, client):
             assert choice.finish_reason == "tool_calls"
             assert call.function.name == "get_weather"
             assert isinstance(json.loads(call.function.arguments), dict)
+    with checks("a forced call that comes as text"):
+        forced = {"type": "function", "function": {"name": "get_weather"}}
+        given = {"model": "gpt-oss-120b", "messages": HELLO, "tools": WEATHER}
+        whole = chat.create(tool_choice=forced, **given)
+        with chat.stream(tool_choice="required", **given) as stream:
+            streamed = stream.get_final_completion()
+        for answer in (whole, streamed):
+            choice = answer.choices[0]
+            [call] = choice.message.tool_calls
+            assert choice.finish_reason == "tool_calls" and not choice.message.content
+            assert call.function.name == "get_weather"
+            assert json.loads(call.function.arguments) == {"city": "Paris"}
     with checks("a tool's result goes back up"):
         function = {"name": "get_weather", "arguments": "{}"}
         call = {"id": "a", "type": "function", "function": function}
@@ -145,7 +157,7 @@ def check_all(checks, client):
                 "upstream_credentials_rejected",
                 502,
             ),
-            ("@cf/error/500/8005", openai.InternalServerError, "upstream_error", 500),
+            ("@cf/error/500/8005", openai.InternalServerError, "upstream_error", 502),
             ("@cf/broken/html", openai.InternalServerError, "upstream_bad_response", 502),
         ):
             for stream in (False, True):
