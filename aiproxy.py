@@ -7250,10 +7250,9 @@ MAX_CHOICES = 128               # in one response, as OpenAI allows: each become
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
-# What the client calls: the kind of its response. Cloudflare's OpenAI routes take messages, tools,
-# images and unknown fields as OpenAI has them, and stream every text model. /ai/v1/completions is
-# documented nowhere; /ai/v1/responses serves gpt-oss alone, and never streams
-# (cloudflare-docs#32116). So all that is text goes up as a chat.
+# What the client calls: the kind of its response. All that is text goes up as a chat, which
+# Cloudflare takes in OpenAI's form and streams for every text model: /ai/v1/completions is
+# documented nowhere, /ai/v1/responses serves gpt-oss alone, and whole (cloudflare-docs#32116).
 WORKERS_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "text",
                  "/v1/embeddings": "embeddings"}
 # Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user and
@@ -7298,7 +7297,7 @@ NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
 BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
-MAY_BE_CALL = re.compile(br"\s*(?:\{|\Z)")
+MAY_BE_CALL = re.compile(br"\s{0,99}(?:\{|\Z)")
 MAX_CALL_TEXT = 1 << 16         # bytes of text that are held back because they may be a call
 
 Call = collections.namedtuple("Call", (    # one request
@@ -7535,8 +7534,7 @@ class Choice:
         is_text = "tool_calls" in delta or not MAY_BE_CALL.match(self.unsure)
         if not (is_text or is_last or len(self.unsure) > MAX_CALL_TEXT):
             return
-        may_be_call = is_last and not is_text
-        arguments = leaked_arguments(self.unsure, self.forced) if may_be_call else None
+        arguments = leaked_arguments(self.unsure, self.forced) if is_last and not is_text else None
         if arguments is None:
             delta["content"] = self.unsure.decode("utf-8", "surrogatepass")
         else:
@@ -7803,7 +7801,8 @@ def translate_error(status, body, secrets=(), retry_after=None):
     message = (OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
                or "Cloudflare answered with status %d and no reason that could be read." % status)
     if code == "model_not_found":
-        message = "%s. GET /v1/models lists the names that work here." % message.rstrip(".")
+        message = "%s. See GET /v1/models; short names are %s." % (
+            message.rstrip("."), ", ".join(WORKERS_ALIASES))
     headers = [(b"Retry-After", retry_after)] if retry_after else []
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
         headers.append(NO_RETRY)
@@ -8011,7 +8010,7 @@ class WorkersHandler(Handler):
         members, changes = check_body(self, body)
         settings = self.settings
         shown = self.request.model
-        model = settings.aliases.get(shown, shown)
+        model = settings.aliases.get(shown, WORKERS_ALIASES.get(shown, shown))
         self.call, body = translate_request(
             self.request.path, body, members, model, shown, changes=changes,
             secrets=settings.workers_secrets, window=settings.catalogue.window(model))

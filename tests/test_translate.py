@@ -663,6 +663,7 @@ NO_CALLS = {
     "in a fence": ('```json\n{"name": "get_weather"}\n```', None),
     "cut": ('{"name": "get_weather", "city": "Par', None),
     "a name twice": ('{"name": "get_weather", "city": "Paris", "city": "Rome"}', None),
+    "a hundred blanks": (" " * 100 + '{"name": "get_weather"}', None),
     "no JSON": ('{"name": "get_weather", "city": NaN}', None),
     "half of an emoji": ('{"name": "get_weather", "city": "\ud83d"}', None),
     "arguments as text": ('{"name": "get_weather", "arguments": "Paris"}', None),
@@ -1345,7 +1346,7 @@ def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, statu
         (
             410, b'{"errors":["odd"]}', 404, "model_not_found",
             "Cloudflare answered with status 410 and no reason that could be read. "
-            "GET /v1/models lists the names that work here."),
+            "See GET /v1/models; short names are %s." % ", ".join(WORKERS_ALIASES)),
         (401, b"{}", 502, "upstream_credentials_rejected", None),
         (403, b"no json", 403, "permission_denied", None),
         (408, b"", 504, "upstream_timeout", None), (302, b"", 502, "upstream_bad_response", None),

@@ -1117,9 +1117,10 @@ def test_a_short_name_alone_means_its_model(cloudflare, given, models):
 
 
 def test_a_short_name_alone_can_be_asked_for(cloudflare, workers):
-    running = workers(MODELS="gpt-oss-20b,@cf/shape/*")
-    assert post(running, model="gpt-oss-20b").json["model"] == "gpt-oss-20b"
-    assert json.loads(cloudflare.wait_for().body)["model"] == ALIASES["gpt-oss-20b"]
+    running = workers(MODELS="gpt-oss-20b,llama-4*")
+    for name in ("gpt-oss-20b", "llama-4-scout"):       # by itself, and by a pattern
+        assert post(running, model=name).json["model"] == name
+        assert json.loads(cloudflare.received[-1].body)["model"] == ALIASES[name]
     assert post(running, model="gemma-4").code == "model_not_allowed"
     assert [model["id"] for model in models(running).json["data"]] == ["gpt-oss-20b"]
 
@@ -1231,7 +1232,8 @@ def test_an_unknown_model_is_refused_by_cloudflare(workers):
     assert (reply.status, reply.code, reply.json["error"]["param"]) == (
         404, "model_not_found", "model")
     assert reply.json["error"]["message"] == (
-        "No such model @cf/no/such or task. GET /v1/models lists the names that work here.")
+        "No such model @cf/no/such or task. See GET /v1/models; short names are %s."
+        % ", ".join(ALIASES))
 
 
 # -- validation
