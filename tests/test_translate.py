@@ -1276,7 +1276,8 @@ def test_every_response_becomes_a_responses_object(response, expected, usage):
 BY_CODE = [
     (5007, 400, 404, "model_not_found"), (3042, 404, 404, "model_not_found"),
     (3036, 429, 429, "insufficient_quota"), (4006, 429, 429, "insufficient_quota"),
-    (3006, 413, 413, "request_too_large"), (3021, 429, 429, "rate_limit_exceeded"),
+    (3006, 413, 413, "request_too_large"), (5021, 400, 400, "context_length_exceeded"),
+    (5021, 413, 400, "context_length_exceeded"), (3021, 429, 429, "rate_limit_exceeded"),
     (3040, 400, 429, "rate_limit_exceeded"), (3007, 408, 504, "upstream_timeout"),
     (3008, 408, 504, "upstream_timeout"), (10000, 401, 502, "upstream_credentials_rejected"),
     (10000, 403, 502, "upstream_credentials_rejected"),
@@ -1329,6 +1330,14 @@ def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, statu
             400,
             b'{"error":{"code":"invalid_prompt","message":"AiError: AiError: bad '
             b'(bd40edba-1111-2222-3333-444455556666)"}}', 400, "invalid_prompt", "bad"),
+        (
+            400,
+            error_envelope(
+                5021, "AiError: AiError: The estimated number of input and maximum output tokens "
+                "(4120) exceeded this model context window limit (3500). "
+                "(bd40edba-1111-2222-3333-444455556666)"), 400, "context_length_exceeded",
+            "The estimated number of input and maximum output tokens (4120) exceeded this model "
+            "context window limit (3500)."),
         (404, {"error": {"message": "x", "param": "model"}}, 404, "not_found", "x"),
         (400, {"error": "just text"}, 400, "invalid_request", "just text"),
         (
