@@ -7394,15 +7394,14 @@ def fit_message(message, model):
     if not isinstance(message, dict):
         return message
     content = message.get("content")
-    parts = dicts(content)
-    for part in parts:
+    for part in dicts(content):
         url = as_text(as_dict(part.get("image_url")).get("url") or part.get("image_url"))
         # To fetch it for the client would let anybody send us anywhere (SSRF).
         if url.lower().startswith("http") and DATA_IMAGES.search(model):
             raise invalid_parameter("messages", "has an image by its URL, and this model takes "
                                     "only data: send it as data:image/...;base64,...")
-    if parts and all(part.get("type") == "text" for part in parts):
-        content = "\n".join(as_text(part.get("text")) for part in parts)   # as vLLM joins them
+    if isinstance(content, list) and all(as_dict(part).get("type") == "text" for part in content):
+        content = "\n".join(as_text(part.get("text")) for part in content)     # as vLLM does
     content = "" if content is None else content
     return message if content is message.get("content") else dict(message, content=content)
 

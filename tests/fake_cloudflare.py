@@ -235,7 +235,7 @@ CATALOGUE = [
     item("@cf/black-forest-labs/flux", "Text-to-Image"),
     item("@cf/old/gone", planned_deprecation_date="2026-05-30"),
     item("@cf/leaving/later", "text  generation", planned_deprecation_date="2999-01-01")]
-CATALOGUE += [item("@cf/filler/m%d" % number) for number in range(45)]
+CATALOGUE += [item("@cf/filler/m%d" % number, context_window="3500") for number in range(45)]
 CATALOGUE += [item("@cf/filler/m44"), item("@cf/zai-org/glm-4.7-flash"), item("@hf/nous/hermes-4")]
 
 # -- the fake

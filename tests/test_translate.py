@@ -132,7 +132,11 @@ MESSAGES_MADE_FIT = {
         {"role": "tool", "tool_call_id": "a", "content": TEXTS[:1]},
         {"role": "tool", "tool_call_id": "a", "content": "Hello"}),
     "no message at all [A]": ("Hello", "Hello"),
-    "an empty list [A]": ({"role": "user", "content": []}, {"role": "user", "content": []})}
+    "no parts [A]": (
+        {"role": "assistant", "content": [], "tool_calls": [ASKED]},
+        {"role": "assistant", "content": "", "tool_calls": [ASKED]}),
+    "parts that are none [A]": (
+        {"role": "user", "content": ["a"]}, {"role": "user", "content": ["a"]})}
 
 
 @pytest.mark.parametrize(

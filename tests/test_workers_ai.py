@@ -870,6 +870,14 @@ def test_the_model_list_is_cached_for_ten_minutes(cloudflare, workers, clock):
     assert len(searches(cloudflare)) == 6
 
 
+def test_a_limit_fits_the_window_once_the_list_has_told_it(cloudflare, workers):
+    running = workers()
+    for limit in (4096, 875):           # the fake says 3500
+        post(running, model="@cf/filler/m7")
+        assert json.loads(cloudflare.received[-1].body)["max_tokens"] == limit
+        models(running)
+
+
 # how the list may fail to come, and what the client reads where there is no other list
 FAILURES = {
     "account": (
