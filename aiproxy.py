@@ -7055,15 +7055,14 @@ def install_responses(paths, chat_makers, event_makers):
 
 def chat_of_response(given):
     """The members of a chat request that asks for the same. ErrorResponse 400."""
-    for name in STORED:
-        if given.get(name):
-            raise bad_response_request(name, "refers to what is stored, and nothing is stored "
-                                             "here: send the whole conversation in `input`")
+    stored = [name for name in STORED if given.get(name)]
+    if stored:
+        raise bad_response_request(stored[0], "refers to what is stored, and nothing is stored "
+                                              "here: send the whole conversation in `input`")
     try:
         return read_response_request(given)
     except (TypeError, AttributeError, LookupError):
-        raise bad_response_request("input", "or another member has not the shape that the "
-                                            "Responses API has")
+        raise bad_response_request("input", "or another member is not as OpenAI has it")
 
 def bad_response_request(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
@@ -7177,9 +7176,8 @@ class ResponseEvents:
             if name in delta:
                 self.write(kind, kind, delta[name])
         for call in delta.get("tool_calls", ()):
-            function = call["function"]
-            self.write(call["index"], "function_call", function["arguments"],
-                       call_id=call.get("id"), name=function.get("name"))
+            self.write(call["index"], "function_call", call["function"]["arguments"],
+                       call_id=call.get("id"), name=call["function"].get("name"))
         if finish in INCOMPLETE:
             self.response["incomplete_details"] = {"reason": INCOMPLETE[finish]}
 
@@ -7220,9 +7218,9 @@ class ResponseEvents:
             for name, count in usage.items():
                 counts[name.replace("prompt_", "input_").replace("completion_", "output_")] = count
             self.response["usage"] = counts
-        is_cut = self.response["incomplete_details"]
-        self.response["status"] = "incomplete" if is_cut else "completed"
-        self.event("response." + self.response["status"], response=self.response)
+        status = "incomplete" if self.response["incomplete_details"] else "completed"
+        self.response["status"] = status
+        self.event("response." + status, response=self.response)
 
 # ---- Workers AI ----------------------------------------------------------------------------------
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
