@@ -7036,7 +7036,6 @@ RESPONSES_ONLY = frozenset((
     "input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "n",
     "include", "truncation", "store", "background", "prompt_cache_key", "client_metadata"))
 STORED = ("previous_response_id", "conversation", "prompt")
-RESPONSE_TEXTS = ("input_text", "output_text", "text")
 # Of the response: for each kind of item what is in it at first, what its events are called, and the
 # part that has its text; what chat's finish_reasons are called.
 RESPONSE_ITEMS = {
@@ -7050,38 +7049,36 @@ DELTA_ITEMS = {"reasoning_content": "reasoning", "refusal": "message", "content"
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 def install_responses(paths, chat_makers, event_makers):
-    _, chat_path = paths["/v1/chat/completions"]
-    paths["/v1/responses"] = ("responses", chat_path)
+    paths["/v1/responses"] = "responses"
     chat_makers["responses"] = chat_of_response
     event_makers["responses"] = ResponseEvents
 
 def chat_of_response(given):
     """The members of a chat request that asks for the same. ErrorResponse 400."""
-    for name in STORED:
-        if given.get(name):
-            raise bad_response_request(name, "refers to what is stored, and nothing is stored "
-                                             "here: send the whole conversation in `input`")
+    stored = [name for name in STORED if given.get(name)]
+    if stored:
+        raise bad_response_request(stored[0], "refers to what is stored, and nothing is stored "
+                                              "here: send the whole conversation in `input`")
     try:
         return read_response_request(given)
     except (TypeError, AttributeError, LookupError):
-        raise bad_response_request("input", "or another member has not the shape that the "
-                                            "Responses API has")
+        raise bad_response_request("input", "or another member is not as OpenAI has it")
 
 def bad_response_request(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
 def read_response_request(given):
-    chat = {name: value for name, value in given.items() if name not in RESPONSES_ONLY}
-    chat["messages"] = []
+    messages = []
     if given.get("instructions"):
-        chat["messages"].append({"role": "system", "content": given["instructions"]})
+        messages.append({"role": "system", "content": given["instructions"]})
     items = given["input"]
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
     for item in items:
-        add_item(chat["messages"], item)
+        add_item(messages, item)
 
-    chat.update(read_choices(given))
+    chat = {name: value for name, value in given.items() if name not in RESPONSES_ONLY}
+    chat.update(read_choices(given), messages=messages)
     if given.get("max_output_tokens"):
         chat["max_tokens"] = given["max_output_tokens"]
     if given.get("stream"):
@@ -7106,10 +7103,10 @@ def read_choices(given):
 
 def nest(value, name):
     """What has members beside its type, as a chat has it: inside a member of this name."""
-    if isinstance(value, str):
+    if isinstance(value, str):          # a tool_choice such as `auto`
         return value
     inner = {key: item for key, item in value.items() if key != "type"}
-    return {"type": value["type"], name: inner}
+    return {"type": value["type"], name: inner} if inner else value
 
 def add_item(messages, item):
     """Add an item to the messages of a chat."""
@@ -7136,7 +7133,7 @@ def chat_content(content):
         return content
     parts = []
     for part in content:
-        if part["type"] in RESPONSE_TEXTS:
+        if part["type"].endswith("text"):       # input_text, output_text
             parts.append({"type": "text", "text": part["text"]})
         elif part["type"] == "input_image":
             parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
@@ -7145,9 +7142,8 @@ def chat_content(content):
     return parts
 
 def unknown_type(kind):
-    return bad_response_request("input", "has something of the type %.40s. Nothing is stored here "
-                                "(set `store` to false), and what is understood are texts, images, "
-                                "functions and their outputs" % kind)
+    return bad_response_request("input", "has a %.40s. Nothing is stored here (set `store` to "
+                                "false); known are texts, images, functions and outputs" % kind)
 
 
 class ResponseEvents:
@@ -7174,39 +7170,33 @@ class ResponseEvents:
         self.event("response.created", response=self.response)
         self.event("response.in_progress", response=self.response)
 
-    def add(self, index, delta, logprobs=None):
-        """Send what is new in a choice: a delta of a chat."""
+    def add(self, index, delta, finish=None, logprobs=None):
+        """Send what is new in a choice: a delta of a chat, and its finish_reason with the last."""
         for name, kind in DELTA_ITEMS.items():
             if name in delta:
                 self.write(kind, kind, delta[name])
         for call in delta.get("tool_calls", ()):
-            function = call["function"]
-            self.write(call["index"], "function_call", function["arguments"],
-                       call_id=call.get("id"), name=function.get("name"))
+            self.write(call["index"], "function_call", call["function"]["arguments"],
+                       call_id=call.get("id"), name=call["function"].get("name"))
+        if finish in INCOMPLETE:
+            self.response["incomplete_details"] = {"reason": INCOMPLETE[finish]}
 
     def write(self, key, kind, text, **members):
         """Add text to an item, which may be a new one."""
         empty, events, part = RESPONSE_ITEMS[kind]
         if key not in self.texts:
             number = len(self.texts)
-            self.texts[key] = []
-            self.places[key] = {"output_index": number, "content_index": 0,
-                                "item_id": "%s_%s_%d" % (kind, self.id, number)}
-            item = dict(empty, id=self.places[key]["item_id"], type=kind, status="in_progress")
-            item.update(members)
+            ident = "%s_%s_%d" % (kind, self.id, number)
+            item = dict(empty, id=ident, type=kind, status="in_progress", **members)
             self.response["output"].append(item)
+            self.texts[key] = []
+            self.places[key] = {"output_index": number, "content_index": 0, "item_id": ident}
             self.event("response.output_item.added", key, item=item)
             if part:
                 self.event("response.content_part.added", key, part=part)
         if text:
             self.texts[key].append(text)
             self.event(events + ".delta", key, delta=text)
-
-    def close(self, index, finish):
-        reason = INCOMPLETE.get(finish)
-        self.response["status"] = "incomplete" if reason else "completed"
-        if reason:
-            self.response["incomplete_details"] = {"reason": reason}
 
     def conclude(self, usage):
         """Send what closes the response; `usage` is chat's."""
@@ -7223,13 +7213,14 @@ class ResponseEvents:
                 self.event(events + ".done", key, arguments=text)
             self.event("response.output_item.done", key, item=item)
         if usage:
-            self.response["usage"] = {
-                "input_tokens_details": {"cached_tokens": 0},
-                "output_tokens_details": {"reasoning_tokens": 0}}
+            counts = {"input_tokens_details": {"cached_tokens": 0},
+                      "output_tokens_details": {"reasoning_tokens": 0}}
             for name, count in usage.items():
-                name = name.replace("prompt_", "input_").replace("completion_", "output_")
-                self.response["usage"][name] = count
-        self.event("response." + self.response["status"], response=self.response)
+                counts[name.replace("prompt_", "input_").replace("completion_", "output_")] = count
+            self.response["usage"] = counts
+        status = "incomplete" if self.response["incomplete_details"] else "completed"
+        self.response["status"] = status
+        self.event("response." + status, response=self.response)
 
 # ---- Workers AI ----------------------------------------------------------------------------------
 # Does: Cloudflare Workers AI in OpenAI's format: requests, responses, streams, errors, models.
@@ -7257,15 +7248,11 @@ MAX_CHOICES = 128               # in one response, as OpenAI allows: each become
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
-# What the client calls: the kind of its response, and the path under /accounts/{id}. Cloudflare's
-# OpenAI routes take messages, tools, images and unknown fields as OpenAI has them, and stream every
-# text model. /ai/v1/completions is documented nowhere; /ai/v1/responses serves gpt-oss alone, and
-# never streams (cloudflare-docs#32116). So all that is text goes up as a chat.
-WORKERS_PATHS = {
-    "/v1/chat/completions": ("chat", "/ai/v1/chat/completions"),
-    "/v1/completions": ("text", "/ai/v1/chat/completions"),
-    "/v1/embeddings": ("embeddings", "/ai/v1/embeddings"),
-}
+# What the client calls: the kind of its response. All that is text goes up as a chat, which
+# Cloudflare takes in OpenAI's form and streams for every text model: /ai/v1/completions is
+# documented nowhere, /ai/v1/responses serves gpt-oss alone, and whole (cloudflare-docs#32116).
+WORKERS_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "text",
+                 "/v1/embeddings": "embeddings"}
 # Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user and
 # so on are in newer schemas (workerd's ChatCompletionsCommonOptions); older ones forbid none [O].
 MEANINGLESS = (("top_k", 0), ("top_k", -1))
@@ -7285,6 +7272,7 @@ CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and stat
     "rate_limit_exceeded": (429, 3021, 3040, 429),
     "insufficient_quota": (429, 3036, 4006),        # 3036 in the docs, 4006 on the wire
     "upstream_timeout": (504, 3007, 3008, 408),
+    "upstream_error": (502, 7009, 8005),            # Cloudflare's own, whatever it calls them
     "upstream_credentials_rejected": (502, 10000, 9106, 401),       # ours: the client's is fine
     "upstream_misconfigured": (502, 7000, 7001, 7003),      # no such route or account
     "not_found": (404, 404),
@@ -7297,8 +7285,7 @@ OPERATOR_ERRORS = {
     "CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
 # Cloudflare's: OpenAI's; any other is `stop`, or `tool_calls` after a call.
-FINISH_REASONS = {"length": "length", "model_length": "length", "tool_calls": "tool_calls",
-                  "content_filter": "content_filter"}
+FINISH_REASONS = {"length": "length", "model_length": "length", "content_filter": "content_filter"}
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
@@ -7308,24 +7295,26 @@ NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
 BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
+MAY_BE_CALL = re.compile(br"\s{0,99}(?:\{|\Z)")
+MAX_CALL_TEXT = 1 << 16         # bytes of text that are held back because they may be a call
 
 Call = collections.namedtuple("Call", (    # one request
-    "kind", "path", "body",         # a kind and a path of WORKERS_PATHS; bytes
+    "kind", "stream", "include_usage", "base64",    # what the client wants: see WORKERS_PATHS
     "model", "id", "created",       # what the response shows: the client's name, an id, seconds
-    "stream", "include_usage", "base64",    # what the client wants
     "secrets",                      # what no error may show: the account ids, the tokens
     "thinks",                       # does its model think in its text?
-), defaults=(False,))
+    "forced",                       # the function that it must call, as its tool has it, or None
+), defaults=(False, None))
 
 # -- requests
 
 def translate_request(path, body, values, model, shown, secrets=(), changes=None, window=None):
-    """The Call for the body of a client's request. Raises ErrorResponse 400.
+    """The Call for the body of a client's request, and Cloudflare's body. ErrorResponse 400.
 
     `values` is the body, parsed, `model` the real name, `shown` the client's, `changes` what
     settings want. What a model takes is Cloudflare's to say: only what we act on is checked.
     """
-    kind, upstream_path = WORKERS_PATHS[path]
+    kind = WORKERS_PATHS[path]
     if not MODEL_NAME.fullmatch(model):
         raise ErrorResponse(400, "invalid_model", "`model` is not the name of a model.", "model")
     given = {name: value for name, value in values.items() if value is not None}
@@ -7343,13 +7332,23 @@ def translate_request(path, body, values, model, shown, secrets=(), changes=None
         chat = fit_chat(make_chat(chat), model)
         if not LIMITS & set(given):
             add_limit(chat, window)
-    return Call(
-        kind=kind, path=upstream_path, body=edit_body(body, values, chat),
-        model=shown, id=os.urandom(12).hex(), created=int(time.time()),
+    call = Call(
+        kind=kind, model=shown, id=os.urandom(12).hex(), created=int(time.time()),
         stream=stream and kind != "embeddings",
         include_usage=as_dict(given.get("stream_options")).get("include_usage") is True,
         base64=given.get("encoding_format") == "base64", secrets=secrets,
-        thinks=bool(THINKS_IN_TEXT.search(model)))
+        thinks=bool(THINKS_IN_TEXT.search(model)),
+        forced=None if kind == "text" else forced_function(chat))
+    return call, edit_body(body, values, chat)
+
+def forced_function(chat):
+    """The function that a chat request leaves the model to call; None if it has a choice."""
+    functions = [as_dict(tool.get("function")) for tool in dicts(chat.get("tools"))]
+    choice = chat.get("tool_choice")
+    if choice != "required":
+        name = as_dict(as_dict(choice).get("function")).get("name", "")
+        functions = [function for function in functions if function.get("name") == name]
+    return functions[0] if len(functions) == 1 else None
 
 def edit_body(body, values, wanted):
     """The body of an object with other values; if it can be edited, no other byte differs."""
@@ -7361,11 +7360,11 @@ def edit_body(body, values, wanted):
 
 def add_limit(chat, window):
     """Add max_tokens, which counts against the model's window; Cloudflare's own fits small ones."""
-    most = chat.get("max_tokens") or WORKERS_MAX_TOKENS
+    limits = [WORKERS_MAX_TOKENS, chat.get("max_tokens") or WORKERS_MAX_TOKENS]
     if window:
-        most = min(most, window // WINDOW_SHARE)
+        limits.append(window // WINDOW_SHARE)
     if window or not SMALL.search(chat["model"]):
-        chat["max_tokens"] = min(most, WORKERS_MAX_TOKENS)
+        chat["max_tokens"] = min(limits)
 
 def invalid_parameter(name, rule):
     return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
@@ -7374,10 +7373,8 @@ def chat_of_prompt(given):
     """The members of a chat request that asks for what a completion does. Else 400."""
     prompt = given.pop("prompt", None)
     texts = prompt if isinstance(prompt, list) else [prompt]
-    if "messages" in given:
-        raise invalid_parameter("messages", "belongs to /v1/chat/completions")
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise invalid_parameter("prompt", "must be one text, a string or an array of one")
+    if len(texts) != 1 or not isinstance(texts[0], str) or "messages" in given:
+        raise invalid_parameter("prompt", "must be one text, and without `messages` beside it")
     return dict(given, messages=[{"role": "user", "content": texts[0]}])
 
 def fit_chat(chat, model):
@@ -7388,25 +7385,21 @@ def fit_chat(chat, model):
     schema = as_dict(as_dict(chat.get("response_format")).get("json_schema")).get("schema")
     if schema is not None and BARE_SCHEMA.search(model):
         chat["response_format"] = dict(chat["response_format"], json_schema=schema)
-    for name, value in MEANINGLESS:
-        if chat.get(name) == value:
-            del chat[name]
-    return chat
+    return {name: value for name, value in chat.items() if (name, value) not in MEANINGLESS}
 
 def fit_message(message, model):
     """Text becomes a string, and nothing an empty one; other parts stay."""
     if not isinstance(message, dict):
         return message
     content = message.get("content")
-    parts = dicts(content)
-    for part in parts:
+    for part in dicts(content):
         url = as_text(as_dict(part.get("image_url")).get("url") or part.get("image_url"))
         # To fetch it for the client would let anybody send us anywhere (SSRF).
         if url.lower().startswith("http") and DATA_IMAGES.search(model):
             raise invalid_parameter("messages", "has an image by its URL, and this model takes "
                                     "only data: send it as data:image/...;base64,...")
-    if parts and all(part.get("type") == "text" for part in parts):
-        content = "\n".join(as_text(part.get("text")) for part in parts)   # as vLLM joins them
+    if isinstance(content, list) and all(as_dict(part).get("type") == "text" for part in content):
+        content = "\n".join(as_text(part.get("text")) for part in content)     # as vLLM does
     content = "" if content is None else content
     return message if content is message.get("content") else dict(message, content=content)
 
@@ -7418,7 +7411,7 @@ WRONG_SHAPE = (TypeError, AttributeError, LookupError, ValueError, OverflowError
 def unreadable(message="Cloudflare's answer could not be read."):
     return ErrorResponse(502, "upstream_bad_response", message)
 
-def read_json(data, secrets, needed=""):
+def read_json(data, secrets):
     """Cloudflare's response or event, out of its envelope. ErrorResponse if it is none."""
     try:
         value = parse_object(data)
@@ -7429,8 +7422,6 @@ def read_json(data, secrets, needed=""):
     has_error = value.get("error") or value.get("errors") or value.get("success") is False
     if has_error or "error" in (value.get("type"), value.get("object")):
         raise translate_error(200, value, secrets)
-    if needed and value.get(needed) is None:
-        raise unreadable()
     return value
 
 def read_response(body, secrets):
@@ -7497,22 +7488,28 @@ class Choice:
         self.held = ""          # of a thought, what may be the beginning of a tag
         self.thoughts = []      # which may be none
         self.may_be_text = True     # as long as there were no tags
+        self.forced = call.forced   # as long as its call may come as text,
+        self.unsure = bytearray()   # which is held back
         self.numbers = {}       # of tool calls, by Cloudflare's id and `index`, the last by None
         self.finish_reason = None
 
-    def feed(self, message, is_last=False, reason=None):
-        """What is new: a delta that may be empty."""
+    def feed(self, message, reason=None):
+        """What is new: a delta that may be empty, and the finish_reason if this is the last."""
+        is_last = bool(reason) and not self.finish_reason
         delta = dict(message)
         if "reasoning_content" in message:
             self.is_thinking = False        # Cloudflare has split it
         if self.is_thinking:
             self.split_thoughts(delta, is_last, reason)
+        if self.forced:
+            self.find_forced_call(delta, is_last)
         calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
         delta["tool_calls"] = list(calls)
         if is_last:         # agents look for tool_calls; some models end with `stop` after one
             default = "tool_calls" if self.numbers else "stop"
             self.finish_reason = FINISH_REASONS.get(reason, default)
-        return {name: value for name, value in delta.items() if value}
+        delta = {name: value for name, value in delta.items() if value}
+        return delta, self.finish_reason if is_last else None
 
     def split_thoughts(self, delta, is_last, reason):
         """Make reasoning of what stands in front of </think>, wherever the text was cut."""
@@ -7527,6 +7524,19 @@ class Choice:
             delta["content"] = "".join(self.thoughts)
         else:
             delta.update(reasoning_content=thought.replace("<think>", ""), content=text)
+
+    def find_forced_call(self, delta, is_last):
+        """Hold text back until it cannot be a forced call any more, or surely is one."""
+        self.unsure += delta.pop("content", "").encode("utf-8", "surrogatepass")
+        is_text = "tool_calls" in delta or not MAY_BE_CALL.match(self.unsure)
+        if not (is_text or is_last or len(self.unsure) > MAX_CALL_TEXT):
+            return
+        arguments = leaked_arguments(self.unsure, self.forced) if is_last and not is_text else None
+        if arguments is None:
+            delta["content"] = self.unsure.decode("utf-8", "surrogatepass")
+        else:
+            delta["tool_calls"] = [{"name": self.forced["name"], "arguments": arguments}]
+        self.forced = None
 
     def number_calls(self, calls, empty):
         """OpenAI's deltas of tool calls: id and name once, after that only arguments."""
@@ -7549,6 +7559,23 @@ class Choice:
             elif arguments:
                 yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
 
+def leaked_arguments(text, function):
+    """The arguments in text that is nothing but a call of this function; None if in doubt."""
+    try:
+        members = parse_object(text)
+    except ErrorResponse:
+        return None
+    if members.pop("name", "") != function.get("name"):
+        return None
+    # gpt-oss has them beside the name (cloudflare/ai#574 [O]), others in a member of their own.
+    properties = set(as_dict(as_dict(function.get("parameters")).get("properties")))
+    others = set(members) - properties
+    if len(members) == 1 and others & {"arguments", "parameters"}:
+        members = members.popitem()[1]
+    elif others or properties & {"name", "arguments", "parameters"}:
+        return None
+    return members if isinstance(members, dict) else None
+
 def decode_twice(text):
     """The JSON object in a JSON string: granite and deepseek-r1 encode arguments twice [T]."""
     if text.startswith('"'):
@@ -7558,12 +7585,9 @@ def decode_twice(text):
     return text
 
 def translate_response(call, body):
-    """A whole response with status 200 in OpenAI's form. Raises ErrorResponse if it is none."""
+    """A whole response in OpenAI's form. Raises ErrorResponse or WRONG_SHAPE if it is none."""
     if call.kind == "embeddings":
-        try:
-            return embeddings_object(read_json(body, call.secrets, "data"), call)
-        except WRONG_SHAPE:
-            raise unreadable()
+        return embeddings_object(read_json(body, call.secrets), call)
     if call.kind not in ("chat", "text"):
         translator = StreamTranslator(call)
         translator.whole(body)
@@ -7572,13 +7596,13 @@ def translate_response(call, body):
     if not choices:
         raise unreadable()
     for choice in choices:
-        state = Choice(call)
-        message = {"role": "assistant", "content": "", "refusal": None}
-        message.update(state.feed(choice["message"], True, choice["finish_reason"]))
+        reason = choice["finish_reason"] or "stop"
+        delta, choice["finish_reason"] = Choice(call).feed(choice["message"], reason)
+        message = dict({"role": "assistant", "content": "", "refusal": None}, **delta)
         for tool_call in message.get("tool_calls", ()):
             del tool_call["index"]      # only deltas number them
             message["content"] = message["content"] or None
-        choice.update(message=message, finish_reason=state.finish_reason)
+        choice["message"] = message
     return completion_object(call, choices, usage)
 
 def completion_object(call, choices, usage, chunk=""):
@@ -7628,11 +7652,9 @@ class EventReader:
         self.buffer += piece
         events = []
         begin = 0
-        blank_line = BLANK_LINE.search(self.buffer, position)
-        while blank_line:
+        for blank_line in BLANK_LINE.finditer(self.buffer, position):
             events.append(read_event(self.buffer[begin:blank_line.start()]))
             begin = blank_line.end()
-            blank_line = BLANK_LINE.search(self.buffer, begin)
         del self.buffer[:begin]
         if len(self.buffer) > MAX_EVENT:
             raise unreadable()
@@ -7654,7 +7676,7 @@ class StreamTranslator:
         self.choices = {}       # the Choices that began, by index
         self.out = []           # events for the client, in bytes
         self.form = EVENT_MAKERS.get(call.kind, ChatEvents)(call, self.send)
-        self.usage = None       # OpenAI's counts, if there were any
+        self.usage = {}         # OpenAI's counts, if there were any
         self.failed = None      # the code of the error that ended the stream
         self.done = False       # the client has all that it will get
 
@@ -7690,12 +7712,11 @@ class StreamTranslator:
         return self.take_out()
 
     def take_out(self):
-        out = b"".join(self.out)
-        self.out.clear()
-        return out
+        out, self.out = self.out, []
+        return b"".join(out)
 
     def translate(self, data):
-        """Send the events of choices: the beginning first, then what is new, then the finish."""
+        """Send the events of choices: the beginning first, then what is new or the finish."""
         choices, usage = read_response(data, self.call.secrets)
         self.usage = usage or self.usage        # of two finish chunks the second has zeros
         for choice in choices:
@@ -7703,22 +7724,16 @@ class StreamTranslator:
             if index not in self.choices:
                 self.choices[index] = Choice(self.call)
                 self.form.begin(index)
-            state = self.choices[index]
-            is_last = bool(choice["finish_reason"]) and not state.finish_reason
-            delta = state.feed(choice["message"], is_last, choice["finish_reason"])
-            self.form.add(index, delta, choice["logprobs"])
-            if is_last:
-                self.form.close(index, state.finish_reason)
+            new = self.choices[index].feed(choice["message"], choice["finish_reason"])
+            self.form.add(index, *new, logprobs=choice["logprobs"])
 
     def finish(self):
         """What closes a stream that the upstream ended well: legacy ones give no finish_reason."""
         if not self.choices:
             raise unreadable()
         self.done = True
-        for index, state in self.choices.items():
-            if not state.finish_reason:
-                self.form.add(index, state.feed({}, True))
-                self.form.close(index, state.finish_reason)
+        for index, choice in self.choices.items():
+            self.form.add(index, *choice.feed({}, "stop"))
         self.form.conclude(self.usage)
         if self.call.kind in ("chat", "text"):
             self.out.append(b"data: [DONE]\n\n")
@@ -7734,8 +7749,7 @@ class StreamTranslator:
         return bool(self.choices) and all(one.finish_reason for one in self.choices.values())
 
     def count_tokens(self):
-        usage = self.usage or {}
-        return usage.get("prompt_tokens"), usage.get("completion_tokens")
+        return self.usage.get("prompt_tokens"), self.usage.get("completion_tokens")
 
     def send(self, event, name=""):
         self.out.append(render_event(event, name))
@@ -7750,15 +7764,13 @@ class ChatEvents:
         self.is_chat = call.kind == "chat"
 
     def begin(self, index):
-        if self.is_chat:
-            self.chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        self.add(index, {"role": "assistant", "content": "", "refusal": None})
 
-    def add(self, index, delta, logprobs=None):
+    def add(self, index, delta, finish=None, logprobs=None):
         if delta.get("content") or delta and self.is_chat:
             self.chunk(index, delta, None, logprobs)
-
-    def close(self, index, finish):
-        self.chunk(index, {}, finish)
+        if finish:
+            self.chunk(index, {}, finish)
 
     def chunk(self, index, delta, finish=None, logprobs=None):
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -7783,9 +7795,11 @@ def translate_error(status, body, secrets=(), retry_after=None):
     if status < 400 <= number < 600:    # vLLM's {"object": "error", "code": 400} inside a 200
         status = number
     our_status, code = classify_error(number, status, word)
-    message = OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
-    if not message:
-        message = "Cloudflare answered with status %d and no reason that could be read." % status
+    message = (OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
+               or "Cloudflare answered with status %d and no reason that could be read." % status)
+    if code == "model_not_found":
+        message = "%s. See GET /v1/models; short names are %s." % (
+            message.rstrip("."), ", ".join(WORKERS_ALIASES))
     headers = [(b"Retry-After", retry_after)] if retry_after else []
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
         headers.append(NO_RETRY)
@@ -7794,8 +7808,6 @@ def translate_error(status, body, secrets=(), retry_after=None):
 
 def classify_error(number, status, word):
     """Our status and code for Cloudflare's number, status and word."""
-    if number in (8005, 7009) and status < 500:     # Cloudflare's own, whatever it calls them
-        status = 502
     for key in (number, status):
         for code, numbers in CLOUDFLARE_ERRORS.items():
             if key in numbers[1:]:
@@ -7832,21 +7844,22 @@ def redact_message(text, secrets):
 
 # -- the model list
 
-def read_catalogue_page(status, body, secrets=()):
-    """The items of one page of models/search; an empty list is the end."""
-    if status != 200:
-        raise translate_error(status, body, secrets)
-    return dicts(read_json(body, secrets, "result")["result"])
-
 def translate_catalogue(items, today, names, only_names):
     """OpenAI's models out of the items of all pages: `names` first, aliases ahead, then others."""
     # Pages may overlap. Cloudflare's `id` is a uuid.
     models = {item.get("name"): model_object(item, today) for item in items}
     shown = {name: model for name, model in names.items() if name != model}
     shown.update(names)
-    for name in () if only_names else models:
-        shown.setdefault(name, name)
-    return [dict(models[model], id=name) for name, model in shown.items() if models.get(model)]
+    for model in names.values() if only_names else ():
+        models.setdefault(model, plain_model(model))    # Cloudflare may serve what it does not list
+    shown.update(() if only_names else zip(models, models))
+    return [dict(models[model], id=name) for name, model in shown.items()
+            if models.get(model) and "*" not in name]
+
+def plain_model(name):
+    """A model of OpenAI's list of which only the name is known."""
+    return {"id": name, "object": "model", "created": STARTED, "owned_by": "cloudflare",
+            "permission": [], "root": name, "parent": None, "metadata": {"context_window": None}}
 
 def model_object(item, today):
     """A model of OpenAI's list, by its own name; None if it is no model for text, or is retired."""
@@ -7864,15 +7877,11 @@ def model_object(item, today):
     with contextlib.suppress(ValueError):
         created = int(datetime.datetime.fromisoformat(moment).timestamp())
     window = as_text(properties.get("context_window"))
-    metadata = {"task": task, "context_window": window if re.fullmatch("[0-9]+", window) else None}
-    if item.get("description"):
-        metadata["description"] = item["description"]
-    if retired:
-        metadata["planned_deprecation_date"] = retired
-    if properties.get("require_workers_paid") == "true":
-        metadata["require_workers_paid"] = True
-    return {"id": item["name"], "object": "model", "created": created, "owned_by": "cloudflare",
-            "permission": [], "root": item["name"], "parent": None, "metadata": metadata}
+    metadata = {"description": item.get("description"), "planned_deprecation_date": retired,
+                "require_workers_paid": properties.get("require_workers_paid") == "true"}
+    metadata = {name: value for name, value in metadata.items() if value}
+    metadata.update(task=task, context_window=window if window.isdecimal() else None)
+    return dict(plain_model(item["name"]), created=created, metadata=metadata)
 
 # -- the way in: the settings, the handler and the row of PROVIDERS
 
@@ -7881,6 +7890,7 @@ CATALOGUE_RETRY = 30        # and one that could not be read is tried again afte
 CATALOGUE_TIMEOUT = 10      # seconds for all of its pages,
 CATALOGUE_PAGES = 50        # which are so many at most
 MAX_RESPONSE = 64 << 20     # bytes of a response that is translated as a whole
+WHOLE_TYPES = (b"application/json", b"text/html")   # of responses that are not streams
 NOT_ALLOWED = ("upstream_credentials_rejected", "permission_denied")    # to list models
 
 def prepare_workers(settings):
@@ -7897,16 +7907,18 @@ def prepare_workers(settings):
     settings.account_paths = paths * (len(keys) // len(accounts))       # by the key's index
     settings.hidden_words = [account.encode() for account in accounts]
     settings.workers_secrets = accounts + [key.decode() for key in keys]
-    if settings.models.get("short") == "short":
-        del settings.models["short"]
-        settings.models.update(WORKERS_ALIASES)
-        settings.shown["AIPROXY_MODELS"] = ", ".join(settings.models)
-    settings.aliases = settings.models or WORKERS_ALIASES
-    settings.catalogue = Catalogue(settings.aliases, bool(settings.models))
+    models = {name: WORKERS_ALIASES.get(model, model) for name, model in settings.models.items()}
+    if models.get("short") == "short":
+        del models["short"]
+        models = dict(WORKERS_ALIASES, **models)
+        settings.shown["AIPROXY_MODELS"] = ", ".join(models)
+    settings.models = models
+    settings.aliases = models or WORKERS_ALIASES
+    settings.catalogue = Catalogue(settings.aliases, bool(models))
 
 
 class Catalogue:
-    """Cloudflare's model list. Where it cannot be read: the last one, else None and the error."""
+    """Cloudflare's model list. Where it cannot be read: the last one, the names, or an error."""
 
     def __init__(self, names, only_names):
         self.names = names
@@ -7914,47 +7926,38 @@ class Catalogue:
         self.last = None
         self.failure = None
         self.valid_until = 0
-        self.is_refreshing = False          # by one thread; the condition guards it
-        self.refreshed = threading.Condition()
+        self.reading = threading.Lock()     # whose holder alone asks Cloudflare
 
-    def items(self, read):
-        """OpenAI's list, or None. One client asks Cloudflare; others wait only for a first list."""
-        with self.refreshed:
-            self.refreshed.wait_for(lambda: self.last is not None or not self.is_refreshing)
-            if self.is_refreshing or time.monotonic() < self.valid_until:
-                return self.last
-            self.is_refreshing = True
-        try:
-            self.refresh(read)
+    def items(self, read, warn):
+        """OpenAI's list. Only for a first one does a client wait for another that asks."""
+        if self.reading.acquire(blocking=self.last is None):
+            try:
+                if time.monotonic() >= self.valid_until:
+                    self.refresh(read, warn)
+            finally:
+                self.reading.release()
+        if self.last is not None:
             return self.last
-        finally:
-            with self.refreshed:
-                self.is_refreshing = False
-                self.refreshed.notify_all()
+        if not (self.only_names or self.failure.code in NOT_ALLOWED):
+            raise self.failure
+        return translate_catalogue((), "", self.names, True)
 
-    def refresh(self, read):
+    def refresh(self, read, warn):
         today = time.strftime("%Y-%m-%d", time.gmtime())
-        seconds = CATALOGUE_SECONDS
         try:
             self.last = translate_catalogue(read(), today, self.names, self.only_names)
+            self.valid_until = time.monotonic() + CATALOGUE_SECONDS
         except (ErrorResponse,) + WRONG_SHAPE as error:
             self.failure = error if isinstance(error, ErrorResponse) else unreadable()
-            seconds = CATALOGUE_RETRY
-        self.valid_until = time.monotonic() + seconds
+            self.valid_until = time.monotonic() + CATALOGUE_RETRY
+            warn("the model list cannot be read: " + self.failure.message)
 
     def window(self, model):
-        """How many tokens a model can hold; None if the list does not say."""
-        items = [item for item in self.last or () if item["root"] == model]
-        window = items and items[0]["metadata"]["context_window"]
-        return int(window) if window else None
-
-
-def read_all(exchange, most):
-    """All of a response's body. ValueError if it is larger than `most` bytes."""
-    body = join_pieces(read_pieces(exchange.body, exchange.wait, most + 1))
-    if len(body) > most:
-        raise ValueError("the response is too large")
-    return body
+        """How many tokens a model can hold; 0 if the list does not say."""
+        for item in self.last or ():
+            if item["root"] == model:
+                return int(item["metadata"]["context_window"] or 0)
+        return 0
 
 
 class WorkersHandler(Handler):
@@ -7970,20 +7973,11 @@ class WorkersHandler(Handler):
     def answer_ourselves(self):
         if not is_model_list(self.request):
             return super().answer_ourselves()
-        send_models(self, self.list_models())
-        return True
-
-    def list_models(self):
         for check in self.service.checks:       # the list may cost a call
             check(self)
         catalogue = self.settings.catalogue
-        items = catalogue.items(self.read_catalogue)
-        if items is not None:
-            return items
-        if not (self.settings.models or catalogue.failure.code in NOT_ALLOWED):
-            raise catalogue.failure
-        return [{"id": name, "object": "model", "created": STARTED,
-                 "owned_by": "cloudflare"} for name in self.settings.aliases if "*" not in name]
+        send_models(self, catalogue.items(self.read_catalogue, self.server.log.warn))
+        return True
 
     def read_catalogue(self):
         """The items of all pages of Cloudflare's own list."""
@@ -7998,18 +7992,12 @@ class WorkersHandler(Handler):
         items = []
         for number in range(1, CATALOGUE_PAGES + 1):
             target = "/ai/models/search?per_page=50&page=%d" % number
-            exchange = self.open_exchange("GET", target, b"", wait)
-            try:
+            with contextlib.closing(self.open_exchange("GET", target, b"", wait)) as exchange:
                 body = self.read_whole(exchange)
-                page = read_catalogue_page(exchange.status, body, self.settings.workers_secrets)
-            except ErrorResponse as error:
-                self.server.log.warn("the model list cannot be read: " + error.message)
-                raise
-            finally:
-                exchange.close()
+            page = read_json(body, self.settings.workers_secrets)["result"]
+            items += page
             if not page:
                 break
-            items += page
         return items
 
     def read_body(self):
@@ -8019,15 +8007,15 @@ class WorkersHandler(Handler):
         members, changes = check_body(self, body)
         settings = self.settings
         shown = self.request.model
-        model = settings.aliases.get(shown, shown)
-        call = translate_request(self.request.path, body, members, model, shown, changes=changes,
-                                 secrets=settings.workers_secrets,
-                                 window=settings.catalogue.window(model))
-        self.call = call._replace(body=b"")     # nothing keeps it once it has gone up
-        return call.body
+        model = settings.aliases.get(shown, WORKERS_ALIASES.get(shown, shown))
+        self.call, body = translate_request(
+            self.request.path, body, members, model, shown, changes=changes,
+            secrets=settings.workers_secrets, window=settings.catalogue.window(model))
+        return body
 
     def ask_upstream(self, body):
-        return self.open_exchange("POST", self.call.path, body)
+        path = "/ai/v1/embeddings" if self.call.kind == "embeddings" else "/ai/v1/chat/completions"
+        return self.open_exchange("POST", path, body)
 
     def send_up(self, key_index, method, target, *others):
         """A request with one of the keys, to its account. Its daily quota ends at midnight UTC."""
@@ -8035,55 +8023,52 @@ class WorkersHandler(Handler):
         exchange = super().send_up(key_index, method, account + target, *others)
         if exchange.status == 429 and len(self.settings.account_paths) > 1:
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-            error = translate_error(429, exchange.prefetched)
-            if error.code == "insufficient_quota":
+            if translate_error(429, exchange.prefetched).code == "insufficient_quota":
                 seconds = b"%d" % (86400 - time.time() % 86400)
                 exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
         return exchange
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
-        call = self.call
-        translator = StreamTranslator(call, functools.partial(error_event, self))
-        try:
-            if exchange.status != 200:
-                raise translate_error(exchange.status, self.read_whole(exchange), call.secrets,
-                                      exchange.headers.get(b"retry-after"))
-            # gpt-oss may answer a streaming request as a whole, and an edge with a page.
-            is_whole = exchange.media_type in (b"application/json", b"text/html")
-            relay = self.relay_events if call.stream and not is_whole else self.relay_whole
-            relay(exchange, translator)
-        finally:
-            exchange.close()
+        # gpt-oss may answer a streaming request as a whole, and an edge with a page.
+        is_whole = exchange.status != 200 or exchange.media_type in WHOLE_TYPES
+        relay = self.relay_events if self.call.stream and not is_whole else self.relay_whole
+        with contextlib.closing(exchange):
+            relay(exchange, StreamTranslator(self.call, functools.partial(error_event, self)))
 
     def read_whole(self, exchange):
+        """The body of a response. ErrorResponse for one that says so, or cannot be had."""
+        pieces = read_pieces(exchange.body, exchange.wait, MAX_RESPONSE + 1)
         try:
-            return exchange.prefetched + read_all(exchange, MAX_RESPONSE)
+            body = exchange.prefetched + join_pieces(pieces)
         except (OSError, ProtocolError) as error:
             raise response_error(error)
-        except ValueError:
+        if exchange.status != 200:
+            raise translate_error(exchange.status, body, self.settings.workers_secrets,
+                                  exchange.headers.get(b"retry-after"))
+        if len(body) > MAX_RESPONSE:
             raise unreadable()
+        return body
 
     def translated_headers(self, exchange, media_type):
         """The upstream's header fields without those that speak of another body."""
         fields = downstream_headers(exchange.headers, self.settings)
-        kept = [field for field in fields if not ABOUT_BODY.match(field[0])]
-        return [(b"Content-Type", media_type)] + kept
+        fields = [field for field in fields if not ABOUT_BODY.match(field[0])]
+        return [(b"Content-Type", media_type)] + fields
 
     def relay_whole(self, exchange, translator):
         body = self.read_whole(exchange)
         try:
             if self.call.stream:
                 content = translator.whole(body)
-                media_type = b"text/event-stream"
             else:
                 content = json.dumps(translate_response(self.call, body)).encode()
-                media_type = b"application/json"
         except WRONG_SHAPE:
             raise unreadable()
         observe = self.service.observe_response(self.record)
         if observe:
             observe(body)
+        media_type = b"text/event-stream" if self.call.stream else b"application/json"
         self.send_response(200, self.translated_headers(exchange, media_type), content)
 
     def relay_events(self, exchange, translator):
@@ -8099,9 +8084,12 @@ class WorkersHandler(Handler):
         wait = exchange.request.wait
         exchange.request.wait = self.service.add_heartbeats(wait, send)
         while not translator.done:
-            events = self.next_events(exchange, translator)
-            if exchange.body.done:
-                exchange.close()            # the connection is free for others
+            try:
+                piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
+                events = translator.feed(piece) if piece else translator.end()
+            except (OSError, ProtocolError) as error:
+                code = "upstream_timeout" if isinstance(error, TimedOut) else "upstream_died"
+                events = translator.end(upstream_error(code, BROKEN_OFF))
             if events:
                 send(events)
         exchange.request.wait = wait
@@ -8114,14 +8102,6 @@ class WorkersHandler(Handler):
         self.is_whole = True
         with contextlib.suppress(ClientGone):
             exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)     # what is left, for its reuse
-
-    def next_events(self, exchange, translator):
-        try:
-            piece = b"".join(read_pieces(exchange.body, exchange.wait, 1))
-        except (OSError, ProtocolError) as error:
-            code = "upstream_timeout" if isinstance(error, TimedOut) else "upstream_died"
-            return translator.end(upstream_error(code, BROKEN_OFF))
-        return translator.feed(piece) if piece else translator.end()
 
 def parse_accounts(text):
     takes = "the id of an account, letters and digits, or several, comma-separated"

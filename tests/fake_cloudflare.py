@@ -78,6 +78,8 @@ QWEN_3 = {
                 "tool_calls": []}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33},
     "prompt_logprobs": None}
+# A call that was forced and comes as text [O] (cloudflare/ai#574: the shape, not the words).
+LEAK = '{"name": "get_weather", "city": "Paris"}'
 # -- streams: [R] LLAMA_31 and TOOLS, [T] LEGACY and the tail of KIMI,
 # [O] DUAL but for its extra fields
 
@@ -233,7 +235,7 @@ CATALOGUE = [
     item("@cf/black-forest-labs/flux", "Text-to-Image"),
     item("@cf/old/gone", planned_deprecation_date="2026-05-30"),
     item("@cf/leaving/later", "text  generation", planned_deprecation_date="2999-01-01")]
-CATALOGUE += [item("@cf/filler/m%d" % number) for number in range(45)]
+CATALOGUE += [item("@cf/filler/m%d" % number, context_window="3500") for number in range(45)]
 CATALOGUE += [item("@cf/filler/m44"), item("@cf/zai-org/glm-4.7-flash"), item("@hf/nous/hermes-4")]
 
 # -- the fake
@@ -246,7 +248,11 @@ CHAT = {
     "@cf/shape/kimi": (envelope(QWEN_3), KIMI),
     "@cf/shape/dual": (
         {"response": "Hello", "choices": [{"index": 0, "message": {"content": "Hello"}}]}, DUAL),
-    "@cf/openai/gpt-oss-20b": (LLAMA_4_TOOL, TOOLS), "@cf/shape/flat-tool": (LLAMA_33_TOOL, None),
+    "@cf/openai/gpt-oss-20b": (LLAMA_4_TOOL, TOOLS),
+    "@cf/openai/gpt-oss-120b": (
+        {"choices": [{"message": {"content": LEAK, "tool_calls": []}, "finish_reason": "stop"}]},
+        sse(*[delta(content=LEAK[at:at + 5]) for at in range(0, len(LEAK), 5)], "[DONE]")),
+    "@cf/shape/flat-tool": (LLAMA_33_TOOL, None),
     "@cf/shape/bare": (QWEN_3, None), "@cf/shape/wrapped": (envelope(QWEN_3), None),
     "@cf/shape/object": (envelope({"response": {"n": [1]}}), None),
     "@cf/shape/number": (

@@ -6,13 +6,14 @@ are the literal ones.
 """
 import functools
 import json
+import types
 
 import pytest
 
 import aiproxy
 from aiproxy import (Call, ErrorResponse, EventReader, StreamTranslator, WORKERS_ALIASES,
                      check_prompt_length, edit_members, error_object,
-                     find_error_form, parse_object, read_catalogue_page, render_error_event,
+                     find_error_form, parse_object, render_error_event,
                      translate_response, translate_catalogue, translate_error, translate_request)
 from fake_cloudflare import (ACCOUNT, DUAL, ITEM, KIMI, LEGACY, LEGACY_ROWS, LLAMA_31,
                              LLAMA_33_TOOL, LLAMA_4, LLAMA_4_TOOL, NSFW, OPENAI_ROWS, PACKED,
@@ -25,14 +26,16 @@ CREATED = 1778255778
 def call(kind="chat", **others):
     others = dict(
         dict(
-            path="", body=b"", model="shown", id="1", created=CREATED, stream=False,
+            model="shown", id="1", created=CREATED, stream=False,
             include_usage=False, base64=False, secrets=(ACCOUNT, TOKEN)), **others)
     return Call(kind=kind, **others)
 
 
 def request(body, path="/v1/chat/completions", model="@cf/real/model", **others):
+    """The Call that a request makes, with the body that goes up."""
     body = (body if isinstance(body, str) else json.dumps(body)).encode()
-    return translate_request(path, body, parse_object(body), model, "shown", **others)
+    made, body = translate_request(path, body, parse_object(body), model, "shown", **others)
+    return types.SimpleNamespace(body=body, **made._asdict())
 
 
 def raised(function, *args, **others):
@@ -77,7 +80,7 @@ MESSAGES = '"messages":[{"role":"user","content":"h\\u00e9 \\ud83d"}]'
 def test_a_chat_body_goes_up_as_it_came_but_for_the_model_and_a_missing_max_tokens(sent, goes_up):
     made = request(sent)
     assert made.body.decode("utf-8", "surrogatepass") == goes_up
-    assert (made.kind, made.path, made.model) == ("chat", "/ai/v1/chat/completions", "shown")
+    assert (made.kind, made.model) == ("chat", "shown")
 
 
 @pytest.mark.parametrize(
@@ -88,13 +91,13 @@ def test_a_prompt_goes_up_as_one_user_message(prompt):
     assert json.loads(made.body) == {
         "model": "@cf/real/model", "max_tokens": 7, "stream": True,
         "messages": [{"role": "user", "content": 'say "hi" é'}]}
-    assert (made.kind, made.path, made.stream) == ("text", "/ai/v1/chat/completions", True)
+    assert (made.kind, made.stream) == ("text", True)
 
 
 def test_embeddings_get_no_max_tokens():
     made = request('{"model":"a","input":["x","y"],"encoding_format":"base64"}', "/v1/embeddings")
     assert made.body == b'{"model":"@cf/real/model","input":["x","y"],"encoding_format":"base64"}'
-    assert (made.path, made.base64, made.stream) == ("/ai/v1/embeddings", True, False)
+    assert (made.kind, made.base64, made.stream) == ("embeddings", True, False)
 
 
 def goes_up(body, path="/v1/chat/completions", **others):
@@ -129,7 +132,11 @@ MESSAGES_MADE_FIT = {
         {"role": "tool", "tool_call_id": "a", "content": TEXTS[:1]},
         {"role": "tool", "tool_call_id": "a", "content": "Hello"}),
     "no message at all [A]": ("Hello", "Hello"),
-    "an empty list [A]": ({"role": "user", "content": []}, {"role": "user", "content": []})}
+    "no parts [A]": (
+        {"role": "assistant", "content": [], "tool_calls": [ASKED]},
+        {"role": "assistant", "content": "", "tool_calls": [ASKED]}),
+    "parts that are none [A]": (
+        {"role": "user", "content": ["a"]}, {"role": "user", "content": ["a"]})}
 
 
 @pytest.mark.parametrize(
@@ -239,6 +246,9 @@ RESPONSES = {
     "a schema": (
         {"input": "hi", "text": {"format": dict(ENVELOPE, type="json_schema")}},
         {"messages": [HI], "response_format": {"type": "json_schema", "json_schema": ENVELOPE}}),
+    "JSON mode": (
+        {"input": "hi", "text": {"format": {"type": "json_object"}}},
+        {"messages": [HI], "response_format": {"type": "json_object"}}),
     "settings": (
         {"input": "hi", "max_output_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": 0,
          "reasoning": {"effort": "low", "summary": "auto"}, "text": {"format": {"type": "text"}},
@@ -253,7 +263,7 @@ RESPONSES = {
 def test_a_responses_request_becomes_a_chat_request(sent, sent_up):
     made = request(sent, "/v1/responses")
     assert json.loads(made.body) == dict({"max_tokens": 4096, "model": "@cf/real/model"}, **sent_up)
-    assert (made.kind, made.path) == ("responses", "/ai/v1/chat/completions")
+    assert made.kind == "responses"
 
 
 def test_a_responses_body_on_the_chat_path_is_understood():
@@ -306,7 +316,7 @@ def test_a_stream_that_is_neither_true_nor_false_is_a_400(value):
     [
         ({}, "prompt"), ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": []}, "prompt"),
         ({"prompt": [1, 2]}, "prompt"), ({"prompt": [[1]]}, "prompt"),
-        ({"prompt": "a", "messages": [{}]}, "messages")], ids=str)
+        ({"prompt": "a", "messages": [{}]}, "prompt")], ids=str)
 def test_a_completion_takes_one_prompt(members, param):
     bad = raised(request, members, "/v1/completions")
     assert (bad.status, bad.code, bad.param) == (400, "invalid_parameter", param)
@@ -525,8 +535,11 @@ UNREADABLE = [
              or kind == "embeddings" and b"NaN" in response)],
     ids=lambda data: data if isinstance(data, str) else repr(data[:20]))
 def test_what_cannot_be_read_is_a_502(kind, response):
-    bad = raised(translate_response, call(kind), response)
-    assert (bad.status, bad.code) == (502, "upstream_bad_response")
+    # The handler makes an ErrorResponse of the others.
+    with pytest.raises((ErrorResponse,) + aiproxy.WRONG_SHAPE) as caught:
+        translate_response(call(kind), response)
+    if isinstance(caught.value, ErrorResponse):
+        assert (caught.value.status, caught.value.code) == (502, "upstream_bad_response")
 
 
 @pytest.mark.parametrize(
@@ -550,13 +563,6 @@ def test_embeddings_are_in_openais_form_in_base64_where_requested(response, as_b
     if usage:
         made["usage"] = usage
     assert translate_response(call("embeddings", base64=as_base64), body(response)) == made
-
-
-@pytest.mark.parametrize("rows", [[["x"]], [[1e39]], [None], [{"embedding": None}], []], ids=str)
-def test_embeddings_that_cannot_be_read_are_a_502(rows):
-    assert (
-        raised(translate_response, call("embeddings", base64=True), body({"data": rows})).status
-        == 502)
 
 
 THOUGHT = {"content": "4", "reasoning_content": "2+2"}
@@ -624,6 +630,167 @@ def test_arguments_that_are_encoded_twice_are_decoded_once(arguments, wanted):
     assert made == [called("call_100", "f", wanted)]
 
 
+# -- a forced call that comes as text
+
+WEATHER_TOOL = {"name": "get_weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}}}
+PARIS = {"city": "Paris"}
+PARIS_CALL = {"tool_calls": [called("call_100", "get_weather", '{"city": "Paris"}')]}
+
+
+def tool(*properties, name="get_weather"):
+    """A function that takes these."""
+    return {"name": name, "parameters": {"properties": dict.fromkeys(properties, {})}}
+
+
+# name: what the model says, and the arguments of the call that it is
+LEAKED = {
+    "arguments beside the name (cloudflare/ai#574) [O]": (
+        '{"name":"get_weather","city":"Paris"}', PARIS),
+    "arguments [T]": ('{"name": "get_weather", "arguments": {"city": "Paris"}}', PARIS),
+    "parameters [T]": ('{"parameters": {"city": "Paris"}, "name": "get_weather"}', PARIS),
+    "unknown arguments [A]": ('{"name": "get_weather", "arguments": {"x": [1]}}', {"x": [1]}),
+    "no arguments [A]": ('{"name": "get_weather"}', {}),
+    "empty arguments [A]": ('{"name": "get_weather", "arguments": {}}', {}),
+    "blanks around it [A]": ('\n {\n"name": "get_weather",\n"city": "Paris"}\n\n', PARIS),
+    "not ASCII [A]": ('{"name": "get_weather", "city": "\u00c4 \U0001f600"}',
+                      {"city": "\u00c4 \U0001f600"})}
+
+# name: what the model says that stays text, and the function if it is another
+NO_CALLS = {
+    "prose": ("It is sunny.", None), "blanks": (" \n", None), "a list": ("[1]", None),
+    "another name": ('{"name": "get_time", "arguments": {"city": "Paris"}}', None),
+    "the arguments alone": ('{"city": "Paris"}', None), "an empty object": ("{}", None),
+    "text behind it": ('{"name": "get_weather", "city": "Paris"} Right?', None),
+    "text before it": ('Sure: {"name": "get_weather", "city": "Paris"}', None),
+    "two": ('{"name": "get_weather"}{"name": "get_weather"}', None),
+    "in a fence": ('```json\n{"name": "get_weather"}\n```', None),
+    "cut": ('{"name": "get_weather", "city": "Par', None),
+    "a name twice": ('{"name": "get_weather", "city": "Paris", "city": "Rome"}', None),
+    "a hundred blanks": (" " * 100 + '{"name": "get_weather"}', None),
+    "no JSON": ('{"name": "get_weather", "city": NaN}', None),
+    "half of an emoji": ('{"name": "get_weather", "city": "\ud83d"}', None),
+    "arguments as text": ('{"name": "get_weather", "arguments": "Paris"}', None),
+    "arguments that are none": ('{"name": "get_weather", "arguments": null}', None),
+    "both": ('{"name": "get_weather", "arguments": {}, "parameters": {}}', None),
+    "an argument that is unknown": ('{"name": "get_weather", "town": "Paris"}', None),
+    "more beside them": ('{"name": "get_weather", "arguments": {}, "city": "Paris"}', None),
+    "an argument of that name": ('{"name": "get_weather", "city": "Paris"}', tool("name", "city")),
+    "arguments that are an argument": (
+        '{"name": "get_weather", "arguments": {}}', tool("arguments")),
+    "deep": ('{"name": "get_weather", "city": ' + "[" * 9999, None)}
+
+
+def said(text, size, forced, kind="chat", finish="stop"):
+    """The message and the finish_reason of a response that says this: whole, or in pieces."""
+    translator = StreamTranslator(call(kind, forced=forced))
+    if not size:
+        whole = {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
+        made = translate_response(call(kind, forced=forced), body(whole))["choices"][0]
+        assert (made["message"]["content"] is None) == ("tool_calls" in made["message"])
+        message = {name: value for name, value in made["message"].items()
+                   if value and name != "role"}
+        return message, made["finish_reason"]
+    deltas = [delta(content=text[at:at + size]) for at in range(0, len(text), size)]
+    deltas.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    return joined(stream(deltas + ["[DONE]"], translator))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1000], ids=["whole", "split 1", "split 7", "at once"])
+@pytest.mark.parametrize("text,arguments", list(LEAKED.values()), ids=list(LEAKED))
+def test_a_forced_call_that_comes_as_text_becomes_a_call(text, arguments, size):
+    message, finish = said(text, size, WEATHER_TOOL)
+    one, = message.pop("tool_calls")
+    assert (message, finish) == ({}, "tool_calls")
+    assert json.loads(one["function"].pop("arguments")) == arguments
+    assert one == {"id": "call_100", "type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 100000],
+                         ids=["whole", "split 1", "split 7", "at once"])
+@pytest.mark.parametrize("text,forced", list(NO_CALLS.values()), ids=list(NO_CALLS))
+def test_what_is_not_surely_a_forced_call_stays_text(text, forced, size):
+    assert said(text, size, forced or WEATHER_TOOL) == ({"content": text}, "stop")
+
+
+@pytest.mark.parametrize("size", [0, 7], ids=["whole", "split"])
+def test_a_call_as_text_stays_text_where_none_was_forced(size):
+    text = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+    assert said(text, size, None) == ({"content": text}, "stop")
+
+
+def test_a_call_beside_text_is_the_call():
+    text = '{"name": "get_weather", "city": "Rome"}'
+    tool_call = {"id": "a", "index": 0, "function": {"name": "get_weather",
+                                                     "arguments": '{"city": "Paris"}'}}
+    whole = {"choices": [{"message": {"content": text, "tool_calls": [tool_call]}}]}
+    made = translate_response(call(forced=WEATHER_TOOL), body(whole))["choices"][0]["message"]
+    wanted = dict(PARIS_CALL, content=text)
+    assert made == dict({"role": "assistant", "refusal": None}, **wanted)
+    translator = StreamTranslator(call(forced=WEATHER_TOOL))
+    made = stream([delta(content=text), delta(tool_calls=[tool_call]), "[DONE]"], translator)
+    assert joined(made) == (wanted, "tool_calls")
+
+
+def test_a_forced_call_comes_after_its_thoughts():
+    text = '2+2</think>\n\n{"name": "get_weather", "city": "Paris"}'
+    for size in (1, 1000):
+        translator = StreamTranslator(call(forced=WEATHER_TOOL, thinks=True))
+        deltas = [delta(content=text[at:at + size]) for at in range(0, len(text), size)]
+        assert joined(stream(deltas + ["[DONE]"], translator)) == (
+            dict(PARIS_CALL, reasoning_content="2+2"), "tool_calls")
+
+
+def contents(translator, *texts):
+    """What goes down of each text when it has come."""
+    return ["".join(event["choices"][0]["delta"].get("content", "")
+                    for event in read_events(translator.feed(sse(delta(content=text)))))
+            for text in texts]
+
+
+def test_text_is_held_back_only_while_it_may_be_a_forced_call(monkeypatch):
+    monkeypatch.setattr(aiproxy, "MAX_CALL_TEXT", 9)
+    translator = functools.partial(StreamTranslator, call(forced=WEATHER_TOOL))
+    assert contents(translator(), "It ", "is") == ["It ", "is"]
+    assert contents(translator(), " \n", "It ", "is {") == ["", " \nIt ", "is {"]
+    assert contents(translator(), "{", "1234", "5678", "9", "{") == [
+        "", "", "", "{123456789", "{"]
+
+
+def test_a_forced_call_as_text_is_a_call_of_the_responses_api():
+    text = '{"name": "get_weather", "city": "Paris"}'
+    events = sse(delta(content=text[:9]), delta(content=text[9:]), "[DONE]")
+    translator = StreamTranslator(call("responses", forced=WEATHER_TOOL))
+    made = [json.loads(data) for _, data in read_sse(translator.feed(events))]
+    item, = made[-1]["response"]["output"]
+    assert (item["type"], item["name"], json.loads(item["arguments"])) == (
+        "function_call", "get_weather", PARIS)
+    assert made[-1]["response"]["status"] == "completed"
+
+
+CHAT_TOOLS = [{"type": "function", "function": WEATHER_TOOL},
+              {"type": "function", "function": tool(name="get_time")}]
+BY_NAME = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("tools,choice,name", [
+    (CHAT_TOOLS, BY_NAME, "get_weather"), (CHAT_TOOLS[:1], "required", "get_weather"),
+    (CHAT_TOOLS, "required", None), (CHAT_TOOLS[:1], "auto", None), (CHAT_TOOLS[:1], None, None),
+    (CHAT_TOOLS[1:], BY_NAME, None), ([], "required", None), ([], BY_NAME, None),
+    (CHAT_TOOLS[:1], "none", None), ("x", {"type": "function"}, None), ([7], [7], None)], ids=str)
+def test_a_forced_function_is_the_only_one_that_can_be_called(tools, choice, name):
+    sent = {"messages": [], "tools": tools, "tool_choice": choice}
+    assert (request(sent).forced or {}).get("name") == name
+    del sent["messages"]        # a completion has no room for calls
+    assert request(dict(sent, prompt="x"), "/v1/completions").forced is None
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "f"}], ids=str)
+def test_a_responses_request_forces_a_function_too(choice):
+    made = request({"input": "hi", "tools": [TOOL], "tool_choice": choice}, "/v1/responses")
+    assert made.forced["name"] == "f" and made.forced["parameters"] == SCHEMA
+
+
 # -- events
 
 EVENTS = ["one", "two\nlines", "[DONE]"]
@@ -686,10 +853,9 @@ class CountingPattern:
         self.pattern = pattern
         self.searched = 0
 
-    def search(self, data, position):
-        match = self.pattern.search(data, position)
-        self.searched += (match.end() if match else len(data)) - position
-        return match
+    def finditer(self, data, position):
+        self.searched += len(data) - position
+        return self.pattern.finditer(data, position)
 
 
 def test_an_event_in_many_pieces_is_searched_once_and_taken_apart_once(monkeypatch):
@@ -1114,14 +1280,15 @@ def test_every_response_becomes_a_responses_object(response, expected, usage):
 BY_CODE = [
     (5007, 400, 404, "model_not_found"), (3042, 404, 404, "model_not_found"),
     (3036, 429, 429, "insufficient_quota"), (4006, 429, 429, "insufficient_quota"),
-    (3006, 413, 413, "request_too_large"), (3021, 429, 429, "rate_limit_exceeded"),
+    (3006, 413, 413, "request_too_large"), (5021, 400, 400, "context_length_exceeded"),
+    (5021, 413, 400, "context_length_exceeded"), (3021, 429, 429, "rate_limit_exceeded"),
     (3040, 400, 429, "rate_limit_exceeded"), (3007, 408, 504, "upstream_timeout"),
     (3008, 408, 504, "upstream_timeout"), (10000, 401, 502, "upstream_credentials_rejected"),
     (10000, 403, 502, "upstream_credentials_rejected"),
     (9106, 400, 502, "upstream_credentials_rejected"), (7000, 400, 502, "upstream_misconfigured"),
     (7001, 405, 502, "upstream_misconfigured"), (7003, 404, 502, "upstream_misconfigured"),
-    (8005, 500, 500, "upstream_error"), (8005, 400, 502, "upstream_error"),
-    (7009, 503, 503, "upstream_error"), (1234, 418, 418, "invalid_request"),
+    (8005, 500, 502, "upstream_error"), (8005, 400, 502, "upstream_error"),
+    (7009, 503, 502, "upstream_error"), (1234, 418, 418, "invalid_request"),
     (1234, 522, 522, "upstream_error"), (1234, 200, 502, "upstream_bad_response"),
     (1234, 410, 404, "model_not_found"), ("3021", 429, 429, "rate_limit_exceeded")]
 BY_CODE += [(code, 400, 400, "invalid_request") for code in (3003, 5004, 5006, 8001, 8007)] + [
@@ -1167,6 +1334,14 @@ def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, statu
             400,
             b'{"error":{"code":"invalid_prompt","message":"AiError: AiError: bad '
             b'(bd40edba-1111-2222-3333-444455556666)"}}', 400, "invalid_prompt", "bad"),
+        (
+            400,
+            error_envelope(
+                5021, "AiError: AiError: The estimated number of input and maximum output tokens "
+                "(4120) exceeded this model context window limit (3500). "
+                "(bd40edba-1111-2222-3333-444455556666)"), 400, "context_length_exceeded",
+            "The estimated number of input and maximum output tokens (4120) exceeded this model "
+            "context window limit (3500)."),
         (404, {"error": {"message": "x", "param": "model"}}, 404, "not_found", "x"),
         (400, {"error": "just text"}, 400, "invalid_request", "just text"),
         (
@@ -1174,7 +1349,7 @@ def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, statu
             {
                 "success": False,
                 "errors": [{"code": 8005, "message": "at %s with %s" % (ACCOUNT.upper(), TOKEN)}]},
-            500, "upstream_error", "at *** with ***"),
+            502, "upstream_error", "at *** with ***"),
         (
             429, b"", 429, "rate_limit_exceeded",
             "Cloudflare answered with status 429 and no reason that could be read."),
@@ -1183,7 +1358,8 @@ def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, statu
             "Cloudflare answered with status 502 and no reason that could be read."),
         (
             410, b'{"errors":["odd"]}', 404, "model_not_found",
-            "Cloudflare answered with status 410 and no reason that could be read."),
+            "Cloudflare answered with status 410 and no reason that could be read. "
+            "See GET /v1/models; short names are %s." % ", ".join(WORKERS_ALIASES)),
         (401, b"{}", 502, "upstream_credentials_rejected", None),
         (403, b"no json", 403, "permission_denied", None),
         (408, b"", 504, "upstream_timeout", None), (302, b"", 502, "upstream_bad_response", None),
@@ -1266,8 +1442,9 @@ def test_an_item_of_the_catalogue_becomes_a_model():
             WORKERS_ALIASES, False,
             ["gpt-oss-20b", "@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"]),
         (
-            {"@cf/leaving": "@cf/leaving", "small": "@cf/openai/gpt-oss-20b", "gone": "@cf/old"},
-            True, ["small", "@cf/leaving"]),
+            {"@cf/leaving": "@cf/leaving", "small": "@cf/openai/gpt-oss-20b", "gone": "@cf/old",
+             "@cf/unlisted": "@cf/unlisted", "flux": "@cf/black-forest-labs/flux"},
+            True, ["small", "@cf/leaving", "@cf/unlisted"]),
         ({}, False, ["@cf/openai/gpt-oss-20b", "@cf/baai/bge-m3", "@cf/leaving"])],
     ids=["out of the box", "an allow-list", "no aliases"])
 def test_the_list_has_live_text_and_embedding_models_aliases_first(names, only, ids):
@@ -1290,20 +1467,6 @@ def test_a_model_of_the_paid_plan_is_marked(value, shown):
 def test_a_model_is_retired_on_its_date():
     assert len(translate_catalogue(CATALOGUE, "2026-05-29", {}, False)) == 4
     assert len(translate_catalogue(CATALOGUE, "2026-05-30", {}, False)) == 3
-
-
-def test_a_page_of_the_list_is_read_or_is_an_error():
-    page = {
-        "success": True, "errors": [], "messages": [], "result": [ITEM],
-        "result_info": {"page": 1, "per_page": 50, "count": 50, "total_count": 308}}
-    assert read_catalogue_page(200, body(page)) == [ITEM]
-    assert read_catalogue_page(200, body(dict(page, result=[]))) == []
-    assert (
-        raised(read_catalogue_page, 401, body(error_envelope(10000))).code
-        == "upstream_credentials_rejected")
-    for bad in (b"", b"<html>", b"{}", body(dict(page,
-                                                 result=None)), body(dict(page, success=False))):
-        assert raised(read_catalogue_page, 200, bad).code == "upstream_bad_response"
 
 
 def test_no_retired_model_is_a_default():

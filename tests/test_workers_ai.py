@@ -14,8 +14,8 @@ import pytest
 
 import aiproxy
 from aiproxy import SettingError, Settings
-from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, LLAMA_31, MID_STREAM, QWEN_3,
-                             TOKEN, UUID, FakeCloudflare, delta, envelope, error_envelope,
+from fake_cloudflare import (ACCOUNT, BASE, BROKEN, CHAT as MODELS, LEAK, LLAMA_31, MID_STREAM,
+                             QWEN_3, TOKEN, UUID, FakeCloudflare, delta, envelope, error_envelope,
                              read_sse, settings, sse)
 from support import CHAT, EVENT_HEAD, PATIENCE, Client, Program, banner_of, chunk
 
@@ -266,6 +266,39 @@ def test_an_agent_gets_through_two_turns_with_a_tool(cloudflare, workers, agent)
         assert events_of(reply)[-1]["response"]["output"][0]["content"][0]["text"] == "It is sunny."
 
 
+WEATHER = {"name": "get_weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}
+FORCED = {
+    CHAT: {"tools": [{"type": "function", "function": WEATHER}],
+           "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+    "/v1/responses": {"input": "Once", "tools": [dict(WEATHER, type="function")],
+                      "tool_choice": {"type": "function", "name": "get_weather"}}}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", list(FORCED))
+def test_a_forced_call_that_comes_as_text_is_a_call(workers, path, stream):
+    running = workers()
+    reply = post(running, path, model="gpt-oss-120b", stream=stream, **FORCED[path])
+    assert (reply.status, reply.complete) == (200, True)
+    if path != CHAT:
+        response = events_of(reply)[-1]["response"] if stream else reply.json
+        call, = response["output"]
+    elif stream:
+        events = events_of(reply)
+        assert text_of(events) == "" and events[-2]["choices"][0]["finish_reason"] == "tool_calls"
+        call = events[1]["choices"][0]["delta"]["tool_calls"][0]["function"]
+    else:
+        choice, = reply.json["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+        call = choice["message"]["tool_calls"][0]["function"]
+    assert (call["name"], json.loads(call["arguments"])) == ("get_weather", {"city": "Paris"})
+
+    # The same text stays text where nothing was forced.
+    reply = post(running, path, model="gpt-oss-120b", **dict(FORCED[path], tool_choice="auto"))
+    assert json.dumps(LEAK) in reply.body.decode()
+
+
 # -- whole responses
 
 
@@ -350,6 +383,14 @@ def test_embeddings_are_floats_where_base64_is_not_requested(workers, form):
     assert result == {
         "object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [4.0, -0.5]}],
         "model": "bge", "usage": {"prompt_tokens": 4, "total_tokens": 4}}
+
+
+def test_embeddings_that_cannot_be_read_are_a_502(cloudflare, workers):
+    running = workers()
+    for rows in ([["x"]], [[1e38, 1e39]], [None], [{"embedding": None}], []):
+        cloudflare.answer = lambda received: cloudflare.reply(received, {"data": rows})
+        reply = post(running, "/v1/embeddings", input="Once", encoding_format="base64")
+        assert (reply.status, reply.code) == (502, "upstream_bad_response"), rows
 
 
 @pytest.mark.parametrize("model", list(MODELS))
@@ -784,8 +825,11 @@ def test_an_allow_list_filters_the_models(workers):
         workers(
             MODELS="@cf/baai/bge-m3,small=@cf/openai/gpt-oss-20b,gone=@cf/old/gone,"
             "gemma-4=@cf/google/gemma-4-26b-a4b-it")).json
+    # What Cloudflare does not list it may serve; what it calls retired it does not.
     assert [(model["id"], model["root"]) for model in listed["data"]] == [
-        ("small", "@cf/openai/gpt-oss-20b"), ("@cf/baai/bge-m3", "@cf/baai/bge-m3")]
+        ("small", "@cf/openai/gpt-oss-20b"), ("gemma-4", "@cf/google/gemma-4-26b-a4b-it"),
+        ("@cf/baai/bge-m3", "@cf/baai/bge-m3")]
+    assert len({frozenset(model) for model in listed["data"]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -826,6 +870,14 @@ def test_the_model_list_is_cached_for_ten_minutes(cloudflare, workers, clock):
     assert len(searches(cloudflare)) == 6
 
 
+def test_a_limit_fits_the_window_once_the_list_has_told_it(cloudflare, workers):
+    running = workers()
+    for limit in (4096, 875):           # the fake says 3500
+        post(running, model="@cf/filler/m7")
+        assert json.loads(cloudflare.received[-1].body)["max_tokens"] == limit
+        models(running)
+
+
 # how the list may fail to come, and what the client reads where there is no other list
 FAILURES = {
     "account": (
@@ -837,6 +889,14 @@ FAILURES = {
         "upstream_bad_response"),
     "no list": (
         lambda fake, received: fake.reply(received, envelope({"n": 1})), 502,
+        "upstream_bad_response"),
+    "null": (
+        lambda fake, received: fake.reply(received, envelope(None)), 502, "upstream_bad_response"),
+    "no success": (
+        lambda fake, received: fake.reply(received, dict(envelope([]), success=False)), 502,
+        "upstream_bad_response"),
+    "no objects": (
+        lambda fake, received: fake.reply(received, envelope(["x"])), 502,
         "upstream_bad_response"),
     "hang-up": (lambda fake, received: received.close(), 502, "upstream_bad_response"),
     "half": (
@@ -862,6 +922,7 @@ def test_a_list_that_cannot_be_read_is_an_error_for_half_a_minute(cloudflare, wo
     assert (reply.status, reply.code) == (status, code)
     assert not any(word in reply.raw_head.decode() + reply.body.decode() for word in SECRETS)
     printed = capfd.readouterr().err
+    assert printed.count("the model list cannot be read") == 1
     assert ("CLOUDFLARE_ACCOUNT_ID" in printed) == (failure == "account")
     requested, cloudflare.answer = len(searches(cloudflare)), cloudflare.route
     clock(29)
@@ -1047,8 +1108,29 @@ def test_short_names_can_be_the_list_of_models(cloudflare, workers):
         assert post(running, model=other).code == "model_not_allowed"
     allowed = list(aiproxy.WORKERS_ALIASES) + ["@cf/shape/bare"]
     assert sorted(models(running, "/health").json["models"]) == sorted(allowed)
-    ids = [model["id"] for model in models(running).json["data"]]
-    assert ids == ["gpt-oss-20b", "glm-4.7-flash"]          # of those, the fake's list has two
+    assert [model["id"] for model in models(running).json["data"]] == allowed
+    assert models(running, "/v1/models/gemma-4").json["root"] == ALIASES["gemma-4"]
+
+
+@pytest.mark.parametrize("given,models", [
+    ("gpt-oss-20b", {"gpt-oss-20b": ALIASES["gpt-oss-20b"]}),
+    ("mine=gpt-oss-20b", {"mine": ALIASES["gpt-oss-20b"]}),
+    ("gpt-oss-20b=@cf/x/y", {"gpt-oss-20b": "@cf/x/y"}),
+    ("short=@cf/x/y", {"short": "@cf/x/y"}),
+    ("llama-3.3-70b,@cf/x/y", {"llama-3.3-70b": "llama-3.3-70b", "@cf/x/y": "@cf/x/y"}),
+    ("gemma-4=@cf/x/y,short", dict(ALIASES, **{"gemma-4": "@cf/x/y"}))])
+def test_a_short_name_alone_means_its_model(cloudflare, given, models):
+    read = Settings(settings(cloudflare, AIPROXY_MODELS=given))
+    assert read.models == read.aliases == models
+
+
+def test_a_short_name_alone_can_be_asked_for(cloudflare, workers):
+    running = workers(MODELS="gpt-oss-20b,llama-4*")
+    for name in ("gpt-oss-20b", "llama-4-scout"):       # by itself, and by a pattern
+        assert post(running, model=name).json["model"] == name
+        assert json.loads(cloudflare.received[-1].body)["model"] == ALIASES[name]
+    assert post(running, model="gemma-4").code == "model_not_allowed"
+    assert [model["id"] for model in models(running).json["data"]] == ["gpt-oss-20b"]
 
 
 @pytest.mark.parametrize("given,shown", [
@@ -1157,7 +1239,9 @@ def test_an_unknown_model_is_refused_by_cloudflare(workers):
     reply = post(workers(), model="@cf/no/such")
     assert (reply.status, reply.code, reply.json["error"]["param"]) == (
         404, "model_not_found", "model")
-    assert "No such model" in reply.json["error"]["message"]
+    assert reply.json["error"]["message"] == (
+        "No such model @cf/no/such or task. See GET /v1/models; short names are %s."
+        % ", ".join(ALIASES))
 
 
 # -- validation
@@ -1169,7 +1253,7 @@ def test_an_unknown_model_is_refused_by_cloudflare(workers):
         (CHAT, {"stream": "true"}, "stream"), ("/v1/completions", {}, "prompt"),
         ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
         ("/v1/completions", {"prompt": 1}, "prompt"),
-        ("/v1/completions", {"prompt": "a", "messages": HELLO}, "messages")],
+        ("/v1/completions", {"prompt": "a", "messages": HELLO}, "prompt")],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value))
 def test_what_would_be_misread_is_refused_before_the_call(cloudflare, workers, path, body, param):
     reply = post(workers(), path, **body)
@@ -1239,7 +1323,7 @@ def test_a_prompt_has_a_maximum_length(cloudflare, workers, setting, most):
         (7000, 400, 502, "upstream_misconfigured", "false"),
         (7001, 405, 502, "upstream_misconfigured", "false"),
         (7003, 404, 502, "upstream_misconfigured", "false"),
-        (8005, 500, 500, "upstream_error", None), (7009, 503, 503, "upstream_error", None),
+        (8005, 500, 502, "upstream_error", None), (7009, 503, 502, "upstream_error", None),
         (1, 522, 522, "upstream_error", None)])
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses"], ids=["chat", "responses"])
 def test_cloudflares_errors_are_openais(workers, capfd, path, number, sent, status, code, retry):

@@ -34,7 +34,10 @@ const tools = {
 
 let passed = 0;
 let failed = 0;
-for (const name of ["@cf/openai/gpt-oss-20b", "@cf/shape/flat-tool", "@cf/shape/sentinel"]) {
+// The last one writes a forced call into its text.
+const forced = { type: "tool", toolName: "get_weather" };
+const models = ["@cf/openai/gpt-oss-20b", "@cf/shape/flat-tool", "@cf/shape/sentinel"];
+for (const name of [...models, "@cf/openai/gpt-oss-120b"]) {
   for (const [kind, model] of [
     ["responses", openai.responses(name)],
     ["chat", openai.chat(name)],
@@ -47,6 +50,8 @@ for (const name of ["@cf/openai/gpt-oss-20b", "@cf/shape/flat-tool", "@cf/shape/
           model,
           tools,
           messages: [{ role: "user", content: [{ type: "text", text: "Weather?" }] }],
+          prepareStep: ({ stepNumber }) =>
+            stepNumber === 0 && name.includes("120b") ? { toolChoice: forced } : {},
           stopWhen: stepCountIs(3),
           maxRetries: 0,
           onError: ({ error }) => console.log(error),

@@ -235,7 +235,7 @@ await check("errors before the answer", async () => {
     ["@cf/error/429/3040", OpenAI.RateLimitError, "rate_limit_exceeded", 429],
     ["@cf/error/429/4006", OpenAI.RateLimitError, "insufficient_quota", 429],
     ["@cf/error/401/10000", OpenAI.InternalServerError, "upstream_credentials_rejected", 502],
-    ["@cf/error/500/8005", OpenAI.InternalServerError, "upstream_error", 500],
+    ["@cf/error/500/8005", OpenAI.InternalServerError, "upstream_error", 502],
     ["@cf/broken/html", OpenAI.InternalServerError, "upstream_bad_response", 502],
   ]) {
     for (const stream of [false, true])

@@ -1,6 +1,7 @@
 """The official openai SDK for Python with the relay in front of a fake Cloudflare.
 
-The SDK is given a base URL and a client key and nothing else.
+The SDK is given a base URL and a client key and nothing else. `workers_sdk.py oldest` asks only
+for what openai 1.0.0 knows (requirements-oldest.txt).
 """
 
 import asyncio
@@ -99,6 +100,18 @@ def check_all(checks, client):
             assert choice.finish_reason == "tool_calls"
             assert call.function.name == "get_weather"
             assert isinstance(json.loads(call.function.arguments), dict)
+    with checks("a forced call that comes as text"):
+        forced = {"type": "function", "function": {"name": "get_weather"}}
+        given = {"model": "gpt-oss-120b", "messages": HELLO, "tools": WEATHER}
+        whole = chat.create(tool_choice=forced, **given)
+        with chat.stream(tool_choice="required", **given) as stream:
+            streamed = stream.get_final_completion()
+        for answer in (whole, streamed):
+            choice = answer.choices[0]
+            [call] = choice.message.tool_calls
+            assert choice.finish_reason == "tool_calls" and not choice.message.content
+            assert call.function.name == "get_weather"
+            assert json.loads(call.function.arguments) == {"city": "Paris"}
     with checks("a tool's result goes back up"):
         function = {"name": "get_weather", "arguments": "{}"}
         call = {"id": "a", "type": "function", "function": function}
@@ -145,7 +158,7 @@ def check_all(checks, client):
                 "upstream_credentials_rejected",
                 502,
             ),
-            ("@cf/error/500/8005", openai.InternalServerError, "upstream_error", 500),
+            ("@cf/error/500/8005", openai.InternalServerError, "upstream_error", 502),
             ("@cf/broken/html", openai.InternalServerError, "upstream_bad_response", 502),
         ):
             for stream in (False, True):
@@ -254,6 +267,39 @@ def check_responses(checks, client):
         )
 
 
+def check_oldest(checks, client):
+    """What the first SDK of this form knows: no tools, no Responses."""
+    chat = client.chat.completions
+    with checks("chat"):
+        answer = chat.create(model="llama-4-scout", messages=HELLO)
+        assert answer.choices[0].message.content.startswith("I am Llama 4 Scout")
+        assert answer.usage.total_tokens == 25
+    for model in (LLAMA, "llama-4-scout", "@cf/shape/kimi", "@cf/shape/dual"):
+        with checks("stream: " + model):
+            assert text_of(chat.create(model=model, messages=HELLO, stream=True)) == "Hello!"
+    with checks("completion"):
+        assert client.completions.create(model=LLAMA, prompt="Once").choices[0].text == "4"
+    with checks("embeddings"):
+        answer = client.embeddings.create(model="@cf/baai/bge-m3", input=["Once", "é"])
+        assert [one.embedding for one in answer.data] == [[4.0, -0.5], [1.0, -0.5]]
+    with checks("models"):
+        assert "@cf/baai/bge-m3" in [model.id for model in client.models.list()]
+        assert client.models.retrieve(GPT).id == GPT
+    for model, kind in (
+        ("@cf/error/400/5007", openai.NotFoundError),
+        ("@cf/error/400/5021", openai.BadRequestError),
+        ("@cf/error/429/4006", openai.RateLimitError),
+        ("@cf/mid/object", openai.APIError),
+    ):
+        with checks("error: " + model):
+            try:
+                list(chat.create(model=model, messages=HELLO, stream=True))
+            except kind as error:
+                assert type(error) is kind
+            else:
+                raise AssertionError("no error")
+
+
 def check_two_turns(checks, client):
     for model in (GPT, "@cf/shape/flat-tool", "@cf/shape/sentinel"):
         with checks("chat, two turns with a tool: " + model):
@@ -319,10 +365,13 @@ if __name__ == "__main__":
     with FakeCloudflare() as cloudflare, Program(env=settings(cloudflare)) as relay:
         told = {"base_url": relay.url + "/v1", "api_key": "ck-alice", "max_retries": 0}
         client = openai.OpenAI(**told)
-        check_all(checks, client)
-        check_two_turns(checks, client)
-        check_langchain(checks, told)
-        check_retries(checks, client, cloudflare)
+        if sys.argv[1:] == ["oldest"]:
+            check_oldest(checks, client)
+        else:
+            check_all(checks, client)
+            check_two_turns(checks, client)
+            check_langchain(checks, told)
+            check_retries(checks, client, cloudflare)
         with checks("the asynchronous client"):
             assert asyncio.run(check_async(openai.AsyncOpenAI(**told))) == "Hello!"
         with checks("neither a fault nor the client key"):
