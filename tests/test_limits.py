@@ -225,7 +225,7 @@ def test_a_wait_may_be_of_any_length(seconds):
     with ours, theirs:
         theirs.send(b"a")
         connection = aiproxy.BufferedSocket(ours)
-        assert aiproxy.wait_ready(seconds, connection, aiproxy.READ) == [connection]
+        assert aiproxy.wait_ready(connection, aiproxy.READ, seconds) == [connection]
 
 
 def test_back_pressure_from_the_upstream_does_not_make_a_body_too_slow(by_hand, relay, limit):
