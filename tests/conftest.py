@@ -16,6 +16,7 @@ import aiproxy  # noqa: E402
 import support  # noqa: E402
 from support import (  # noqa: E402
     OTHER_PYTHON,
+    PATIENCE,
     PROGRAM,
     Upstream,
     close_server,
@@ -146,3 +147,12 @@ def pytest_sessionfinish():
     for thing in gc.get_objects():
         if isinstance(thing, aiproxy.Server):
             close_server(thing)
+            end_late_jobs(thing.relay_loop)
+
+
+def end_late_jobs(loop):
+    """Nobody runs what a handler gives to the loop after its end: the handler would never end."""
+    if loop.is_alive():
+        loop.join(PATIENCE)
+    while loop.submitted:
+        loop.submitted.popleft().ended.set()
