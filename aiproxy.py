@@ -6784,7 +6784,7 @@ class Crew:
 
     def __init__(self, settings, on_start):
         self.settings = settings            # in force: what the next worker begins with
-        self.must_read = False              # have they been read again by the workers?
+        self.must_read = False              # are they to be read again?
         self.readers = [each for each in on_start if hasattr(each, "read")]
         for reader in self.readers:
             reader.begin(settings)
@@ -6816,6 +6816,7 @@ class Crew:
         while self.running or not self.closing:
             if self.must_read:
                 self.read_settings()
+                self.pass_on(signal.SIGHUP)
             for index, when in list(self.due.items()):
                 if when <= time.monotonic() and self.fork(index):
                     is_first = self.starts <= self.count
@@ -6844,7 +6845,6 @@ class Crew:
         is_window_closed = self.has_terminal and not os.isatty(0)
         if not is_window_closed:
             self.must_read = True
-            self.pass_on(number)
         elif not self.closing:
             self.on_stop(number, frame)
 
@@ -6854,6 +6854,7 @@ class Crew:
                 os.kill(process, number)
 
     def read_settings(self):
+        """Before the workers do: else one that starts later might take back a revoked key."""
         self.must_read = False
         for reader in self.readers:
             # Whatever is wrong, each worker says it, and goes on with what it has. So do we.
