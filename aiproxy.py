@@ -6815,8 +6815,7 @@ class Crew:
         self.handle(signal.SIGHUP, self.on_reload)
         while self.running or not self.closing:
             if self.must_read:
-                self.read_settings()
-                self.pass_on(signal.SIGHUP)
+                self.reload()
             for index, when in list(self.due.items()):
                 if when <= time.monotonic() and self.fork(index):
                     is_first = self.starts <= self.count
@@ -6853,13 +6852,18 @@ class Crew:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def read_settings(self):
-        """Before the workers do: else one that starts later might take back a revoked key."""
+    def reload(self):
+        """Read the settings, then let the workers do so.
+
+        Were they first, the file might be wrong by our turn, and a later worker would begin with
+        the old settings and take a revoked key.
+        """
         self.must_read = False
         for reader in self.readers:
             # Whatever is wrong, each worker says it, and goes on with what it has. So do we.
             with contextlib.suppress(Exception):
                 self.settings = reader.read(self.settings)[0]
+        self.pass_on(signal.SIGHUP)
 
     def fork(self, index):
         """Start a worker. True in the worker."""

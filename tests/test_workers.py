@@ -262,6 +262,8 @@ def test_a_signal_that_comes_while_a_worker_is_started_reaches_it(monkeypatch):
     crew.handle(signal.SIGHUP, crew.on_reload)
     try:
         crew.fork(0)
+        assert crew.must_read
+        crew.reload()
     finally:
         signal.signal(signal.SIGHUP, crew.former_handlers[signal.SIGHUP])
         crew.listener.close()
