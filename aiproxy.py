@@ -3014,14 +3014,19 @@ def read_command_line(environ):
     on_start += start_demo(options, environ)        # part two: Demo
     if options.check:
         return functools.partial(check, options)
-    return functools.partial(serve, on_start=on_start)
+    return functools.partial(serve_with, options, on_start)
+
+def serve_with(options, on_start, settings):
+    settings.notes = options.notes              # for the banner
+    return serve(settings, on_start)
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
     if options.live and not options.check:
         raise SettingError("--live belongs to --check")
     clean_environment(environ)
-    read_env_files(options.env_file, environ)   # part two: Env files
+    options.notes = []                          # what the operator may want to know
+    options.notes = read_env_files(options.env_file, environ)   # part two: Env files
     for name in ("host", "port", "upstream"):
         text = getattr(options, name)
         if text is None:
@@ -3036,6 +3041,7 @@ def read_environment(options, environ):
 def check(options, settings):
     """Print the settings in force. Returns the exit status."""
     write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
+    write_all(sys.stderr, "".join("aiproxy: %s\n" % note for note in options.notes))
     status = 0
     status = check_live(options, settings)          # part two: A live check
     return status
@@ -3101,13 +3107,21 @@ def parse_env_line(line):
     return name, clean(value)
 
 def read_env_files(paths, environ):
-    """Put the variables in these files into the environment. Of several values the last counts."""
+    """Put the variables in these files into the environment. Of several values the last counts.
+
+    Returns a line for each that the environment overrides: a variable that a shell still has, such
+    as AIPROXY_UPSTREAM, would else send the file's key to another provider without a word.
+    """
     values = {}
     for path in paths:
         values.update(read_env_file(path))
     clean_environment(values)
+    notes = []
     for name, value in values.items():
-        environ.setdefault(name, value)         # the real environment wins
+        in_force = environ.setdefault(name, value)      # the real environment wins
+        if in_force != value and OWN_VARIABLE.fullmatch(name):
+            notes.append("%s: the environment overrides --env-file" % name)
+    return notes
 
 # ---- Placeholders --------------------------------------------------------------------------------
 # Does: takes no key that somebody has copied from an example.
@@ -3374,6 +3388,8 @@ class Reloader:
             return
         replace_service(server, settings)
         server.log.warn("the settings have been read again and are in force")
+        for note in self.options.notes:
+            server.log.warn(note)
         if fixed:
             server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
 
@@ -6578,6 +6594,7 @@ def all_rates(server):
 
 def warnings(server):
     settings = server.settings
+    yield from getattr(settings, "notes", ())       # see "Command line"
     yield from server.service.warnings
     if server.capacity < settings.max_connections:
         yield ("the limit of open files leaves room for %d clients, not %d (ulimit -n)"

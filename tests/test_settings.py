@@ -12,7 +12,7 @@ import types
 import pytest
 
 import aiproxy
-from support import CHAT, PROGRAM, clean_environ, run_program
+from support import CHAT, PROGRAM, Program, clean_environ, run_program
 
 KEY = {"AIPROXY_KEY": "sk-hidden-key"}
 SECRETS = ("s3cret", "sk-hidden", "ck-alice")
@@ -800,9 +800,9 @@ def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
         "AIPROXY_LOG=json\r\n",
         encoding="utf-8",
     )
-    status, out, err = check("--env-file", str(path), AIPROXY_PORT="82")
+    status, out, err = check("--env-file", str(path), AIPROXY_PORT="82", AIPROXY_LOG="'json'")
 
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "aiproxy: AIPROXY_PORT: the environment overrides --env-file\n")
     assert "sk-hidden" not in out
     assert "AIPROXY_PORT=82\n" in out
     assert "AIPROXY_MODELS=a,b=c\n" in out
@@ -810,6 +810,26 @@ def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
     assert "AIPROXY_LOG=json\n" in out
 
     assert "AIPROXY_KEY=none" not in out
+
+
+def test_what_the_environment_overrides_is_named_and_no_value_is_shown(check, tmp_path):
+    path = tmp_path / "env"
+    path.write_text("AIPROXY_UPSTREAM=deepseek\nAIPROXY_KEY=s3cret-1\nAIPROXY_LOG=json\nEDITOR=vi\n")
+    environ = {"AIPROXY_UPSTREAM": "groq", "AIPROXY_KEY": "s3cret-2", "EDITOR": "ed"}
+    status, out, err = check("--env-file", str(path), **environ, AIPROXY_PORT="82")
+
+    assert status == 0
+    assert "AIPROXY_UPSTREAM=groq\n" in out
+    names = ["AIPROXY_UPSTREAM", "AIPROXY_KEY"]
+    told = ["aiproxy: %s: the environment overrides --env-file" % name for name in names]
+    assert err.splitlines() == told
+    assert "s3cret" not in out + err
+
+    with Program("--env-file", str(path), env=environ) as program:
+        for name in names:
+            program.wait_for_line(
+                program.errors, "  warning: %s: the environment overrides --env-file" % name)
+        assert not any("s3cret" in line for line in program.errors)
 
 
 @pytest.mark.parametrize(
