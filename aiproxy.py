@@ -6048,10 +6048,13 @@ OPTIONS += (
 # Touches: nothing else.
 # Entered: the function that it adds to LOG_FORMATS.
 
-LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
+LOG_LINE = (
+    "%(time)s %(client)s %(method)s %(path)s %(model)s %(status)s upstream=%(upstream_status)s "
+    "first=%(first_byte)ss total=%(total)ss bytes=%(bytes)s "
+    "tokens=%(prompt_tokens)s+%(completion_tokens)s id=%(request_id)s %(outcome)s")
 
 def text_line(values):
-    return LOG_LINE % tuple(map(printable, values.values()))
+    return LOG_LINE % {name: printable(value) for name, value in values.items()}
 
 LOG_FORMATS["text"] = text_line
 
