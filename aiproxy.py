@@ -6551,12 +6551,19 @@ def find_provider(netloc):
 # Entered: `print_banner` in serve().
 # Needs: Health.
 
+EVERY_ADDRESS = ("0.0.0.0", "::")
+SHORT_KEY = 16      # characters: wrong guesses are not counted
+
 def print_banner(server):
     settings = server.settings
     client_names = [name for name, _ in settings.client_keys]
     shown = collections.defaultdict(lambda: "none", settings.shown)
     origins = shown["AIPROXY_ORIGINS"]
-    lines = [
+    lines = []
+    host = server.server_address[0]
+    if host in EVERY_ADDRESS:           # the URL above names only one
+        lines.append("listening on %s, every address of this machine: others can reach it" % host)
+    lines += [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
         "models       " + (", ".join(getattr(settings, "models", ())) or "all"),
@@ -6604,6 +6611,10 @@ def warnings(server):
                % (server.capacity, settings.max_connections))
     if settings.provider_keys and settings.open and not settings.client_keys:
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
+    short = [name for name, key in settings.client_keys if len(key) < SHORT_KEY]
+    if short:
+        yield ("client keys shorter than %d characters can be guessed: %s"
+               % (SHORT_KEY, ", ".join(short)))
     yield from warn_of_others_names(settings)
     if "CLOUDFLARE_API_TOKEN" in settings.environ and not settings.upstream.provider.handler:
         yield "CLOUDFLARE_API_TOKEN is not used: AIPROXY_UPSTREAM is not workers-ai"

@@ -670,7 +670,7 @@ def banner_of(environ):
         aiproxy.print_banner(server)
         assert server.url() in printed[0]
     finally:
-        server.close()
+        close_server(server)
     return printed[0]
 
 
