@@ -8244,6 +8244,7 @@ for (const element of document.querySelectorAll("[id]")) page[element.id] = elem
 const about = await (await fetch("/", { headers: { Accept: "application/json" } })).json()
 const path = about.default_path ?? "/v1/chat/completions"
 const anthropic = path === "/v1/messages"
+const chosenModel = () => page.model.value.trim() || page.model.placeholder
 let modelsShown, controller
 function requestHeaders(key) {
   const headers = { "Content-Type": "application/json" }
@@ -8271,7 +8272,7 @@ async function showModels() {       // from /health, or else from the provider's
     const mayAsk = !about.client_key_needed || page.key.value.trim()
     if (!names.length && mayAsk) names = (await getJson("/v1/models")).data.map(model => model.id)
     if (names.length) page.models.replaceChildren(...names.map(modelButton))
-    page.model.value ||= names[0] ?? ""
+    page.model.placeholder = names[0] ?? ""     // somebody may be typing: the value is theirs
   } catch (error) { page.models.textContent = error.message }
   showSnippets()
 }
@@ -8299,7 +8300,7 @@ async function ask() {
   page.figures.textContent = "{{waiting ...}}"
   try {
     await modelsShown
-    const body = requestBody(page.model.value.trim() || undefined, page.prompt.value)
+    const body = requestBody(chosenModel() || undefined, page.prompt.value)
     const response = await send(path, { method: "POST", body, signal: controller.signal })
     for await (const event of readEvents(response)) showEvent(event, timing)
   } catch (error) {
@@ -8330,7 +8331,7 @@ function figures({ sent, first, texts, tokens }) {
   return delay + "{{, }}" + (tokens ? "" : "~") + speed.toFixed(1) + " tokens/s"
 }
 function showSnippets() {       // the same call three times, for this very address
-  const url = location.origin + path, model = page.model.value.trim() || "MODEL"
+  const url = location.origin + path, model = chosenModel() || "MODEL"
   const headers = requestHeaders(about.client_key_needed && "YOUR_KEY")
   const body = requestBody(model, "Hello!").replace('"messages"', '\n    "messages"')
   const options = Object.keys(headers).map(name => `-H '${name}: ${headers[name]}' \\\n  `).join("")
