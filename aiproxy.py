@@ -2640,26 +2640,23 @@ def matching(pattern, takes):
 def number(kind, least, most, takes):
     """A parser for numbers from `least` to `most`; no text is 0."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text or "0")
-        except ValueError:
-            raise ValueError(takes)
-        if not least <= value <= most:
-            raise ValueError(takes)
-        return value
+            if least <= value <= most:
+                return value
+        raise ValueError(takes)
     return parse
 
 def parse_list(text):
     """The items of a comma-separated list. A list that is meant must not count as none."""
+    match_all("[^，、]*", text, "a list separated by ',' and not by '，' or '、'")
     items = [clean(item) for item in text.split(",") if clean(item)]
     if text and not items:
         raise ValueError("a list with something between its commas")
     return items
 
 def parse_key(text):
-    check_placeholder(text)             # part two: Placeholders
-    takes = ("keys of visible ASCII characters, separated by ',' and not by '\uff0c': look for "
-             "spaces, line ends and typographic quotes, too")
+    takes = "keys of visible ASCII characters: look for spaces, line ends, typographic quotes"
     return match_all(r"[\x21-\x7e]+", text, takes).group().encode()
 
 def parse_keys(text):
@@ -2762,7 +2759,10 @@ def constant_text(option):
     return "" if value is None else str(value).strip()
 
 def find_option(variable):
-    return next(option for option in OPTIONS if option.name == variable)
+    for option in OPTIONS:
+        if option.name == variable:
+            return option
+    raise SettingError("%s is not one of OPTIONS" % variable)
 
 def may_be_secret(option, text):
     """Must this text for an option not be shown?"""
@@ -2779,6 +2779,7 @@ class Settings:
         self.shown = collections.defaultdict(str)       # by variable: what --check prints
         self.file_values = {}           # by variable: what the file holds that it names
         read_value_files(self)          # part two: Values from files
+        check_placeholders(self)        # part two: Placeholders
         for option in OPTIONS:
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
@@ -2858,8 +2859,7 @@ class Settings:
                 "key is asked for. Set one of:\n"
                 "  AIPROXY_CLIENT_KEYS=name=%s   (what clients must send)\n"
                 "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
-                "  AIPROXY_OPEN=1   (anyone may spend the key)"
-                % os.urandom(18).hex())
+                "  AIPROXY_OPEN=1   (anyone may spend the key)" % os.urandom(18).hex())
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -3126,7 +3126,7 @@ def read_env_files(paths, environ):
 # ---- Placeholders --------------------------------------------------------------------------------
 # Does: takes no key that somebody has copied from an example.
 # Touches: nothing.
-# Entered: `check_placeholder` in parse_key.
+# Entered: `check_placeholders` in Settings.
 
 # Sample values, of our README and of others', and variables that nobody has filled in.
 PLACEHOLDER = re.compile(
@@ -3136,9 +3136,21 @@ PLACEHOLDER = re.compile(
     r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
     r"|placeholder|todo|password", re.I)
 
-def check_placeholder(text):
-    if PLACEHOLDER.fullmatch(text):
-        raise ValueError("a real key: this one looks like a placeholder from an example")
+def check_placeholders(settings):
+    """SettingError that names all settings with a key that is none: one run shows them all."""
+    key_variable = settings.read("AIPROXY_UPSTREAM").provider.key_variable
+    found = []
+    for variable in (key_variable, "AIPROXY_CLIENT_KEYS"):
+        name, text = settings.text(find_option(variable))
+        keys = [clean(entry) for entry in text.split(",")]
+        if variable == "AIPROXY_CLIENT_KEYS":
+            keys = [key.partition("=")[2] or key for key in keys]
+        if any(map(PLACEHOLDER.fullmatch, keys)):
+            found.append(name)
+    if found:
+        raise SettingError(
+            "%s: got something that is not shown here because it may be secret; it takes a real "
+            "key: this one looks like a placeholder from an example" % ", ".join(found))
 
 # ---- Values from files ---------------------------------------------------------------------------
 # Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
@@ -5036,12 +5048,11 @@ def invalid_form(reason):
 # -- the settings
 
 def parse_model(text):
-    """The name of a model, of whatever script. A full-width comma would make one name of two."""
-    takes = ("a model's name: printable characters but commas, '=' and white space; a list is "
-             "separated by ',' and not by '\uff0c'")
+    """The name of a model, of whatever script. A Chinese comma would make one name of two."""
+    takes = "a model's name: printable characters but commas, '=' and white space"
     if not text.isprintable():
         raise ValueError(takes)
-    return match_all("[^\\s=,，]*", text, takes).group()
+    return match_all("[^\\s=,，、]*", text, takes).group()
 
 def parse_models(text):
     """Names and aliases, each with the model behind it, in the order of the list."""
@@ -5635,8 +5646,8 @@ def install_upstream_fields(service):
 def parse_upstream_headers(text):
     """Pairs of a name and a value, as bytes."""
     fields = {}
-    takes = ("Name: value, several separated by ';', each name once and each value of visible "
-             "ASCII characters and spaces, without ';'")
+    takes = ("Name: value, several separated by ';' and not by '；', each name once and each value "
+             "of visible ASCII characters and spaces, without ';'")
     for entry in map(clean, text.split(";")):
         if not entry:
             continue

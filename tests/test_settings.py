@@ -154,6 +154,75 @@ def test_an_invalid_value_that_may_be_secret_is_not_shown(check, name, value, wo
     assert not any(secret in err for secret in SECRETS)
 
 
+# Lists, with {} between two items.
+LISTS = [
+    ("AIPROXY_KEY", "sk-one{}sk-two"),
+    ("AIPROXY_CLIENT_KEYS", "a=ck-one{}b=ck-two"),
+    ("AIPROXY_MODELS", "a{}b"),
+    ("AIPROXY_MODELS", "\u901a\u4e49{}\u5343\u95ee"),
+    ("AIPROXY_ORIGINS", "https://a.example{}https://b.example"),
+    ("AIPROXY_PATHS", "/v1/a{}/v1/b"),
+    ("AIPROXY_TRUSTED_PROXIES", "10.0.0.0{}10.0.0.1"),
+    ("CLOUDFLARE_ACCOUNT_ID", "0123{}4567"),
+]
+WORKERS_AI = {"AIPROXY_UPSTREAM": "workers-ai", "CLOUDFLARE_API_TOKEN": "cf-token"}
+
+
+@pytest.mark.parametrize("comma", "\uff0c\u3001", ids=ascii)
+@pytest.mark.parametrize("name,value", LISTS, ids=ascii)
+def test_the_commas_of_chinese_separate_nothing(name, value, comma):
+    environ = WORKERS_AI if name.startswith("CLOUDFLARE_") else {}
+    assert len(aiproxy.find_option(name).parse(value.format(","))) == 2
+    with pytest.raises(aiproxy.SettingError) as raised:
+        aiproxy.Settings({**environ, name: value.format(comma)})
+
+    message = str(raised.value)
+    assert message.startswith(name + ": got ")
+    assert message.endswith("it takes a list separated by ',' and not by '\uff0c' or '\u3001'")
+    assert "sk-one" not in message and "ck-two" not in message
+
+
+@pytest.mark.parametrize("mark", "\uff1b\uff0c\u3001", ids=ascii)
+def test_fields_for_the_upstream_are_separated_by_a_plain_semicolon(mark):
+    with pytest.raises(aiproxy.SettingError, match="separated by ';' and not by '\uff1b'"):
+        aiproxy.Settings({"AIPROXY_UPSTREAM_HEADERS": "X-A: s3cret%sX-B: 2" % mark})
+
+
+@pytest.mark.parametrize("comma", ",\uff0c\u3001", ids=ascii)
+def test_no_comma_stands_in_the_name_of_the_default_model(comma):
+    with pytest.raises(aiproxy.SettingError, match="printable characters but commas"):
+        aiproxy.Settings({"AIPROXY_DEFAULT_MODEL": "a%sb" % comma})
+
+
+def test_all_placeholders_are_named_at_once(check):
+    environ = {"AIPROXY_KEY": "sk-...", "AIPROXY_CLIENT_KEYS": "a=ck-1,b=your-key"}
+    status, out, err = check(**environ)
+    assert (status, out) == (2, "")
+    assert err == ("aiproxy: AIPROXY_KEY, AIPROXY_CLIENT_KEYS: got something that is not shown "
+                   "here because it may be secret; it takes a real key: this one looks like a "
+                   "placeholder from an example\n")
+
+    environ["AIPROXY_UPSTREAM"] = "workers-ai"      # it does not use AIPROXY_KEY
+    err = check(**environ, CLOUDFLARE_ACCOUNT_ID="0123", CLOUDFLARE_API_TOKEN="token")[2]
+    assert err.startswith("aiproxy: CLOUDFLARE_API_TOKEN, AIPROXY_CLIENT_KEYS: got something")
+
+
+def test_every_provider_of_the_table_can_be_used():
+    """A mistake in a new row would show only where somebody uses it, and not name the row."""
+    options = [option.name for option in aiproxy.OPTIONS]
+    for name, row in aiproxy.PROVIDERS.items():
+        assert name == name.lower(), "a provider's name is looked up in lower case"
+        aiproxy.split_base_url(row.base_url)
+        assert row.key_variable in options, name
+
+
+def test_a_key_variable_that_is_no_setting_is_named(monkeypatch):
+    row = aiproxy.Provider("https://provider.example", key_variable="PROVIDER_KEY")
+    monkeypatch.setitem(aiproxy.PROVIDERS, "provider", row)
+    with pytest.raises(aiproxy.SettingError, match="PROVIDER_KEY is not one of OPTIONS"):
+        aiproxy.Settings({"AIPROXY_UPSTREAM": "provider"})
+
+
 def test_a_short_name_may_begin_like_a_key():
     settings = aiproxy.Settings({**KEY, "AIPROXY_CLIENT_KEYS": "hf-bot=one,sk-team=two"})
     assert settings.client_keys == [("hf-bot", b"one"), ("sk-team", b"two")]
