@@ -2950,6 +2950,11 @@ def install_features(service):
     install_websocket(service)              # part two: WebSocket
     install_start_page(service)             # part two: Start page
 
+def show_path(path):
+    """A path between two words of a message; less where it may be a key put by mistake."""
+    is_path = re.fullmatch(r"(?=[^./\\]*[./\\])[\w./\\:~ -]+", path)
+    return " %s " % path if is_path and not LIKE_KEY.search(path) else " "
+
 # ---- Command line --------------------------------------------------------------------------------
 # Does: reads the options; --check, --version and --help, which serve nobody. (Part one ignores all
 # options, and needs stdout and stderr.)
@@ -3083,8 +3088,9 @@ def read_env_file(path):
     try:
         with open(path, "br") as file:
             data = file.read()
-    except OSError as error:                    # the path is not shown: it may be a key
-        raise SettingError("--env-file: %s" % error.strerror)
+    except OSError as error:
+        raise SettingError("--env-file: the file%scannot be read: %s"
+                           % (show_path(path), error.strerror))
     if data.startswith(codecs.BOM_UTF8):        # Windows' editors begin with it
         data = data[len(codecs.BOM_UTF8):]
     values = {}
@@ -3177,8 +3183,9 @@ def read_value_files(settings):
             raise SettingError("%s and %s are both set; set one of them" % (name, variable))
         try:
             lines = read_value_lines(path)
-        except OSError as error:                # the path is not shown: it may be a key
-            raise SettingError("%s: the file cannot be read: %s" % (variable, error.strerror))
+        except OSError as error:
+            raise SettingError("%s: the file%scannot be read: %s"
+                               % (variable, show_path(path), error.strerror))
         except ValueError as error:
             raise SettingError("%s: the file %s" % (variable, error))
         settings.file_values[variable] = SEPARATORS.get(name, ",").join(lines)
@@ -3567,9 +3574,9 @@ def check_pem(name, path, mark):
     try:
         with open(path, "rb") as file:
             data = file.read()
-    except (OSError, ValueError) as error:      # the path is not shown: it may be the key itself
-        raise SettingError("%s: the file cannot be read: %s"
-                           % (name, getattr(error, "strerror", None) or "no such name"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no such name"
+        raise SettingError("%s: the file%scannot be read: %s" % (name, show_path(path), reason))
     if mark not in data:
         what = "private key" if b"KEY" in mark else "certificate"
         raise SettingError("%s: the file holds no %s in PEM form; a key may stand in the "
