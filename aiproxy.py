@@ -3805,14 +3805,30 @@ EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-shou
 WEB_ORIGIN = re.compile(
     r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
 OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
+MAX_REPORTED_ORIGINS = 100      # that were refused: a client may make up any number of them
 
 def install_cors(service):
     service.free_answers.append(answer_preflight)
-    service.check_origin = check_origin
+    service.report_origin = origin_report(service.log)
+    service.check_origin = functools.partial(check_origin, service)
     service.cors_headers = cors_headers
     if service.settings.is_guarded_by_loopback and service.settings.any_origin:
         service.warnings.append(
             "AIPROXY_ORIGINS=*: any web page that you open can spend your key")
+
+def origin_report(log):
+    """What to call with an Origin that was refused: of each it warns once.
+
+    The page's script cannot see which one that was, and a line of the log has no field for it.
+    """
+    reported = set()
+
+    def report(origin):
+        shown = log.redact((origin or b"").decode("latin-1"), 200)
+        if shown and shown not in reported and len(reported) < MAX_REPORTED_ORIGINS:
+            reported.add(shown)
+            log.warn("pages from %s are refused: AIPROXY_ORIGINS does not name that origin" % shown)
+    return report
 
 def is_preflight(request):
     """A browser's question before the request itself (Fetch standard, section 4.8)."""
@@ -3823,13 +3839,16 @@ def is_preflight(request):
 def answer_preflight(handler):
     if not is_preflight(handler.request):
         return False
-    if not is_origin_allowed(handler.request.headers, handler.settings):
+    headers = handler.request.headers
+    if not is_origin_allowed(headers, handler.settings):
         handler.record.outcome = "origin_not_allowed"   # for the log: a browser says no more
+        handler.service.report_origin(headers.get(b"origin"))
     handler.send_response(204)              # with the fields of cors_headers
     return True
 
-def check_origin(request, settings):
+def check_origin(service, request, settings):
     if not is_origin_allowed(request.headers, settings):
+        service.report_origin(request.headers.get(b"origin"))
         origin = request.headers.get(b"origin", b"another site").decode("latin-1")[:200]
         raise ErrorResponse(403, "origin_not_allowed", "Pages from %s may not call this proxy. "
                             "Its operator can add that origin to AIPROXY_ORIGINS." % origin)
