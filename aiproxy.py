@@ -2971,6 +2971,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 MORE_HELP = []      # lines that other sections add
+# By option of another section what argparse is to do with it. It goes with the section: one that
+# was accepted and did nothing would relay without the settings that are meant.
+MORE_ARGUMENTS = {}
 
 def make_parser():
     lines = ["settings, from the environment:"]
@@ -2986,11 +2989,10 @@ def make_parser():
         epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    add("--demo", action="store_true", help="run against a small provider inside")
+    parser.set_defaults(demo=False, live=False, env_file=[])
     add("--check", action="store_true", help="print the settings in force and exit")
-    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
-        "exit status 2 if it refuses one, 1 if one cannot be tried")
-    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
+    for name, details in MORE_ARGUMENTS.items():
+        add(name, **details)
     add("--version", action="store_true")
     add("--help", "-h", action="store_true")
     # No keys: `ps` shows the command line.
@@ -3078,7 +3080,10 @@ def clean_environment(environ):
 # Does: reads settings from the files that --env-file names.
 # Touches: the environment, before anything is read from it.
 # Entered: `read_env_files` in read_environment.
-# Needs: Quotes and empty values.
+# Needs: Command line, Quotes and empty values.
+
+MORE_ARGUMENTS["--env-file"] = {
+    "action": "append", "default": [], "metavar": "FILE", "help": "read settings from FILE"}
 
 ENV_LINE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
@@ -6696,7 +6701,12 @@ def curl_command(server):
 # of each by its place whether it was accepted.
 # Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
 # Entered: `check_live` in check().
+# Needs: Command line.
 
+MORE_ARGUMENTS["--live"] = {
+    "action": "store_true",
+    "help": "with --check: try each provider key at the upstream; exit status 2 if it refuses one, "
+            "1 if one cannot be tried"}
 ACCEPTED = "accepted"
 NO_LIST = "there is no model list, so it could not be tried"
 VERDICTS = {    # by the upstream's status: in words, and our exit status
@@ -8465,6 +8475,9 @@ def start_page(request):
 # Does: starts a small OpenAI-style provider inside, and sends it one chat request by the relay.
 # Touches: two settings in the environment, before they are read, and threads of its own.
 # Entered: `start_demo` in read_command_line.
+# Needs: Command line.
+
+MORE_ARGUMENTS["--demo"] = {"action": "store_true", "help": "run against a small provider inside"}
 
 DEMO_TEXT = ("This answer comes from the small provider inside aiproxy: "
              "each word is an event, relayed as it arrives.")
