@@ -2640,26 +2640,23 @@ def matching(pattern, takes):
 def number(kind, least, most, takes):
     """A parser for numbers from `least` to `most`; no text is 0."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text or "0")
-        except ValueError:
-            raise ValueError(takes)
-        if not least <= value <= most:
-            raise ValueError(takes)
-        return value
+            if least <= value <= most:
+                return value
+        raise ValueError(takes)
     return parse
 
 def parse_list(text):
     """The items of a comma-separated list. A list that is meant must not count as none."""
+    match_all("[^，、]*", text, "a list separated by ',' and not by '，' or '、'")
     items = [clean(item) for item in text.split(",") if clean(item)]
     if text and not items:
         raise ValueError("a list with something between its commas")
     return items
 
 def parse_key(text):
-    check_placeholder(text)             # part two: Placeholders
-    takes = ("keys of visible ASCII characters, separated by ',' and not by '\uff0c': look for "
-             "spaces, line ends and typographic quotes, too")
+    takes = "keys of visible ASCII characters: look for spaces, line ends, typographic quotes"
     return match_all(r"[\x21-\x7e]+", text, takes).group().encode()
 
 def parse_keys(text):
@@ -2762,7 +2759,10 @@ def constant_text(option):
     return "" if value is None else str(value).strip()
 
 def find_option(variable):
-    return next(option for option in OPTIONS if option.name == variable)
+    for option in OPTIONS:
+        if option.name == variable:
+            return option
+    raise SettingError("%s is not one of OPTIONS" % variable)
 
 def may_be_secret(option, text):
     """Must this text for an option not be shown?"""
@@ -2779,6 +2779,7 @@ class Settings:
         self.shown = collections.defaultdict(str)       # by variable: what --check prints
         self.file_values = {}           # by variable: what the file holds that it names
         read_value_files(self)          # part two: Values from files
+        check_placeholders(self)        # part two: Placeholders
         for option in OPTIONS:
             # The provider key, and what only one provider needs, are read in set_defaults.
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
@@ -2858,8 +2859,7 @@ class Settings:
                 "key is asked for. Set one of:\n"
                 "  AIPROXY_CLIENT_KEYS=name=%s   (what clients must send)\n"
                 "  AIPROXY_HOST=127.0.0.1   (this machine only)\n"
-                "  AIPROXY_OPEN=1   (anyone may spend the key)"
-                % os.urandom(18).hex())
+                "  AIPROXY_OPEN=1   (anyone may spend the key)" % os.urandom(18).hex())
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -2950,6 +2950,11 @@ def install_features(service):
     install_websocket(service)              # part two: WebSocket
     install_start_page(service)             # part two: Start page
 
+def show_path(path):
+    """A path between two words of a message; less where it may be a key put by mistake."""
+    is_path = re.fullmatch(r"(?=[^./\\]*[./\\])[\w./\\:~ -]+", path)
+    return " %s " % path if is_path and not LIKE_KEY.search(path) else " "
+
 # ---- Command line --------------------------------------------------------------------------------
 # Does: reads the options; --check, --version and --help, which serve nobody. (Part one ignores all
 # options, and needs stdout and stderr.)
@@ -2966,6 +2971,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 MORE_HELP = []      # lines that other sections add
+# By option of another section what argparse is to do with it. It goes with the section: one that
+# was accepted and did nothing would relay without the settings that are meant.
+MORE_ARGUMENTS = {}
 
 def make_parser():
     lines = ["settings, from the environment:"]
@@ -2981,11 +2989,10 @@ def make_parser():
         epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    add("--demo", action="store_true", help="run against a small provider inside")
+    parser.set_defaults(demo=False, live=False, env_file=[])
     add("--check", action="store_true", help="print the settings in force and exit")
-    add("--live", action="store_true", help="with --check: try each provider key at the upstream; "
-        "exit status 2 if it refuses one, 1 if one cannot be tried")
-    add("--env-file", action="append", default=[], metavar="FILE", help="read settings from FILE")
+    for name, details in MORE_ARGUMENTS.items():
+        add(name, **details)
     add("--version", action="store_true")
     add("--help", "-h", action="store_true")
     # No keys: `ps` shows the command line.
@@ -3014,14 +3021,19 @@ def read_command_line(environ):
     on_start += start_demo(options, environ)        # part two: Demo
     if options.check:
         return functools.partial(check, options)
-    return functools.partial(serve, on_start=on_start)
+    return functools.partial(serve_with, options, on_start)
+
+def serve_with(options, on_start, settings):
+    settings.notes = options.notes              # for the banner
+    return serve(settings, on_start)
 
 def read_environment(options, environ):
     """Put what the command line and the env files say into the environment. Raises SettingError."""
     if options.live and not options.check:
         raise SettingError("--live belongs to --check")
     clean_environment(environ)
-    read_env_files(options.env_file, environ)   # part two: Env files
+    options.notes = []                          # what the operator may want to know
+    options.notes = read_env_files(options.env_file, environ)   # part two: Env files
     for name in ("host", "port", "upstream"):
         text = getattr(options, name)
         if text is None:
@@ -3036,6 +3048,7 @@ def read_environment(options, environ):
 def check(options, settings):
     """Print the settings in force. Returns the exit status."""
     write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
+    write_all(sys.stderr, "".join("aiproxy: %s\n" % note for note in options.notes))
     status = 0
     status = check_live(options, settings)          # part two: A live check
     return status
@@ -3067,7 +3080,10 @@ def clean_environment(environ):
 # Does: reads settings from the files that --env-file names.
 # Touches: the environment, before anything is read from it.
 # Entered: `read_env_files` in read_environment.
-# Needs: Quotes and empty values.
+# Needs: Command line, Quotes and empty values.
+
+MORE_ARGUMENTS["--env-file"] = {
+    "action": "append", "default": [], "metavar": "FILE", "help": "read settings from FILE"}
 
 ENV_LINE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*("[^"\0]*"|'[^'\0]*'|[^"'\0][^\0]*|)""", re.A)
@@ -3077,8 +3093,9 @@ def read_env_file(path):
     try:
         with open(path, "br") as file:
             data = file.read()
-    except OSError as error:                    # the path is not shown: it may be a key
-        raise SettingError("--env-file: %s" % error.strerror)
+    except OSError as error:
+        raise SettingError("--env-file: the file%scannot be read: %s"
+                           % (show_path(path), error.strerror))
     if data.startswith(codecs.BOM_UTF8):        # Windows' editors begin with it
         data = data[len(codecs.BOM_UTF8):]
     values = {}
@@ -3101,18 +3118,26 @@ def parse_env_line(line):
     return name, clean(value)
 
 def read_env_files(paths, environ):
-    """Put the variables in these files into the environment. Of several values the last counts."""
+    """Put the variables in these files into the environment. Of several values the last counts.
+
+    Returns a line for each that the environment overrides: a variable that a shell still has, such
+    as AIPROXY_UPSTREAM, would else send the file's key to another provider without a word.
+    """
     values = {}
     for path in paths:
         values.update(read_env_file(path))
     clean_environment(values)
+    notes = []
     for name, value in values.items():
-        environ.setdefault(name, value)         # the real environment wins
+        in_force = environ.setdefault(name, value)      # the real environment wins
+        if in_force != value and OWN_VARIABLE.fullmatch(name):
+            notes.append("%s: the environment overrides --env-file" % name)
+    return notes
 
 # ---- Placeholders --------------------------------------------------------------------------------
 # Does: takes no key that somebody has copied from an example.
 # Touches: nothing.
-# Entered: `check_placeholder` in parse_key.
+# Entered: `check_placeholders` in Settings.
 
 # Sample values, of our README and of others', and variables that nobody has filled in.
 PLACEHOLDER = re.compile(
@@ -3122,9 +3147,21 @@ PLACEHOLDER = re.compile(
     r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
     r"|placeholder|todo|password", re.I)
 
-def check_placeholder(text):
-    if PLACEHOLDER.fullmatch(text):
-        raise ValueError("a real key: this one looks like a placeholder from an example")
+def check_placeholders(settings):
+    """SettingError that names all settings with a key that is none: one run shows them all."""
+    key_variable = settings.read("AIPROXY_UPSTREAM").provider.key_variable
+    found = []
+    for variable in (key_variable, "AIPROXY_CLIENT_KEYS"):
+        name, text = settings.text(find_option(variable))
+        keys = [clean(entry) for entry in text.split(",")]
+        if variable == "AIPROXY_CLIENT_KEYS":
+            keys = [key.partition("=")[2] or key for key in keys]
+        if any(map(PLACEHOLDER.fullmatch, keys)):
+            found.append(name)
+    if found:
+        raise SettingError(
+            "%s: got something that is not shown here because it may be secret; it takes a real "
+            "key: this one looks like a placeholder from an example" % ", ".join(found))
 
 # ---- Values from files ---------------------------------------------------------------------------
 # Does: reads a secret from the file that NAME_FILE names, as Docker and Kubernetes mount them.
@@ -3151,8 +3188,9 @@ def read_value_files(settings):
             raise SettingError("%s and %s are both set; set one of them" % (name, variable))
         try:
             lines = read_value_lines(path)
-        except OSError as error:                # the path is not shown: it may be a key
-            raise SettingError("%s: the file cannot be read: %s" % (variable, error.strerror))
+        except OSError as error:
+            raise SettingError("%s: the file%scannot be read: %s"
+                               % (variable, show_path(path), error.strerror))
         except ValueError as error:
             raise SettingError("%s: the file %s" % (variable, error))
         settings.file_values[variable] = SEPARATORS.get(name, ",").join(lines)
@@ -3374,6 +3412,8 @@ class Reloader:
             return
         replace_service(server, settings)
         server.log.warn("the settings have been read again and are in force")
+        for note in self.options.notes:
+            server.log.warn(note)
         if fixed:
             server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
 
@@ -3539,9 +3579,9 @@ def check_pem(name, path, mark):
     try:
         with open(path, "rb") as file:
             data = file.read()
-    except (OSError, ValueError) as error:      # the path is not shown: it may be the key itself
-        raise SettingError("%s: the file cannot be read: %s"
-                           % (name, getattr(error, "strerror", None) or "no such name"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no such name"
+        raise SettingError("%s: the file%scannot be read: %s" % (name, show_path(path), reason))
     if mark not in data:
         what = "private key" if b"KEY" in mark else "certificate"
         raise SettingError("%s: the file holds no %s in PEM form; a key may stand in the "
@@ -3770,14 +3810,30 @@ EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-shou
 WEB_ORIGIN = re.compile(
     r"(https?://(?:\*\.)?)(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?:([0-9]{1,5})|(\*)))?")
 OTHER_ORIGIN = re.compile(r"\*|null|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[^/?#@\s*]+)")
+MAX_REPORTED_ORIGINS = 100      # that were refused: a client may make up any number of them
 
 def install_cors(service):
     service.free_answers.append(answer_preflight)
-    service.check_origin = check_origin
+    service.report_origin = origin_report(service.log)
+    service.check_origin = functools.partial(check_origin, service)
     service.cors_headers = cors_headers
     if service.settings.is_guarded_by_loopback and service.settings.any_origin:
         service.warnings.append(
             "AIPROXY_ORIGINS=*: any web page that you open can spend your key")
+
+def origin_report(log):
+    """What to call with an Origin that was refused: of each it warns once.
+
+    The page's script cannot see which one that was, and a line of the log has no field for it.
+    """
+    reported = set()
+
+    def report(origin):
+        shown = log.redact((origin or b"").decode("latin-1"), 200)
+        if shown and shown not in reported and len(reported) < MAX_REPORTED_ORIGINS:
+            reported.add(shown)
+            log.warn("pages from %s are refused: AIPROXY_ORIGINS does not name that origin" % shown)
+    return report
 
 def is_preflight(request):
     """A browser's question before the request itself (Fetch standard, section 4.8)."""
@@ -3788,13 +3844,16 @@ def is_preflight(request):
 def answer_preflight(handler):
     if not is_preflight(handler.request):
         return False
-    if not is_origin_allowed(handler.request.headers, handler.settings):
+    headers = handler.request.headers
+    if not is_origin_allowed(headers, handler.settings):
         handler.record.outcome = "origin_not_allowed"   # for the log: a browser says no more
+        handler.service.report_origin(headers.get(b"origin"))
     handler.send_response(204)              # with the fields of cors_headers
     return True
 
-def check_origin(request, settings):
+def check_origin(service, request, settings):
     if not is_origin_allowed(request.headers, settings):
+        service.report_origin(request.headers.get(b"origin"))
         origin = request.headers.get(b"origin", b"another site").decode("latin-1")[:200]
         raise ErrorResponse(403, "origin_not_allowed", "Pages from %s may not call this proxy. "
                             "Its operator can add that origin to AIPROXY_ORIGINS." % origin)
@@ -5020,12 +5079,11 @@ def invalid_form(reason):
 # -- the settings
 
 def parse_model(text):
-    """The name of a model, of whatever script. A full-width comma would make one name of two."""
-    takes = ("a model's name: printable characters but commas, '=' and white space; a list is "
-             "separated by ',' and not by '\uff0c'")
+    """The name of a model, of whatever script. A Chinese comma would make one name of two."""
+    takes = "a model's name: printable characters but commas, '=' and white space"
     if not text.isprintable():
         raise ValueError(takes)
-    return match_all("[^\\s=,，]*", text, takes).group()
+    return match_all("[^\\s=,，、]*", text, takes).group()
 
 def parse_models(text):
     """Names and aliases, each with the model behind it, in the order of the list."""
@@ -5619,8 +5677,8 @@ def install_upstream_fields(service):
 def parse_upstream_headers(text):
     """Pairs of a name and a value, as bytes."""
     fields = {}
-    takes = ("Name: value, several separated by ';', each name once and each value of visible "
-             "ASCII characters and spaces, without ';'")
+    takes = ("Name: value, several separated by ';' and not by '；', each name once and each value "
+             "of visible ASCII characters and spaces, without ';'")
     for entry in map(clean, text.split(";")):
         if not entry:
             continue
@@ -6032,10 +6090,13 @@ OPTIONS += (
 # Touches: nothing else.
 # Entered: the function that it adds to LOG_FORMATS.
 
-LOG_LINE = "%s %s %s %s %s %s upstream=%s first=%ss total=%ss bytes=%s tokens=%s+%s id=%s %s"
+LOG_LINE = (
+    "%(time)s %(client)s %(method)s %(path)s %(model)s %(status)s upstream=%(upstream_status)s "
+    "first=%(first_byte)ss total=%(total)ss bytes=%(bytes)s "
+    "tokens=%(prompt_tokens)s+%(completion_tokens)s id=%(request_id)s %(outcome)s")
 
 def text_line(values):
-    return LOG_LINE % tuple(map(printable, values.values()))
+    return LOG_LINE % {name: printable(value) for name, value in values.items()}
 
 LOG_FORMATS["text"] = text_line
 
@@ -6532,12 +6593,19 @@ def find_provider(netloc):
 # Entered: `print_banner` in serve().
 # Needs: Health.
 
+EVERY_ADDRESS = ("0.0.0.0", "::")
+SHORT_KEY = 16      # characters: wrong guesses are not counted
+
 def print_banner(server):
     settings = server.settings
     client_names = [name for name, _ in settings.client_keys]
     shown = collections.defaultdict(lambda: "none", settings.shown)
     origins = shown["AIPROXY_ORIGINS"]
-    lines = [
+    lines = []
+    host = server.server_address[0]
+    if host in EVERY_ADDRESS:           # the URL above names only one
+        lines.append("listening on %s, every address of this machine: others can reach it" % host)
+    lines += [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
         "models       " + (", ".join(getattr(settings, "models", ())) or "all"),
@@ -6578,12 +6646,17 @@ def all_rates(server):
 
 def warnings(server):
     settings = server.settings
+    yield from getattr(settings, "notes", ())       # see "Command line"
     yield from server.service.warnings
     if server.capacity < settings.max_connections:
         yield ("the limit of open files leaves room for %d clients, not %d (ulimit -n)"
                % (server.capacity, settings.max_connections))
     if settings.provider_keys and settings.open and not settings.client_keys:
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
+    short = [name for name, key in settings.client_keys if len(key) < SHORT_KEY]
+    if short:
+        yield ("client keys shorter than %d characters can be guessed: %s"
+               % (SHORT_KEY, ", ".join(short)))
     yield from warn_of_others_names(settings)
     if "CLOUDFLARE_API_TOKEN" in settings.environ and not settings.upstream.provider.handler:
         yield "CLOUDFLARE_API_TOKEN is not used: AIPROXY_UPSTREAM is not workers-ai"
@@ -6628,7 +6701,12 @@ def curl_command(server):
 # of each by its place whether it was accepted.
 # Touches: nothing. It asks as the relay does: through the same proxy, with the same TLS and limits.
 # Entered: `check_live` in check().
+# Needs: Command line.
 
+MORE_ARGUMENTS["--live"] = {
+    "action": "store_true",
+    "help": "with --check: try each provider key at the upstream; exit status 2 if it refuses one, "
+            "1 if one cannot be tried"}
 ACCEPTED = "accepted"
 NO_LIST = "there is no model list, so it could not be tried"
 VERDICTS = {    # by the upstream's status: in words, and our exit status
@@ -8198,6 +8276,7 @@ for (const element of document.querySelectorAll("[id]")) page[element.id] = elem
 const about = await (await fetch("/", { headers: { Accept: "application/json" } })).json()
 const path = about.default_path ?? "/v1/chat/completions"
 const anthropic = path === "/v1/messages"
+const chosenModel = () => page.model.value.trim() || page.model.placeholder
 let modelsShown, controller
 function requestHeaders(key) {
   const headers = { "Content-Type": "application/json" }
@@ -8225,7 +8304,7 @@ async function showModels() {       // from /health, or else from the provider's
     const mayAsk = !about.client_key_needed || page.key.value.trim()
     if (!names.length && mayAsk) names = (await getJson("/v1/models")).data.map(model => model.id)
     if (names.length) page.models.replaceChildren(...names.map(modelButton))
-    page.model.value ||= names[0] ?? ""
+    page.model.placeholder = names[0] ?? ""     // somebody may be typing: the value is theirs
   } catch (error) { page.models.textContent = error.message }
   showSnippets()
 }
@@ -8253,7 +8332,7 @@ async function ask() {
   page.figures.textContent = "{{waiting ...}}"
   try {
     await modelsShown
-    const body = requestBody(page.model.value.trim() || undefined, page.prompt.value)
+    const body = requestBody(chosenModel() || undefined, page.prompt.value)
     const response = await send(path, { method: "POST", body, signal: controller.signal })
     for await (const event of readEvents(response)) showEvent(event, timing)
   } catch (error) {
@@ -8284,7 +8363,7 @@ function figures({ sent, first, texts, tokens }) {
   return delay + "{{, }}" + (tokens ? "" : "~") + speed.toFixed(1) + " tokens/s"
 }
 function showSnippets() {       // the same call three times, for this very address
-  const url = location.origin + path, model = page.model.value.trim() || "MODEL"
+  const url = location.origin + path, model = chosenModel() || "MODEL"
   const headers = requestHeaders(about.client_key_needed && "YOUR_KEY")
   const body = requestBody(model, "Hello!").replace('"messages"', '\n    "messages"')
   const options = Object.keys(headers).map(name => `-H '${name}: ${headers[name]}' \\\n  `).join("")
@@ -8381,6 +8460,9 @@ def start_page(request):
 # Does: starts a small OpenAI-style provider inside, and sends it one chat request by the relay.
 # Touches: two settings in the environment, before they are read, and threads of its own.
 # Entered: `start_demo` in read_command_line.
+# Needs: Command line.
+
+MORE_ARGUMENTS["--demo"] = {"action": "store_true", "help": "run against a small provider inside"}
 
 DEMO_TEXT = ("This answer comes from the small provider inside aiproxy: "
              "each word is an event, relayed as it arrives.")

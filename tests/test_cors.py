@@ -250,3 +250,33 @@ def test_the_log_tells_of_a_page_that_may_not_call_us(upstream, relay):
     reply = running.ask("POST", CHAT, b"{}", [("Origin", "https://other.example")])
     assert (reply.status, reply.code) == (403, "origin_not_allowed")
     assert "https://other.example" in reply.json["error"]["message"]
+
+
+def test_each_origin_that_is_refused_is_named_once(relay, capsys):
+    """A page cannot see which origin was refused, and the lines of the log have no field for it."""
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice", ORIGINS=APP)
+    for origin in ("https://a.example", "https://b.example", "https://a.example", APP, "null"):
+        preflight(running, origin)
+        running.ask("POST", CHAT, b"{}", [("Origin", origin)])
+    running.ask("POST", CHAT, b"{}", [("Sec-Fetch-Site", "cross-site")])
+
+    told = "aiproxy: pages from %s are refused: AIPROXY_ORIGINS does not name that origin"
+    refused = ["https://a.example", "https://b.example", "null"]
+    assert capsys.readouterr().err.splitlines() == [told % origin for origin in refused]
+
+
+def test_what_is_said_of_refused_origins_is_bounded_printable_and_without_keys():
+    settings = aiproxy.Settings({"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_PORT": "0"})
+    log = aiproxy.Log("text", settings.secrets)
+    lines = []
+    log.put = lambda stream, line: lines.append(line)
+    report = aiproxy.origin_report(log)
+
+    report(b"https://sk-hidden-key\x1b[2J" + b"x" * 100000)
+    assert lines[0].startswith("aiproxy: pages from https://***\\x1b[2Jxxx")
+    assert len(lines[0]) < 400
+    for number in range(1000):
+        report(b"https://%d.example" % number)
+        report(b"https://%d.example" % number)
+    assert len(lines) == aiproxy.MAX_REPORTED_ORIGINS
+    assert len(set(lines)) == len(lines)

@@ -274,6 +274,13 @@ def test_a_warning_is_one_line_whatever_it_tells(capsys, text):
     assert warning[:-1].isprintable()
 
 
+def test_a_line_of_text_takes_its_fields_by_name():
+    values = aiproxy.Record("127.0.0.1").as_dict(lambda text, most: text[:most])
+    changed = {"region": "eu", **dict(reversed(list(values.items())))}
+    assert aiproxy.text_line(changed) == aiproxy.text_line(values)
+    assert aiproxy.text_line(values).startswith(values["time"] + " 127.0.0.1 - - - - upstream=- ")
+
+
 def test_short_texts_are_logged_as_they_are():
     log = aiproxy.Log("text", [b"ck-alice"])
     assert log.redact("/v1/%41%", 256) == "/v1/%41%"

@@ -125,6 +125,19 @@ SHOWN = [
         id="any page",
     ),
     pytest.param({"PORT": "1"}, ["warning: .*AIPROXY_HOST=0.0.0.0"], id="a platform"),
+    pytest.param(
+        {"AIPROXY_HOST": "0.0.0.0"},
+        [r"listening on 0\.0\.0\.0, every address of this machine: others can reach it"],
+        id="every address",
+    ),
+    pytest.param(
+        {
+            "AIPROXY_KEY": "sk-hidden-key",
+            "AIPROXY_CLIENT_KEYS": "alice=ck-alice-012345,bob=ck-alice-0123456,ck-alice-2",
+        },
+        ["warning: client keys shorter than 16 characters can be guessed: alice, client3\n"],
+        id="short client keys",
+    ),
 ]
 
 
@@ -137,6 +150,12 @@ def test_the_banner_shows_the_settings_in_force(env, shown):
     assert "ck-alice" not in text
     for pattern in shown:
         assert re.search(pattern, text.replace("no key needed", "transparent")), pattern
+
+
+def test_the_banner_does_not_speak_of_others_or_of_short_keys_without_need():
+    text = banner_of({"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_CLIENT_KEYS": "a=ck-alice-0123456"})
+    assert "listening" not in text
+    assert "shorter" not in text
 
 
 def test_the_banner_goes_to_stderr(upstream):

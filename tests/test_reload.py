@@ -225,6 +225,17 @@ def test_another_kind_of_upstream_needs_a_restart(reloadable, upstream, capfd, m
     assert running.relay.chat().status == 200
 
 
+def test_a_reload_names_what_the_environment_overrides(reloadable, upstream, monkeypatch, capsys):
+    monkeypatch.setenv("AIPROXY_LOG", "off")
+    running = reloadable(UPSTREAM=upstream.url)
+    running.reload(UPSTREAM=upstream.url, LOG="json")
+
+    told = "aiproxy: AIPROXY_LOG: the environment overrides --env-file\n"
+    assert capsys.readouterr().err.endswith(told)
+    running.reload(UPSTREAM=upstream.url, LOG="off")
+    assert "overrides" not in capsys.readouterr().err
+
+
 # -- certificates
 
 def copy(pair, folder):

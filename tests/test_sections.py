@@ -326,6 +326,20 @@ def test_nothing_else_uses_a_name_of_a_section(name):
     assert not still_used
 
 
+@pytest.mark.parametrize("name,option", [
+    ("Demo", "--demo"), ("Env files", "--env-file=aiproxy.env"), ("A live check", "--live"),
+])
+def test_an_option_goes_with_its_section(tmp_path, name, option):
+    """One that were accepted and did nothing would relay without the settings that are meant."""
+    program = tmp_path / "aiproxy.py"
+    program.write_text("\n".join(take_out([name])[0]), encoding="utf-8")
+    command = [sys.executable, str(program), "--check"]
+    done = subprocess.run(command + [option], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"an option is not understood" in done.stderr
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+
+
 @pytest.mark.parametrize("name", list(SECTIONS) + [ALL])
 def test_the_relay_works_without_a_section(core_runs, name):
     status, output = core_runs.result(name)

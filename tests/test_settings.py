@@ -12,7 +12,7 @@ import types
 import pytest
 
 import aiproxy
-from support import CHAT, PROGRAM, clean_environ, run_program
+from support import CHAT, PROGRAM, Program, clean_environ, run_program
 
 KEY = {"AIPROXY_KEY": "sk-hidden-key"}
 SECRETS = ("s3cret", "sk-hidden", "ck-alice")
@@ -152,6 +152,75 @@ def test_an_invalid_value_that_may_be_secret_is_not_shown(check, name, value, wo
     assert len(err.splitlines()) == 1
     assert value not in err
     assert not any(secret in err for secret in SECRETS)
+
+
+# Lists, with {} between two items.
+LISTS = [
+    ("AIPROXY_KEY", "sk-one{}sk-two"),
+    ("AIPROXY_CLIENT_KEYS", "a=ck-one{}b=ck-two"),
+    ("AIPROXY_MODELS", "a{}b"),
+    ("AIPROXY_MODELS", "\u901a\u4e49{}\u5343\u95ee"),
+    ("AIPROXY_ORIGINS", "https://a.example{}https://b.example"),
+    ("AIPROXY_PATHS", "/v1/a{}/v1/b"),
+    ("AIPROXY_TRUSTED_PROXIES", "10.0.0.0{}10.0.0.1"),
+    ("CLOUDFLARE_ACCOUNT_ID", "0123{}4567"),
+]
+WORKERS_AI = {"AIPROXY_UPSTREAM": "workers-ai", "CLOUDFLARE_API_TOKEN": "cf-token"}
+
+
+@pytest.mark.parametrize("comma", "\uff0c\u3001", ids=ascii)
+@pytest.mark.parametrize("name,value", LISTS, ids=ascii)
+def test_the_commas_of_chinese_separate_nothing(name, value, comma):
+    environ = WORKERS_AI if name.startswith("CLOUDFLARE_") else {}
+    assert len(aiproxy.find_option(name).parse(value.format(","))) == 2
+    with pytest.raises(aiproxy.SettingError) as raised:
+        aiproxy.Settings({**environ, name: value.format(comma)})
+
+    message = str(raised.value)
+    assert message.startswith(name + ": got ")
+    assert message.endswith("it takes a list separated by ',' and not by '\uff0c' or '\u3001'")
+    assert "sk-one" not in message and "ck-two" not in message
+
+
+@pytest.mark.parametrize("mark", "\uff1b\uff0c\u3001", ids=ascii)
+def test_fields_for_the_upstream_are_separated_by_a_plain_semicolon(mark):
+    with pytest.raises(aiproxy.SettingError, match="separated by ';' and not by '\uff1b'"):
+        aiproxy.Settings({"AIPROXY_UPSTREAM_HEADERS": "X-A: s3cret%sX-B: 2" % mark})
+
+
+@pytest.mark.parametrize("comma", ",\uff0c\u3001", ids=ascii)
+def test_no_comma_stands_in_the_name_of_the_default_model(comma):
+    with pytest.raises(aiproxy.SettingError, match="printable characters but commas"):
+        aiproxy.Settings({"AIPROXY_DEFAULT_MODEL": "a%sb" % comma})
+
+
+def test_all_placeholders_are_named_at_once(check):
+    environ = {"AIPROXY_KEY": "sk-...", "AIPROXY_CLIENT_KEYS": "a=ck-1,b=your-key"}
+    status, out, err = check(**environ)
+    assert (status, out) == (2, "")
+    assert err == ("aiproxy: AIPROXY_KEY, AIPROXY_CLIENT_KEYS: got something that is not shown "
+                   "here because it may be secret; it takes a real key: this one looks like a "
+                   "placeholder from an example\n")
+
+    environ["AIPROXY_UPSTREAM"] = "workers-ai"      # it does not use AIPROXY_KEY
+    err = check(**environ, CLOUDFLARE_ACCOUNT_ID="0123", CLOUDFLARE_API_TOKEN="token")[2]
+    assert err.startswith("aiproxy: CLOUDFLARE_API_TOKEN, AIPROXY_CLIENT_KEYS: got something")
+
+
+def test_every_provider_of_the_table_can_be_used():
+    """A mistake in a new row would show only where somebody uses it, and not name the row."""
+    options = [option.name for option in aiproxy.OPTIONS]
+    for name, row in aiproxy.PROVIDERS.items():
+        assert name == name.lower(), "a provider's name is looked up in lower case"
+        aiproxy.split_base_url(row.base_url)
+        assert row.key_variable in options, name
+
+
+def test_a_key_variable_that_is_no_setting_is_named(monkeypatch):
+    row = aiproxy.Provider("https://provider.example", key_variable="PROVIDER_KEY")
+    monkeypatch.setitem(aiproxy.PROVIDERS, "provider", row)
+    with pytest.raises(aiproxy.SettingError, match="PROVIDER_KEY is not one of OPTIONS"):
+        aiproxy.Settings({"AIPROXY_UPSTREAM": "provider"})
 
 
 def test_a_short_name_may_begin_like_a_key():
@@ -800,9 +869,9 @@ def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
         "AIPROXY_LOG=json\r\n",
         encoding="utf-8",
     )
-    status, out, err = check("--env-file", str(path), AIPROXY_PORT="82")
+    status, out, err = check("--env-file", str(path), AIPROXY_PORT="82", AIPROXY_LOG="'json'")
 
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "aiproxy: AIPROXY_PORT: the environment overrides --env-file\n")
     assert "sk-hidden" not in out
     assert "AIPROXY_PORT=82\n" in out
     assert "AIPROXY_MODELS=a,b=c\n" in out
@@ -810,6 +879,26 @@ def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
     assert "AIPROXY_LOG=json\n" in out
 
     assert "AIPROXY_KEY=none" not in out
+
+
+def test_what_the_environment_overrides_is_named_and_no_value_is_shown(check, tmp_path):
+    path = tmp_path / "env"
+    path.write_text("AIPROXY_UPSTREAM=deepseek\nAIPROXY_KEY=s3cret-1\nAIPROXY_LOG=json\nEDITOR=vi\n")
+    environ = {"AIPROXY_UPSTREAM": "groq", "AIPROXY_KEY": "s3cret-2", "EDITOR": "ed"}
+    status, out, err = check("--env-file", str(path), **environ, AIPROXY_PORT="82")
+
+    assert status == 0
+    assert "AIPROXY_UPSTREAM=groq\n" in out
+    names = ["AIPROXY_UPSTREAM", "AIPROXY_KEY"]
+    told = ["aiproxy: %s: the environment overrides --env-file" % name for name in names]
+    assert err.splitlines() == told
+    assert "s3cret" not in out + err
+
+    with Program("--env-file", str(path), env=environ) as program:
+        for name in names:
+            program.wait_for_line(
+                program.errors, "  warning: %s: the environment overrides --env-file" % name)
+        assert not any("s3cret" in line for line in program.errors)
 
 
 @pytest.mark.parametrize(

@@ -102,16 +102,51 @@ def test_a_file_that_cannot_be_used_stops_the_start_and_is_not_shown(file, conte
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_file_that_is_not_there_stops_the_start_and_its_path_is_not_shown(tmp_path, name):
+def test_a_file_that_is_not_there_stops_the_start_and_its_path_is_shown(tmp_path, name):
+    path = str(tmp_path / "missing")
     with pytest.raises(aiproxy.SettingError) as caught:
-        aiproxy.Settings({name + "_FILE": str(tmp_path / "s3cret")})
+        aiproxy.Settings({name + "_FILE": path})
 
-    reason = "No such file or directory"
-    assert str(caught.value) == "%s_FILE: the file cannot be read: %s" % (name, reason)
+    reason = "the file %s cannot be read: No such file or directory" % path
+    assert str(caught.value) == "%s_FILE: %s" % (name, reason)
+
+
+# What somebody may write where a path belongs, and whether it is shown.
+PATHS = [
+    ("/run/secrets/provider_key", True),
+    ("secrets/provider", True),
+    ("aiproxy.env", True),
+    ("./key", True),
+    ("C:\\Program Files\\aiproxy\\key.txt", True),
+    ("/srv/\u5bc6\u94a5/key", True),
+    ("s3cret", False),
+    ("sk-s3cret", False),
+    ("gsk_s3cret/abc", False),
+    ("0123456789abcdef0123456789abcdef.s3cret", False),
+    ("s3cret/AbCdEf+0123==", False),
+    ("https://me:s3cret@host", False),
+    ("-----BEGIN PRIVATE KEY-----\ns3cret/abc", False),
+    ("alice=s3cret/abc", False),
+]
+
+
+@pytest.mark.parametrize("variable", ["AIPROXY_KEY_FILE", "AIPROXY_TLS_CERT", "--env-file"])
+@pytest.mark.parametrize("path,is_shown", PATHS, ids=ascii)
+def test_a_path_is_shown_unless_it_may_be_a_key(check, variable, path, is_shown):
+    if variable.startswith("--"):
+        status, out, err = check(variable, path)
+    else:
+        status, out, err = check(**{variable: path})
+
+    assert (status, out) == (2, "")
+    assert err.startswith("aiproxy: %s: the file " % variable)
+    assert err.endswith("cannot be read: No such file or directory\n")
+    assert (path in err) == is_shown
+    assert "s3cret" not in err
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(aiproxy.SettingError, match="AIPROXY_KEY_FILE: the file cannot be read"):
+    with pytest.raises(aiproxy.SettingError, match="AIPROXY_KEY_FILE: the file .* cannot be read"):
         aiproxy.Settings({"AIPROXY_KEY_FILE": str(tmp_path)})
 
 

@@ -265,6 +265,28 @@ await check("start page: an answer that breaks off keeps what came, and says so"
     }
   )
 })
+await check("start page: no model is put into the box in which somebody types", async () => {
+  let [list, posted] = [() => {}, ""]
+  const slow = await serve((request, response) => {
+    request.on("data", data => (posted += data))
+    if (request.method === "POST") return response.end("{}")
+    list = () => response.end('{"data": [{"id": "Qwen/Qwen3-8B"}]}')
+  })
+  await onStartPage((await startRelay({ UPSTREAM: slow })).url, async page => {
+    const arrives = page.locator("#models button", { hasText: "Qwen" }).waitFor()
+    await page.focus("#model")
+    await page.waitForTimeout(200)
+    list()
+    await arrives
+    assert.match(await page.textContent("#curl"), /"Qwen\/Qwen3-8B"/)
+    await page.keyboard.type("Qwen/Qwen3-8B")
+    assert.equal(await page.inputValue("#model"), "Qwen/Qwen3-8B")
+    await page.fill("#model", "")
+    await page.click("#send")
+    await idle(page)
+    assert.equal(JSON.parse(posted).model, "Qwen/Qwen3-8B")
+  })
+})
 await check("start page: stop", () =>
   onStartPage(demo.url, async page => {
     await page.locator("#models button").waitFor()
