@@ -883,7 +883,8 @@ def test_an_env_file_is_read_and_the_environment_wins(check, tmp_path):
 
 def test_what_the_environment_overrides_is_named_and_no_value_is_shown(check, tmp_path):
     path = tmp_path / "env"
-    path.write_text("AIPROXY_UPSTREAM=deepseek\nAIPROXY_KEY=s3cret-1\nAIPROXY_LOG=json\nEDITOR=vi\n")
+    lines = ["AIPROXY_UPSTREAM=deepseek", "AIPROXY_KEY=s3cret-1", "AIPROXY_LOG=json", "EDITOR=vi"]
+    path.write_text("\n".join(lines))
     environ = {"AIPROXY_UPSTREAM": "groq", "AIPROXY_KEY": "s3cret-2", "EDITOR": "ed"}
     status, out, err = check("--env-file", str(path), **environ, AIPROXY_PORT="82")
 
