@@ -232,7 +232,7 @@ DROPPED_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
 DROPPED_REQUEST_PREFIXES = (
     b"x-forwarded-", b"x-fc-", b"x-vercel-", b"fly-", b"sec-fetch-", b"sec-ch-")
 
-# With a provider key only these go up: what the call needs, and nothing of the caller.
+# Where a key of ours is at stake only these go up: what the call needs, nothing of the caller.
 ALLOWED_REQUEST_FIELDS = frozenset(
     b"content-type content-encoding accept user-agent idempotency-key openai-beta "
     b"anthropic-version anthropic-beta x-session-affinity".split())
@@ -798,7 +798,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body is not None:
             return body
         self.upload.observe = self.service.observe_request(self.record)
-        self.start_body(self.settings.max_body if self.settings.has_own_keys else None)     # 413
+        self.start_body(self.settings.max_body if self.settings.guards_keys else None)     # 413
         return self.upload.read_beginning(PREFETCH_BYTES, PREFETCH_SECONDS)                 # 408
 
     def start_body(self, limit):
@@ -1022,7 +1022,7 @@ def check_method(request, settings):
     message = "The method %s is not served here." % request.method[:20]
     if request.method in NEVER_METHODS:
         raise ErrorResponse(405, "method_not_allowed", message, headers=[allow_header(METHODS)])
-    if settings.has_own_keys and request.method not in METHODS:
+    if settings.guards_keys and request.method not in METHODS:
         raise ErrorResponse(501, "method_not_allowed", message)
 
 def check_target(request, settings, normalize_path):
@@ -1035,7 +1035,7 @@ def check_target(request, settings, normalize_path):
         if authority.encode().lower() != request.headers.get(b"host", b"").lower():
             raise ProtocolError("The authority in the request target is not the Host field.")
         request.path = path or "/"
-    if settings.has_own_keys:
+    if settings.guards_keys:
         request.path = normalize_path(request.path, settings.paths)
     if not is_plain_path(request.path) or "#" in request.query:
         raise ProtocolError("The request target is not a plain path: "
@@ -1239,14 +1239,14 @@ def upstream_headers(request, settings):
         if goes_up(name.lower(), request, settings):
             fields.append((name, value))
     fields += request.own_fields.values()
-    if settings.has_own_keys:
+    if settings.guards_keys:
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
     return fields
 
 def goes_up(low, request, settings):
     """May a field of this name, in lower case, go up as it came?"""
-    if settings.has_own_keys and low not in ALLOWED_REQUEST_FIELDS:
+    if settings.guards_keys and low not in ALLOWED_REQUEST_FIELDS:
         return False
     name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
     if low in request.headers.connection or name in DROPPED_REQUEST_FIELDS:
@@ -2825,8 +2825,8 @@ class Settings:
         # Is a key of ours at stake, one that is hidden or ones that were given out? Then only what
         # is named goes up, paths and header fields. (Client keys without a provider key guard an
         # upstream that wants none.)
-        self.has_own_keys = bool(self.provider_keys or self.client_keys)
-        if self.has_own_keys and self.paths is None:
+        self.guards_keys = bool(self.provider_keys or self.client_keys)
+        if self.guards_keys and self.paths is None:
             rules = [("POST", path) for path in provider.paths]
             self.paths = tuple(rules + [("GET", "/v1/models"), ("GET", "/v1/models/*")])
 
@@ -2847,9 +2847,9 @@ class Settings:
         # Does nobody get through without a key, ours or one that the provider surely wants?
         self.is_guarded_by_keys = bool(self.client_keys) or (
             is_transparent and self.upstream.surely_wants_key)
-        is_unguarded = not (self.is_guarded_by_keys or self.open)
-        self.is_guarded_by_loopback = is_unguarded and not is_transparent
-        self.wants_loopback_host = is_unguarded and may_be_loopback(self.host)
+        is_keyless = not (self.is_guarded_by_keys or self.open)
+        self.is_guarded_by_loopback = is_keyless and not is_transparent
+        self.wants_loopback_host = is_keyless and may_be_loopback(self.host)
 
     def check_safe(self):
         """SettingError for a combination that would be open by accident."""
@@ -3707,7 +3707,7 @@ OPTIONS += (
 KEY_PARAMETERS = ("key", "api_key", "access_token")
 
 def check_query(request, settings):
-    has_query = settings.has_own_keys and request.query
+    has_query = settings.guards_keys and request.query
     if has_query and has_key_in_query(request.query, settings.client_keys):
         raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
                             "it. Send it as Authorization: Bearer.")
@@ -3790,7 +3790,7 @@ def answer_options(handler):
     """A plain OPTIONS on a path that is allowed gets its methods. (Without keys it goes up.)"""
     path = handler.request.path
     settings = handler.settings
-    if handler.request.method != "OPTIONS" or not settings.has_own_keys:
+    if handler.request.method != "OPTIONS" or not settings.guards_keys:
         return False
     methods = allowed_methods(path, settings.paths)
     if not methods or settings.upstream.map_path(path) is None:
@@ -4602,7 +4602,7 @@ def needs_body_inspection(handler):
     if not handler.service.inspects_bodies:
         return False
     has_body = not handler.upload.done
-    return is_inference(handler.request) or (has_body and handler.settings.has_own_keys)
+    return is_inference(handler.request) or (has_body and handler.settings.guards_keys)
 
 def is_inference(request):
     return request.method == "POST" and request.path in INFERENCE_PATHS
@@ -4855,7 +4855,7 @@ def check_named_model(handler):
     """
     request = handler.request
     settings = handler.settings
-    if not (settings.models and settings.has_own_keys):
+    if not (settings.models and settings.guards_keys):
         return
     if request.method != "POST" and handler.upload.done:
         return
@@ -6346,7 +6346,7 @@ def prepare_websocket(handler):
         return
     if settings.client_keys or settings.provider_keys:
         take_key_protocol(request)
-    if settings.has_own_keys:
+    if settings.guards_keys:
         request.own_fields.update(websocket_fields(request.headers))
     request.own_fields[b"connection"] = (b"Connection", b"Upgrade")
     request.own_fields[b"upgrade"] = (b"Upgrade", b"websocket")
