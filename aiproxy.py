@@ -5788,6 +5788,7 @@ class TwoWayJob(ResponseJob):
 # ---- Event streams -------------------------------------------------------------------------------
 # Does: tells of a cut in an event stream by an event of our own, takes the API's own last event
 # for the end where TLS ends without close_notify, and has proxies in front hold nothing back.
+# Where a stream is translated: takes its events out of the bytes.
 # Touches: event streams, between two events; what counts as a cut; header fields of streams.
 # Entered: `install_event_streams` in install_features sets `follow_events` and `stream_headers`.
 
@@ -5914,6 +5915,39 @@ class LastEvent:
     def is_final(self):
         """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
         return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
+
+# -- events out of bytes, for a stream that is translated
+
+MAX_EVENT = 4 << 20     # bytes of an event: far above any, so that none fills the memory
+BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
+
+
+class EventReader:
+    """Events out of bytes as they come, with line ends LF or CRLF (WHATWG HTML, 9.2.6)."""
+
+    def __init__(self):
+        self.buffer = bytearray()       # the event whose end has not come yet
+
+    def feed(self, piece):
+        """The data of the events that `piece` completes, without those that have none."""
+        # Only the new part is searched, with the 3 bytes before it, where "\r\n\r" may stand: to
+        # search all of it again would cost the square of an event's length.
+        position = max(len(self.buffer) - 3, 0)
+        self.buffer += piece
+        events = []
+        begin = 0
+        for blank_line in BLANK_LINE.finditer(self.buffer, position):
+            events.append(read_event(self.buffer[begin:blank_line.start()]))
+            begin = blank_line.end()
+        del self.buffer[:begin]
+        if len(self.buffer) > MAX_EVENT:
+            raise upstream_error("upstream_bad_response", "An event of the upstream's is too long.")
+        return list(filter(None, events))
+
+def read_event(block):
+    """The data of one event. The first may begin with a byte order mark."""
+    lines = block.decode("utf-8-sig", "replace").split("\n")
+    return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
 
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
@@ -7243,7 +7277,6 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
 }
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 end in mid-sentence
 WINDOW_SHARE = 4                # but at most the fourth part of the model's window
-MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
 MAX_CHOICES = 128               # in one response, as OpenAI allows: each becomes several events
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
@@ -7293,7 +7326,6 @@ MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
-BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
 MAY_BE_CALL = re.compile(br"\s{0,99}(?:\{|\Z)")
 MAX_CALL_TEXT = 1 << 16         # bytes of text that are held back because they may be a call
@@ -7637,34 +7669,6 @@ def embeddings_object(data, call):
     return embeddings
 
 # -- streams
-
-class EventReader:
-    """Events out of bytes as they come, with line ends LF or CRLF (WHATWG HTML, 9.2.6)."""
-
-    def __init__(self):
-        self.buffer = bytearray()       # the event whose end has not come yet
-
-    def feed(self, piece):
-        """The data of the events that `piece` completes, without those that have none."""
-        # Only the new part is searched, with the 3 bytes before it, where "\r\n\r" may stand: to
-        # search all of it again would cost the square of an event's length.
-        position = max(len(self.buffer) - 3, 0)
-        self.buffer += piece
-        events = []
-        begin = 0
-        for blank_line in BLANK_LINE.finditer(self.buffer, position):
-            events.append(read_event(self.buffer[begin:blank_line.start()]))
-            begin = blank_line.end()
-        del self.buffer[:begin]
-        if len(self.buffer) > MAX_EVENT:
-            raise unreadable()
-        return list(filter(None, events))
-
-def read_event(block):
-    """The data of one event. The first may begin with a byte order mark."""
-    lines = block.decode("utf-8-sig", "replace").split("\n")
-    return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
-
 
 class StreamTranslator:
     """Cloudflare's events in, OpenAI's out, each as soon as it is there."""
