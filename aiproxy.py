@@ -6714,7 +6714,7 @@ def try_keys(server):
 def try_key(server, index):
     """What the upstream makes of a key, in words that are none of its own, and our exit status."""
     try:
-        status = ask_for_models(server, index)
+        status, refusal = ask_for_models(server, index)
     except ErrorResponse as error:
         return "could not be tried. %s" % error.message, 1
     words, exit_status = VERDICTS.get(status, ("could not be tried", 1))
@@ -6722,12 +6722,14 @@ def try_key(server, index):
         words, exit_status = "refused: there is no such account", 2
     if 200 <= status < 300:
         words, exit_status = ACCEPTED, 0
+    if refusal:
+        return "refused (%d). %s" % (status, refusal), 2
     return "%s (%d)" % (words, status), exit_status
 
 def ask_for_models(server, index):
-    """The status of the upstream's model list; ErrorResponse if it does not answer.
+    """The status of the upstream's model list, and why it refuses the key, if we know.
 
-    `index` is a key's; that of none stands for no key.
+    ErrorResponse if it does not answer. `index` is a key's; that of none stands for no key.
     """
     settings = server.settings
     upstream = settings.upstream
@@ -6748,8 +6750,11 @@ def ask_for_models(server, index):
                               no_body)
     request.wait = wait_alone
     exchange = server.service.opener.open(request, timeout=settings.timeout)
+    refusal = ""
+    if accounts and exchange.status >= 400:
+        refusal = upstream.provider.handler.refusal(exchange)
     exchange.close()
-    return exchange.status
+    return exchange.status, refusal
 
 def wait_alone(connection, mask, seconds):
     """What `wait_for_upstream` does, without a client to watch."""
@@ -7281,16 +7286,13 @@ MAX_CHOICES = 128               # in one response, as OpenAI allows: each become
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
-# What the client calls: the kind of its response. All that is text goes up as a chat, which
-# Cloudflare takes in OpenAI's form and streams for every text model: /ai/v1/completions is
-# documented nowhere, /ai/v1/responses serves gpt-oss alone, and whole (cloudflare-docs#32116).
+# What the client calls: the kind of its response. All text goes up as a chat: /ai/v1/completions
+# is documented nowhere, /ai/v1/responses serves gpt-oss alone, and whole (cloudflare-docs#32116).
 WORKERS_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "text",
                  "/v1/embeddings": "embeddings"}
-# Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user and
-# so on are in newer schemas (workerd's ChatCompletionsCommonOptions); older ones forbid none [O].
+# These mean `off` elsewhere (SillyTavern#1823), and are left out. No schema forbids others [O].
 MEANINGLESS = (("top_k", 0), ("top_k", -1))
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
-# Models by what sets them apart.
 SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
 BARE_SCHEMA = re.compile(r"/meta/|deepseek-r1|deepseek-coder|hermes-2")     # json-mode.mdx [O]
 DATA_IMAGES = re.compile(r"llama-4|llama-3\.2|mistral-small|gemma-3")   # no URLs: their schemas [O]
@@ -7306,14 +7308,15 @@ CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and stat
     "insufficient_quota": (429, 3036, 4006),        # 3036 in the docs, 4006 on the wire
     "upstream_timeout": (504, 3007, 3008, 408),
     "upstream_error": (502, 7009, 8005),            # Cloudflare's own, whatever it calls them
-    "upstream_credentials_rejected": (502, 10000, 9106, 401),       # ours: the client's is fine
+    "upstream_credentials_rejected": (502, 6003, 7403, 9106, 9109, 10000, 401),     # ours
     "upstream_misconfigured": (502, 7000, 7001, 7003),      # no such route or account
     "not_found": (404, 404),
 }
 # Errors that no client could fix: what it reads in place of Cloudflare's words.
 OPERATOR_ERRORS = {
-    "upstream_credentials_rejected": "Cloudflare rejected the proxy's API token. "
-    "CLOUDFLARE_API_TOKEN must be valid and allow Workers AI Read and Edit.",
+    "upstream_credentials_rejected": "Cloudflare rejected the API token for this account. "
+    "CLOUDFLARE_API_TOKEN must be valid, allow Workers AI Read and Edit, and belong to "
+    "CLOUDFLARE_ACCOUNT_ID.",
     "upstream_misconfigured": "Cloudflare knows no such account or route. "
     "CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
@@ -7804,11 +7807,18 @@ def translate_error(status, body, secrets=(), retry_after=None):
     if code == "model_not_found":
         message = "%s. See GET /v1/models; short names are %s." % (
             message.rstrip("."), ", ".join(WORKERS_ALIASES))
+    if code == "insufficient_quota":
+        message = "%s. The quota is back at 00:00 UTC." % message.rstrip(".")
     headers = [(b"Retry-After", retry_after)] if retry_after else []
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
         headers.append(NO_RETRY)
     param = "model" if code == "model_not_found" else None
     return ErrorResponse(our_status, code, message, param, headers)
+
+def error_code(exchange):
+    """Our code for an error, whose body is still to be read."""
+    exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+    return translate_error(exchange.status, exchange.prefetched).code
 
 def classify_error(number, status, word):
     """Our status and code for Cloudflare's number, status and word."""
@@ -8025,12 +8035,20 @@ class WorkersHandler(Handler):
         """A request with one of the keys, to its account. Its daily quota ends at midnight UTC."""
         account = self.settings.account_paths[key_index]
         exchange = super().send_up(key_index, method, account + target, *others)
-        if exchange.status == 429 and len(self.settings.account_paths) > 1:
-            exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-            if translate_error(429, exchange.prefetched).code == "insufficient_quota":
-                seconds = b"%d" % (86400 - time.time() % 86400)
-                exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
+        if exchange.status < 400 or len(self.settings.account_paths) == 1:
+            return exchange
+        code = error_code(exchange)
+        if code == "insufficient_quota":
+            seconds = b"%d" % (86400 - time.time() % 86400)
+            exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
+        if code in OPERATOR_ERRORS:
+            exchange.status = 401           # another account may do better
         return exchange
+
+    @staticmethod
+    def refusal(exchange):
+        """Why an error refuses the token or the account, in our words; "" if it does not."""
+        return OPERATOR_ERRORS.get(error_code(exchange), "")
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
