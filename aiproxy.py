@@ -7911,9 +7911,14 @@ def prepare_workers(settings):
     """The accounts, the base URL and the models. Raises SettingError."""
     accounts = settings.read("CLOUDFLARE_ACCOUNT_ID")
     keys = settings.provider_keys
-    if not keys or len(accounts) not in (1, len(keys)):
-        raise SettingError("workers-ai needs CLOUDFLARE_API_TOKEN (Workers AI Read and Edit) and "
-                           "CLOUDFLARE_ACCOUNT_ID: one for all tokens, or one for each, in order")
+    both = {"CLOUDFLARE_API_TOKEN": keys, "CLOUDFLARE_ACCOUNT_ID": accounts}
+    missing = [name for name, values in both.items() if not values]
+    if missing:
+        raise SettingError("workers-ai needs %s: see Workers AI > Use REST API in Cloudflare's "
+                           "dashboard" % " and ".join(missing))
+    if len(accounts) not in (1, len(keys)):
+        raise SettingError("CLOUDFLARE_ACCOUNT_ID: got %d accounts; it takes one for all tokens, "
+                           "or one for each, in order" % len(accounts))
     provider = settings.upstream.provider
     settings.upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     settings.upstream.provider = provider

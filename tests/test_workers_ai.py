@@ -7,6 +7,7 @@ have not been recorded by anybody: those of the fake are assumed, by the docs an
 import base64
 import json
 import queue
+import re
 import struct
 import threading
 
@@ -1503,6 +1504,16 @@ def test_a_start_that_would_not_be_safe_or_cannot_work_is_refused(cloudflare, gi
     with pytest.raises(SettingError) as refused:
         Settings(settings(cloudflare, **given))
     assert names in str(refused.value) and TOKEN not in str(refused.value)
+
+
+@pytest.mark.parametrize("missing", [
+    ("CLOUDFLARE_ACCOUNT_ID",), ("CLOUDFLARE_API_TOKEN",),
+    ("CLOUDFLARE_API_TOKEN", "CLOUDFLARE_ACCOUNT_ID")], ids=" and ".join)
+def test_the_message_names_what_is_missing_and_nothing_else(cloudflare, missing):
+    with pytest.raises(SettingError) as refused:
+        Settings(settings(cloudflare, **dict.fromkeys(missing, "")))
+    named = set(re.findall("CLOUDFLARE_[A-Z_]+", str(refused.value)))
+    assert named == set(missing)
 
 
 def test_a_key_of_another_provider_is_not_used(cloudflare, workers):
