@@ -6574,7 +6574,7 @@ def print_banner(server):
     lines = [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
-        "models       " + (", ".join(getattr(settings, "models", ())) or "all"),
+        "models       " + ", ".join(parse_list(settings.shown.get("AIPROXY_MODELS", "all"))),
         "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + {"*": "any", "none": "none: browsers are refused"}.get(origins, origins),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
@@ -7930,10 +7930,22 @@ def prepare_workers(settings):
     if models.get("short") == "short":
         del models["short"]
         models = dict(WORKERS_ALIASES, **models)
-        settings.shown["AIPROXY_MODELS"] = ", ".join(models)
+    check_workers_models(models)
+    if models != settings.models:       # what the short names stand for is not what was typed
+        listed = ["=".join(dict.fromkeys(pair)) for pair in models.items()]
+        settings.shown["AIPROXY_MODELS"] = ", ".join(listed)
     settings.models = models
     settings.aliases = models or WORKERS_ALIASES
     settings.catalogue = Catalogue(settings.aliases, bool(models))
+
+def check_workers_models(models):
+    """SettingError for a bare name that is no short name of ours: Cloudflare's have a slash."""
+    for model in models.values():
+        if not re.search("[/*]", model):
+            got = "what may be a key" if LIKE_KEY.search(model) else repr(model)
+            raise SettingError("AIPROXY_MODELS: got %s; for workers-ai it takes models, which "
+                               "begin with @cf/ or @hf/, and short names: %s, or `short` for all"
+                               % (got, ", ".join(WORKERS_ALIASES)))
 
 
 class Catalogue:

@@ -1118,7 +1118,8 @@ def test_short_names_can_be_the_list_of_models(cloudflare, workers):
     ("mine=gpt-oss-20b", {"mine": ALIASES["gpt-oss-20b"]}),
     ("gpt-oss-20b=@cf/x/y", {"gpt-oss-20b": "@cf/x/y"}),
     ("short=@cf/x/y", {"short": "@cf/x/y"}),
-    ("llama-3.3-70b,@cf/x/y", {"llama-3.3-70b": "llama-3.3-70b", "@cf/x/y": "@cf/x/y"}),
+    ("x/llama-3.3-70b,@cf/x/y", {"x/llama-3.3-70b": "x/llama-3.3-70b", "@cf/x/y": "@cf/x/y"}),
+    ("llama-4*", {"llama-4*": "llama-4*"}),
     ("gemma-4=@cf/x/y,short", dict(ALIASES, **{"gemma-4": "@cf/x/y"}))])
 def test_a_short_name_alone_means_its_model(cloudflare, given, models):
     read = Settings(settings(cloudflare, AIPROXY_MODELS=given))
@@ -1134,15 +1135,37 @@ def test_a_short_name_alone_can_be_asked_for(cloudflare, workers):
     assert [model["id"] for model in models(running).json["data"]] == ["gpt-oss-20b"]
 
 
+SHORT = ", ".join("%s=%s" % pair for pair in ALIASES.items())
+
+
 @pytest.mark.parametrize("given,shown", [
-    ("", "all"), ("short", ", ".join(ALIASES)), ("mine=@cf/x/y", "mine=@cf/x/y")])
-def test_what_is_in_force_never_shows_short_names_as_a_list_of_models(
-        cloudflare, check, given, shown):
+    ("", "all"), ("short", SHORT), ("mine=@cf/x/y", "mine=@cf/x/y"),
+    ("short,@cf/x/y", SHORT + ", @cf/x/y"),
+    ("gemma-3,llama-4*", "gemma-3=@cf/google/gemma-4-26b-a4b-it, llama-4*"),
+    ("mine=gemma-3", "mine=@cf/google/gemma-4-26b-a4b-it")],
+    ids=["all", "short", "mine", "short and more", "some", "a name for a name"])
+def test_what_is_in_force_shows_what_short_names_stand_for(cloudflare, check, given, shown):
     environ = settings(cloudflare, AIPROXY_MODELS=given)
     _, printed, _ = check(**environ)
     assert "AIPROXY_MODELS=%s\n" % shown in printed
-    names = "mine" if given.startswith("mine") else shown
-    assert "  models       %s\n" % names in banner_of(environ)
+    assert "  models       %s\n" % shown in banner_of(environ)
+
+
+@pytest.mark.parametrize("given,name", [
+    ("llama-3.3-70b", "llama-3.3-70b"), ("gemma-3,short,GPT-OSS-20b", "GPT-OSS-20b"),
+    ("mine=gemma-5,@cf/x/y", "gemma-5"), ("@cf", "@cf"), ("llama-4*,llama-4", "llama-4")])
+def test_a_name_that_can_be_no_model_of_cloudflares_is_refused_at_the_start(
+        cloudflare, given, name):
+    with pytest.raises(SettingError) as refused:
+        Settings(settings(cloudflare, AIPROXY_MODELS=given))
+    for word in ("AIPROXY_MODELS", repr(name), "@cf/", "@hf/", "gpt-oss-20b, llama-4-scout"):
+        assert word in str(refused.value)
+
+
+def test_a_key_among_the_models_is_not_shown(cloudflare):
+    with pytest.raises(SettingError) as refused:
+        Settings(settings(cloudflare, AIPROXY_MODELS="gemma-3," + "0123abcd" * 5))
+    assert "AIPROXY_MODELS" in str(refused.value) and "0123abcd" not in str(refused.value)
 
 
 # -- several accounts
