@@ -5846,6 +5846,7 @@ class TwoWayJob(ResponseJob):
 # ---- Event streams -------------------------------------------------------------------------------
 # Does: tells of a cut in an event stream by an event of our own, takes the API's own last event
 # for the end where TLS ends without close_notify, and has proxies in front hold nothing back.
+# Where a stream is translated: takes its events out of the bytes.
 # Touches: event streams, between two events; what counts as a cut; header fields of streams.
 # Entered: `install_event_streams` in install_features sets `follow_events` and `stream_headers`.
 
@@ -5972,6 +5973,39 @@ class LastEvent:
     def is_final(self):
         """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
         return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
+
+# -- events out of bytes, for a stream that is translated
+
+MAX_EVENT = 4 << 20     # bytes of an event: far above any, so that none fills the memory
+BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
+
+
+class EventReader:
+    """Events out of bytes as they come, with line ends LF or CRLF (WHATWG HTML, 9.2.6)."""
+
+    def __init__(self):
+        self.buffer = bytearray()       # the event whose end has not come yet
+
+    def feed(self, piece):
+        """The data of the events that `piece` completes, without those that have none."""
+        # Only the new part is searched, with the 3 bytes before it, where "\r\n\r" may stand: to
+        # search all of it again would cost the square of an event's length.
+        position = max(len(self.buffer) - 3, 0)
+        self.buffer += piece
+        events = []
+        begin = 0
+        for blank_line in BLANK_LINE.finditer(self.buffer, position):
+            events.append(read_event(self.buffer[begin:blank_line.start()]))
+            begin = blank_line.end()
+        del self.buffer[:begin]
+        if len(self.buffer) > MAX_EVENT:
+            raise upstream_error("upstream_bad_response", "An event of the upstream's is too long.")
+        return list(filter(None, events))
+
+def read_event(block):
+    """The data of one event. The first may begin with a byte order mark."""
+    lines = block.decode("utf-8-sig", "replace").split("\n")
+    return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
 
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
@@ -6608,7 +6642,7 @@ def print_banner(server):
     lines += [
         "upstream     " + describe_upstream(server),
         "client keys  " + (", ".join(client_names) or "none"),
-        "models       " + (", ".join(getattr(settings, "models", ())) or "all"),
+        "models       " + ", ".join(parse_list(settings.shown.get("AIPROXY_MODELS", "all"))),
         "paths        " + shown["AIPROXY_PATHS"],
         "origins      " + {"*": "any", "none": "none: browsers are refused"}.get(origins, origins),
         "limits       rate %s, tokens %s, characters %s, %d bytes a body" % (
@@ -6758,7 +6792,7 @@ def try_keys(server):
 def try_key(server, index):
     """What the upstream makes of a key, in words that are none of its own, and our exit status."""
     try:
-        status = ask_for_models(server, index)
+        status, refusal = ask_for_models(server, index)
     except ErrorResponse as error:
         return "could not be tried. %s" % error.message, 1
     words, exit_status = VERDICTS.get(status, ("could not be tried", 1))
@@ -6766,12 +6800,14 @@ def try_key(server, index):
         words, exit_status = "refused: there is no such account", 2
     if 200 <= status < 300:
         words, exit_status = ACCEPTED, 0
+    if refusal:
+        return "refused (%d). %s" % (status, refusal), 2
     return "%s (%d)" % (words, status), exit_status
 
 def ask_for_models(server, index):
-    """The status of the upstream's model list; ErrorResponse if it does not answer.
+    """The status of the upstream's model list, and why it refuses the key, if we know.
 
-    `index` is a key's; that of none stands for no key.
+    ErrorResponse if it does not answer. `index` is a key's; that of none stands for no key.
     """
     settings = server.settings
     upstream = settings.upstream
@@ -6792,8 +6828,11 @@ def ask_for_models(server, index):
                               no_body)
     request.wait = wait_alone
     exchange = server.service.opener.open(request, timeout=settings.timeout)
+    refusal = ""
+    if accounts and exchange.status >= 400:
+        refusal = upstream.provider.handler.refusal(exchange)
     exchange.close()
-    return exchange.status
+    return exchange.status, refusal
 
 def wait_alone(connection, mask, seconds):
     """What `wait_for_upstream` does, without a client to watch."""
@@ -7326,21 +7365,17 @@ WORKERS_ALIASES = {     # to add a short name, add a row; AIPROXY_MODELS replace
 }
 WORKERS_MAX_TOKENS = 4096       # where a request sets none: Cloudflare's 256 end in mid-sentence
 WINDOW_SHARE = 4                # but at most the fourth part of the model's window
-MAX_EVENT = 4 << 20             # bytes of an event: far above any, so that none fills the memory
 MAX_CHOICES = 128               # in one response, as OpenAI allows: each becomes several events
 MAX_MESSAGE_READ = 1 << 16      # characters of an error's message that are looked at,
 MAX_MESSAGE_SHOWN = 2000        # and of those, the characters that are shown
 BROKEN_OFF = "The upstream broke off in the middle of this response."
-# What the client calls: the kind of its response. All that is text goes up as a chat, which
-# Cloudflare takes in OpenAI's form and streams for every text model: /ai/v1/completions is
-# documented nowhere, /ai/v1/responses serves gpt-oss alone, and whole (cloudflare-docs#32116).
+# What the client calls: the kind of its response. All text goes up as a chat: /ai/v1/completions
+# is documented nowhere, /ai/v1/responses serves gpt-oss alone, and whole (cloudflare-docs#32116).
 WORKERS_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "text",
                  "/v1/embeddings": "embeddings"}
-# Members that mean `off` elsewhere (SillyTavern#1823) are left out. All others go up: n, user and
-# so on are in newer schemas (workerd's ChatCompletionsCommonOptions); older ones forbid none [O].
+# These mean `off` elsewhere (SillyTavern#1823), and are left out. No schema forbids others [O].
 MEANINGLESS = (("top_k", 0), ("top_k", -1))
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
-# Models by what sets them apart.
 SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
 BARE_SCHEMA = re.compile(r"/meta/|deepseek-r1|deepseek-coder|hermes-2")     # json-mode.mdx [O]
 DATA_IMAGES = re.compile(r"llama-4|llama-3\.2|mistral-small|gemma-3")   # no URLs: their schemas [O]
@@ -7356,14 +7391,15 @@ CLOUDFLARE_ERRORS = {       # our code: our status, Cloudflare's codes, and stat
     "insufficient_quota": (429, 3036, 4006),        # 3036 in the docs, 4006 on the wire
     "upstream_timeout": (504, 3007, 3008, 408),
     "upstream_error": (502, 7009, 8005),            # Cloudflare's own, whatever it calls them
-    "upstream_credentials_rejected": (502, 10000, 9106, 401),       # ours: the client's is fine
+    "upstream_credentials_rejected": (502, 6003, 7403, 9106, 9109, 10000, 401),     # ours
     "upstream_misconfigured": (502, 7000, 7001, 7003),      # no such route or account
     "not_found": (404, 404),
 }
 # Errors that no client could fix: what it reads in place of Cloudflare's words.
 OPERATOR_ERRORS = {
-    "upstream_credentials_rejected": "Cloudflare rejected the proxy's API token. "
-    "CLOUDFLARE_API_TOKEN must be valid and allow Workers AI Read and Edit.",
+    "upstream_credentials_rejected": "Cloudflare rejected the API token for this account. "
+    "CLOUDFLARE_API_TOKEN must be valid, allow Workers AI Read and Edit, and belong to "
+    "CLOUDFLARE_ACCOUNT_ID.",
     "upstream_misconfigured": "Cloudflare knows no such account or route. "
     "CLOUDFLARE_ACCOUNT_ID or CLOUDFLARE_API_BASE_URL is wrong.",
 }
@@ -7376,7 +7412,6 @@ MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
-BLANK_LINE = re.compile(br"\r?\n(?:\r?\n)+")
 PART_OF_TAG = re.compile(r"(?:</?(?:t|th|thi|thin|think)?)?\Z")
 MAY_BE_CALL = re.compile(br"\s{0,99}(?:\{|\Z)")
 MAX_CALL_TEXT = 1 << 16         # bytes of text that are held back because they may be a call
@@ -7721,34 +7756,6 @@ def embeddings_object(data, call):
 
 # -- streams
 
-class EventReader:
-    """Events out of bytes as they come, with line ends LF or CRLF (WHATWG HTML, 9.2.6)."""
-
-    def __init__(self):
-        self.buffer = bytearray()       # the event whose end has not come yet
-
-    def feed(self, piece):
-        """The data of the events that `piece` completes, without those that have none."""
-        # Only the new part is searched, with the 3 bytes before it, where "\r\n\r" may stand: to
-        # search all of it again would cost the square of an event's length.
-        position = max(len(self.buffer) - 3, 0)
-        self.buffer += piece
-        events = []
-        begin = 0
-        for blank_line in BLANK_LINE.finditer(self.buffer, position):
-            events.append(read_event(self.buffer[begin:blank_line.start()]))
-            begin = blank_line.end()
-        del self.buffer[:begin]
-        if len(self.buffer) > MAX_EVENT:
-            raise unreadable()
-        return list(filter(None, events))
-
-def read_event(block):
-    """The data of one event. The first may begin with a byte order mark."""
-    lines = block.decode("utf-8-sig", "replace").split("\n")
-    return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
-
-
 class StreamTranslator:
     """Cloudflare's events in, OpenAI's out, each as soon as it is there."""
 
@@ -7883,11 +7890,18 @@ def translate_error(status, body, secrets=(), retry_after=None):
     if code == "model_not_found":
         message = "%s. See GET /v1/models; short names are %s." % (
             message.rstrip("."), ", ".join(WORKERS_ALIASES))
+    if code == "insufficient_quota":
+        message = "%s. The quota is back at 00:00 UTC." % message.rstrip(".")
     headers = [(b"Retry-After", retry_after)] if retry_after else []
     if code == "insufficient_quota" or code in OPERATOR_ERRORS:
         headers.append(NO_RETRY)
     param = "model" if code == "model_not_found" else None
     return ErrorResponse(our_status, code, message, param, headers)
+
+def error_code(exchange):
+    """Our code for an error, whose body is still to be read."""
+    exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+    return translate_error(exchange.status, exchange.prefetched).code
 
 def classify_error(number, status, word):
     """Our status and code for Cloudflare's number, status and word."""
@@ -7980,9 +7994,14 @@ def prepare_workers(settings):
     """The accounts, the base URL and the models. Raises SettingError."""
     accounts = settings.read("CLOUDFLARE_ACCOUNT_ID")
     keys = settings.provider_keys
-    if not keys or len(accounts) not in (1, len(keys)):
-        raise SettingError("workers-ai needs CLOUDFLARE_API_TOKEN (Workers AI Read and Edit) and "
-                           "CLOUDFLARE_ACCOUNT_ID: one for all tokens, or one for each, in order")
+    both = {"CLOUDFLARE_API_TOKEN": keys, "CLOUDFLARE_ACCOUNT_ID": accounts}
+    missing = [name for name, values in both.items() if not values]
+    if missing:
+        raise SettingError("workers-ai needs %s: see Workers AI > Use REST API in Cloudflare's "
+                           "dashboard" % " and ".join(missing))
+    if len(accounts) not in (1, len(keys)):
+        raise SettingError("CLOUDFLARE_ACCOUNT_ID: got %d accounts; it takes one for all tokens, "
+                           "or one for each, in order" % len(accounts))
     provider = settings.upstream.provider
     settings.upstream = settings.read("CLOUDFLARE_API_BASE_URL")
     settings.upstream.provider = provider
@@ -7994,10 +8013,22 @@ def prepare_workers(settings):
     if models.get("short") == "short":
         del models["short"]
         models = dict(WORKERS_ALIASES, **models)
-        settings.shown["AIPROXY_MODELS"] = ", ".join(models)
+    check_workers_models(models)
+    if models != settings.models:       # what the short names stand for is not what was typed
+        listed = ["=".join(dict.fromkeys(pair)) for pair in models.items()]
+        settings.shown["AIPROXY_MODELS"] = ", ".join(listed)
     settings.models = models
     settings.aliases = models or WORKERS_ALIASES
     settings.catalogue = Catalogue(settings.aliases, bool(models))
+
+def check_workers_models(models):
+    """SettingError for a bare name that is no short name of ours: Cloudflare's have a slash."""
+    for model in models.values():
+        if not re.search("[/*]", model):
+            got = "what may be a key" if LIKE_KEY.search(model) else repr(model)
+            raise SettingError("AIPROXY_MODELS: got %s; for workers-ai it takes models, which "
+                               "begin with @cf/ or @hf/, and short names: %s, or `short` for all"
+                               % (got, ", ".join(WORKERS_ALIASES)))
 
 
 class Catalogue:
@@ -8104,12 +8135,20 @@ class WorkersHandler(Handler):
         """A request with one of the keys, to its account. Its daily quota ends at midnight UTC."""
         account = self.settings.account_paths[key_index]
         exchange = super().send_up(key_index, method, account + target, *others)
-        if exchange.status == 429 and len(self.settings.account_paths) > 1:
-            exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-            if translate_error(429, exchange.prefetched).code == "insufficient_quota":
-                seconds = b"%d" % (86400 - time.time() % 86400)
-                exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
+        if exchange.status < 400 or len(self.settings.account_paths) == 1:
+            return exchange
+        code = error_code(exchange)
+        if code == "insufficient_quota":
+            seconds = b"%d" % (86400 - time.time() % 86400)
+            exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
+        if code in OPERATOR_ERRORS:
+            exchange.status = 401           # another account may do better
         return exchange
+
+    @staticmethod
+    def refusal(exchange):
+        """Why an error refuses the token or the account, in our words; "" if it does not."""
+        return OPERATOR_ERRORS.get(error_code(exchange), "")
 
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""

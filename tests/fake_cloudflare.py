@@ -312,6 +312,9 @@ class FakeCloudflare(Upstream):
         path, _, query = target.partition("?")
         if received.field("authorization") != "Bearer " + TOKEN:
             return self.reply(received, error_envelope(10000, "Authentication error"), 401)
+        account = re.match("/client/v4/accounts/([0-9a-f]{32})/", path)
+        if account and account.group(1) != ACCOUNT:     # nobody's, or another's [T]
+            return self.reply(received, error_envelope(10000, "Authentication error"), 403)
         if not path.startswith(BASE + "/ai/"):
             return self.reply(
                 received,
@@ -320,8 +323,8 @@ class FakeCloudflare(Upstream):
                     path[len("/client/v4"):]), 404)
         if path == BASE + "/ai/models/search":
             asked = dict(urllib.parse.parse_qsl(query))
-            size, page = int(asked["per_page"]), int(asked["page"])
-            assert size == 50, "more than 50 a page and Cloudflare loses models"
+            size, page = int(asked["per_page"]), int(asked.get("page", 1))
+            assert size in (1, 50), "more than 50 a page and Cloudflare loses models"
             return self.reply(
                 received,
                 dict(

@@ -9,6 +9,7 @@ import socket
 import pytest
 
 import aiproxy
+from fake_cloudflare import TOKEN, FakeCloudflare, error_envelope, settings
 from support import Upstream, make_certificate, server_tls
 
 KEYS = ["sk-hidden-one", "sk-hidden-two", "sk-hidden-three"]
@@ -147,16 +148,43 @@ def test_workers_ai_is_asked_for_its_own_list(upstream, check_live):
     assert upstream.received[0].line == "GET %s HTTP/1.1" % path
 
 
-def test_workers_ai_says_that_an_account_is_wrong(upstream, check_live):
-    upstream.answer = answer_by_key(one=404)
+# By what Cloudflare is asked with, the exit status, and what is printed behind "key 1 of 1: ".
+REJECTED = ("Cloudflare rejected the API token for this account. CLOUDFLARE_API_TOKEN must be "
+            "valid, allow Workers AI Read and Edit, and belong to CLOUDFLARE_ACCOUNT_ID.")
+NO_ACCOUNT = ("Cloudflare knows no such account or route. CLOUDFLARE_ACCOUNT_ID or "
+              "CLOUDFLARE_API_BASE_URL is wrong.")
+ACCOUNTS = {
+    "right": ({}, 0, "accepted (200)"),
+    "another account": (
+        {"CLOUDFLARE_ACCOUNT_ID": "0" * 32}, 2, "refused (403). " + REJECTED),
+    "another token": (
+        {"CLOUDFLARE_API_TOKEN": "cf-token-that-is-wrong"}, 2, "refused (401). " + REJECTED),
+    "no account": ({"CLOUDFLARE_ACCOUNT_ID": "account-1"}, 2, "refused (404). " + NO_ACCOUNT),
+}
 
-    status, lines = check_live(
-        AIPROXY_UPSTREAM="workers-ai", CLOUDFLARE_ACCOUNT_ID="account-1",
-        CLOUDFLARE_API_TOKEN="sk-hidden-one",
-        CLOUDFLARE_API_BASE_URL=upstream.url + "/client/v4")[:2]
 
-    assert status == 2
-    assert lines == ["key 1 of 1: refused: there is no such account (404)"]
+@pytest.mark.parametrize("given,status,line", ACCOUNTS.values(), ids=list(ACCOUNTS))
+def test_workers_ai_says_what_is_wrong(check_live, given, status, line):
+    with FakeCloudflare() as cloudflare:
+        result = check_live(**settings(cloudflare, **given))
+
+    assert result == (status, ["key 1 of 1: " + line], "")
+
+
+@pytest.mark.parametrize("said,number,line", [
+    (400, 6003, "refused (400). " + REJECTED),
+    (403, 7403, "refused (403). " + REJECTED),
+    (403, 9109, "refused (403). " + REJECTED),
+    (403, 3041, "refused (403)"),
+    (404, None, "refused: there is no such account (404)")],
+    ids=lambda value: str(value)[:13])
+def test_workers_ai_is_told_apart_by_cloudflares_code(check_live, said, number, line):
+    with FakeCloudflare() as cloudflare:
+        error = error_envelope(number, "no " + TOKEN) if number else b"no such page"
+        cloudflare.answer = lambda received: cloudflare.reply(received, error, said)
+        result = check_live(**settings(cloudflare))
+
+    assert result == (2, ["key 1 of 1: " + line], "")
 
 
 def test_the_operators_fields_go_up(upstream, check_live):

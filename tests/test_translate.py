@@ -1095,7 +1095,7 @@ def test_each_event_is_translated_when_it_arrives():
             "invalid_request", "too long"),
         (
             {"errors": [{"code": 3036, "message": "used up on " + ACCOUNT}]}, "insufficient_quota",
-            "used up on ***"),
+            "used up on ***. The quota is back at 00:00 UTC."),
         ("<html>", "upstream_bad_response", "Cloudflare's answer could not be read."),
         ("[1]", "upstream_bad_response", "Cloudflare's answer could not be read."),
         (
@@ -1285,7 +1285,10 @@ BY_CODE = [
     (3040, 400, 429, "rate_limit_exceeded"), (3007, 408, 504, "upstream_timeout"),
     (3008, 408, 504, "upstream_timeout"), (10000, 401, 502, "upstream_credentials_rejected"),
     (10000, 403, 502, "upstream_credentials_rejected"),
-    (9106, 400, 502, "upstream_credentials_rejected"), (7000, 400, 502, "upstream_misconfigured"),
+    (9106, 400, 502, "upstream_credentials_rejected"),
+    (6003, 400, 502, "upstream_credentials_rejected"),
+    (7403, 403, 502, "upstream_credentials_rejected"),
+    (9109, 403, 502, "upstream_credentials_rejected"), (7000, 400, 502, "upstream_misconfigured"),
     (7001, 405, 502, "upstream_misconfigured"), (7003, 404, 502, "upstream_misconfigured"),
     (8005, 500, 502, "upstream_error"), (8005, 400, 502, "upstream_error"),
     (7009, 503, 502, "upstream_error"), (1234, 418, 418, "invalid_request"),
@@ -1382,7 +1385,17 @@ def test_the_operators_errors_name_the_setting_and_show_no_value():
                 "Could not route to /accounts/%s/ai/v1/x, perhaps your object identifier is "
                 "invalid?" % ACCOUNT)), (ACCOUNT,))
     assert "CLOUDFLARE_ACCOUNT_ID" in made.message and ACCOUNT not in made.message
-    assert "CLOUDFLARE_API_TOKEN" in translate_error(401, body(error_envelope(10000))).message
+    for status in (401, 403):
+        assert translate_error(status, body(error_envelope(10000))).message == (
+            "Cloudflare rejected the API token for this account. CLOUDFLARE_API_TOKEN must be "
+            "valid, allow Workers AI Read and Edit, and belong to CLOUDFLARE_ACCOUNT_ID.")
+
+
+@pytest.mark.parametrize("number", [4006, 3036])
+def test_a_daily_quota_that_is_used_up_says_when_it_is_back(number):
+    message = "you have used up your daily free allocation of 10,000 neurons, please upgrade."
+    made = translate_error(429, body(error_envelope(number, message)))
+    assert made.message == message + " The quota is back at 00:00 UTC."
 
 
 def test_retry_after_is_passed_on():

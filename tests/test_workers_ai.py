@@ -7,6 +7,7 @@ have not been recorded by anybody: those of the fake are assumed, by the docs an
 import base64
 import json
 import queue
+import re
 import struct
 import threading
 
@@ -1117,7 +1118,8 @@ def test_short_names_can_be_the_list_of_models(cloudflare, workers):
     ("mine=gpt-oss-20b", {"mine": ALIASES["gpt-oss-20b"]}),
     ("gpt-oss-20b=@cf/x/y", {"gpt-oss-20b": "@cf/x/y"}),
     ("short=@cf/x/y", {"short": "@cf/x/y"}),
-    ("llama-3.3-70b,@cf/x/y", {"llama-3.3-70b": "llama-3.3-70b", "@cf/x/y": "@cf/x/y"}),
+    ("x/llama-3.3-70b,@cf/x/y", {"x/llama-3.3-70b": "x/llama-3.3-70b", "@cf/x/y": "@cf/x/y"}),
+    ("llama-4*", {"llama-4*": "llama-4*"}),
     ("gemma-4=@cf/x/y,short", dict(ALIASES, **{"gemma-4": "@cf/x/y"}))])
 def test_a_short_name_alone_means_its_model(cloudflare, given, models):
     read = Settings(settings(cloudflare, AIPROXY_MODELS=given))
@@ -1133,15 +1135,37 @@ def test_a_short_name_alone_can_be_asked_for(cloudflare, workers):
     assert [model["id"] for model in models(running).json["data"]] == ["gpt-oss-20b"]
 
 
+SHORT = ", ".join("%s=%s" % pair for pair in ALIASES.items())
+
+
 @pytest.mark.parametrize("given,shown", [
-    ("", "all"), ("short", ", ".join(ALIASES)), ("mine=@cf/x/y", "mine=@cf/x/y")])
-def test_what_is_in_force_never_shows_short_names_as_a_list_of_models(
-        cloudflare, check, given, shown):
+    ("", "all"), ("short", SHORT), ("mine=@cf/x/y", "mine=@cf/x/y"),
+    ("short,@cf/x/y", SHORT + ", @cf/x/y"),
+    ("gemma-3,llama-4*", "gemma-3=@cf/google/gemma-4-26b-a4b-it, llama-4*"),
+    ("mine=gemma-3", "mine=@cf/google/gemma-4-26b-a4b-it")],
+    ids=["all", "short", "mine", "short and more", "some", "a name for a name"])
+def test_what_is_in_force_shows_what_short_names_stand_for(cloudflare, check, given, shown):
     environ = settings(cloudflare, AIPROXY_MODELS=given)
     _, printed, _ = check(**environ)
     assert "AIPROXY_MODELS=%s\n" % shown in printed
-    names = "mine" if given.startswith("mine") else shown
-    assert "  models       %s\n" % names in banner_of(environ)
+    assert "  models       %s\n" % shown in banner_of(environ)
+
+
+@pytest.mark.parametrize("given,name", [
+    ("llama-3.3-70b", "llama-3.3-70b"), ("gemma-3,short,GPT-OSS-20b", "GPT-OSS-20b"),
+    ("mine=gemma-5,@cf/x/y", "gemma-5"), ("@cf", "@cf"), ("llama-4*,llama-4", "llama-4")])
+def test_a_name_that_can_be_no_model_of_cloudflares_is_refused_at_the_start(
+        cloudflare, given, name):
+    with pytest.raises(SettingError) as refused:
+        Settings(settings(cloudflare, AIPROXY_MODELS=given))
+    for word in ("AIPROXY_MODELS", repr(name), "@cf/", "@hf/", "gpt-oss-20b, llama-4-scout"):
+        assert word in str(refused.value)
+
+
+def test_a_key_among_the_models_is_not_shown(cloudflare):
+    with pytest.raises(SettingError) as refused:
+        Settings(settings(cloudflare, AIPROXY_MODELS="gemma-3," + "0123abcd" * 5))
+    assert "AIPROXY_MODELS" in str(refused.value) and "0123abcd" not in str(refused.value)
 
 
 # -- several accounts
@@ -1190,6 +1214,44 @@ def test_a_daily_quota_that_is_used_up_rests_until_midnight_utc(cloudflare, work
     assert accounts(2) == {ACCOUNT, OTHER}
 
 
+@pytest.mark.parametrize("status,number,rests", [
+    (400, 6003, True), (403, 7403, True), (403, 9109, True), (403, 10000, True),
+    (404, 7003, True), (400, 5006, False)])
+def test_an_account_that_cloudflare_refuses_is_set_aside(cloudflare, workers, clock, capfd, status,
+                                                         number, rests):
+    def answer(received):
+        if OTHER in received.line:
+            return cloudflare.reply(received, QWEN_3)
+        return cloudflare.reply(received, error_envelope(number), status)
+    cloudflare.answer = answer
+    running = workers(CLOUDFLARE_ACCOUNT_ID=ACCOUNT + "," + OTHER,
+                      CLOUDFLARE_API_TOKEN=TOKEN + "," + OTHER_TOKEN)
+    replies = [post(running).status for _ in range(4)]
+    if not rests:
+        assert sorted(replies) == [200, 200, 400, 400]
+        return
+    assert replies == [200] * 4
+    accounts = [account for account, _ in requests_by_account(cloudflare)]
+    assert accounts.count(ACCOUNT) == 1
+    assert "rejected key 1 of 2" in capfd.readouterr().err
+    clock(601)
+    assert [post(running).status for _ in range(2)] == [200, 200]
+    assert [account for account, _ in requests_by_account(cloudflare)].count(ACCOUNT) == 2
+
+
+@pytest.mark.parametrize("status,number,code", [
+    (400, 6003, "upstream_credentials_rejected"), (404, 7003, "upstream_misconfigured")])
+def test_if_all_accounts_are_refused_the_reason_is_cloudflares(cloudflare, workers, status, number,
+                                                               code):
+    cloudflare.answer = lambda received: cloudflare.reply(received, error_envelope(number), status)
+    running = workers(CLOUDFLARE_ACCOUNT_ID=ACCOUNT + "," + OTHER,
+                      CLOUDFLARE_API_TOKEN=TOKEN + "," + OTHER_TOKEN)
+    reply = post(running)
+    assert (reply.status, reply.code) == (502, code)
+    assert running.wait_for_record()["upstream_status"] == status
+    assert len(cloudflare.received) == 2
+
+
 def test_a_quota_that_is_used_up_everywhere_is_said_with_its_end(cloudflare, workers):
     cloudflare.answer = lambda received: cloudflare.reply(received, error_envelope(4006), 429)
     running = workers(CLOUDFLARE_ACCOUNT_ID=ACCOUNT + "," + OTHER,
@@ -1198,6 +1260,7 @@ def test_a_quota_that_is_used_up_everywhere_is_said_with_its_end(cloudflare, wor
     assert (reply.status, reply.code, reply.get("x-should-retry")) == (
         429, "insufficient_quota", "false")
     assert 0 < int(reply.get("retry-after")) <= 86400
+    assert reply.json["error"]["message"] == "no. The quota is back at 00:00 UTC."
     assert [account for account, _ in requests_by_account(cloudflare)] in (
         [ACCOUNT, OTHER], [OTHER, ACCOUNT])
 
@@ -1320,6 +1383,9 @@ def test_a_prompt_has_a_maximum_length(cloudflare, workers, setting, most):
         (10000, 401, 502, "upstream_credentials_rejected", "false"),
         (10000, 403, 502, "upstream_credentials_rejected", "false"),
         (9106, 400, 502, "upstream_credentials_rejected", "false"),
+        (6003, 400, 502, "upstream_credentials_rejected", "false"),
+        (7403, 403, 502, "upstream_credentials_rejected", "false"),
+        (9109, 403, 502, "upstream_credentials_rejected", "false"),
         (7000, 400, 502, "upstream_misconfigured", "false"),
         (7001, 405, 502, "upstream_misconfigured", "false"),
         (7003, 404, 502, "upstream_misconfigured", "false"),
@@ -1344,9 +1410,19 @@ def test_cloudflares_errors_are_openais(workers, capfd, path, number, sent, stat
     assert (record["status"], record["upstream_status"], record["outcome"]) == (status, sent, code)
     assert not any(word in reply.raw_head.decode() + reply.body.decode() + printed + str(record)
                    for word in SECRETS + ("AiError", UUID))
-    for setting, names in (("CLOUDFLARE_ACCOUNT_ID", code == "upstream_misconfigured"),
+    is_operators = code in ("upstream_misconfigured", "upstream_credentials_rejected")
+    for setting, names in (("CLOUDFLARE_ACCOUNT_ID", is_operators),
                            ("CLOUDFLARE_API_TOKEN", code == "upstream_credentials_rejected")):
         assert (setting in printed) == names
+
+
+@pytest.mark.parametrize("account,code", [
+    ("0" * 32, "upstream_credentials_rejected"), ("account-1", "upstream_misconfigured")])
+def test_a_wrong_account_is_not_blamed_on_the_token_alone(cloudflare, workers, account, code):
+    reply = post(workers(CLOUDFLARE_ACCOUNT_ID=account))
+    assert (reply.status, reply.code) == (502, code)
+    assert "CLOUDFLARE_ACCOUNT_ID" in reply.json["error"]["message"]
+    assert account not in reply.body.decode()
 
 
 @pytest.mark.parametrize("form", list(BROKEN))
@@ -1417,7 +1493,7 @@ def test_the_account_and_the_token_appear_nowhere(cloudflare):
                 reply = client.read_reply()
                 seen += (reply.raw_head + reply.body) if ACCOUNT not in path else b""
         program.wait_for_line(program.lines, '"path": "/v1/files"')
-        program.wait_for_line(program.errors, "CLOUDFLARE_ACCOUNT_ID")
+        program.wait_for_line(program.errors, "CLOUDFLARE_API_TOKEN")
         printed = program.banner + "".join(program.errors + program.lines)
     for word in SECRETS + ("ck-alice",):
         assert word.encode() not in seen and word not in printed
@@ -1451,6 +1527,16 @@ def test_a_start_that_would_not_be_safe_or_cannot_work_is_refused(cloudflare, gi
     with pytest.raises(SettingError) as refused:
         Settings(settings(cloudflare, **given))
     assert names in str(refused.value) and TOKEN not in str(refused.value)
+
+
+@pytest.mark.parametrize("missing", [
+    ("CLOUDFLARE_ACCOUNT_ID",), ("CLOUDFLARE_API_TOKEN",),
+    ("CLOUDFLARE_API_TOKEN", "CLOUDFLARE_ACCOUNT_ID")], ids=" and ".join)
+def test_the_message_names_what_is_missing_and_nothing_else(cloudflare, missing):
+    with pytest.raises(SettingError) as refused:
+        Settings(settings(cloudflare, **dict.fromkeys(missing, "")))
+    named = set(re.findall("CLOUDFLARE_[A-Z_]+", str(refused.value)))
+    assert named == set(missing)
 
 
 def test_a_key_of_another_provider_is_not_used(cloudflare, workers):
