@@ -115,8 +115,8 @@ import urllib.request
 __version__ = "1.0"
 
 # ==== Part one: the relay =========================================================================
-# Where two lines set the same name and the second says `part two`, the first is what remains
-# without that section.
+# A line that says `part two: NAME` goes with that section. Where it sets a name that the line
+# before it has set, the earlier one remains.
 
 # ---- Settings and limits -------------------------------------------------------------------------
 # What an operator may change. An environment variable of the same name overrides the constant, and
@@ -336,7 +336,7 @@ class ClientGone(Exception):
 class Server(http.server.ThreadingHTTPServer):
     """The listener, and what all clients share: the service, the relay loop, the log."""
 
-    timeout = 0.1                   # seconds until handle_request returns without a client
+    timeout = 0.1                   # seconds between two looks whether a signal has come
     processes = 1                   # that share the listener
     announces = True                # does it print the banner?
 
@@ -404,6 +404,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def make_executor(self):
         """An executor keeps idle threads: to start one for each connection costs twice the CPU."""
+        # More than clients: a thread is free a moment after its client's place.
         return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
     def refuse_busy(self, request, client_address):
@@ -471,8 +472,7 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 self.process_request(*self.get_request())
             except OSError as error:        # this one has left, or no descriptor is free
-                is_empty = isinstance(error, BlockingIOError)
-                if is_empty or time.monotonic() > deadline:
+                if isinstance(error, BlockingIOError) or time.monotonic() > deadline:
                     break
         self.socket.close()
         while self.clients and time.monotonic() < deadline:
@@ -482,10 +482,15 @@ class Server(http.server.ThreadingHTTPServer):
             with self.client_ended:
                 self.client_ended.wait(0.1)
 
-        self.relay_loop.stopping = True
         deadline = time.monotonic() + SHUTDOWN_SECONDS
-        with self.client_ended:
-            self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS)
+        self.relay_loop.stopping = True
+        self.relay_loop.wake()
+        for _ in range(2):
+            with self.client_ended:
+                self.client_ended.wait_for(lambda: not self.clients, SHUTDOWN_SECONDS / 2)
+            for sock in list(self.clients):         # they still wait for a head or a body
+                with contextlib.suppress(OSError):
+                    hang_up(sock)
         self.log.close(max(0.1, deadline - time.monotonic()))
 
     def url(self):
@@ -577,7 +582,7 @@ class Service:
         # Of its body.
         self.read_whole_body = lambda handler: None     # all of it, if it must be here first
         self.observe_request = lambda record: None      # what to call with each piece of others
-        self.on_body_gone = do_nothing          # (upload): it has gone up, or its request is over
+        self.on_body_gone = do_nothing          # (upload), perhaps twice: it went up, or is done
         # On the way up.
         self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
         self.use_key = lambda send: send(0)     # calls it with the index of a provider key
@@ -671,7 +676,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read one request, answer it, log it. Whatever goes wrong ends here."""
         self.start_request()
         try:
-            self.read_request()
+            self.read_request()                             # 400 408 414 431
             self.answer_request()
         except ErrorResponse as error:
             self.send_error_response(error)
@@ -686,6 +691,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             if self.upload:
                 self.service.on_body_gone(self.upload)
+            if self.record.outcome == "client_gone" and self.server.relay_loop.stopping:
+                self.record.outcome = "shutdown"            # we have hung up
             if self.record.method or self.record.status:
                 self.server.log.write(self.record)
 
@@ -847,8 +854,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.record.id = upstream_id.decode("latin-1")[:200]
         return exchange
 
-    # -- and back
-
     def relay(self, exchange):
         """Send the head and what is here of the body; the rest is the relay loop's."""
         if exchange.status == 101:
@@ -894,7 +899,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.ends_by_close = length is None and self.request.is_http10
         headers = self.service.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
-        self.announced_close = self.must_close()
+        self.announced_close = self.must_close()        # asked again at the end: it may change
         headers += framing_headers(status, length, is_chunked, self.announced_close)
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
@@ -1175,8 +1180,8 @@ class Upload:
         self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
         self.received = 0                   # bytes
-        self.waited = 0.0                   # seconds spent waiting for the client: no others
-        self.pace = Pace(0.0, BODY_GRACE)   # count for its pace
+        self.waited = 0.0                   # seconds spent waiting for the client
+        self.pace = Pace(0.0, BODY_GRACE)   # by those seconds alone
         self.observe = None                 # called with each piece
 
     def check_limit(self):
@@ -1222,9 +1227,8 @@ class Upload:
     def add_wait(self, seconds, has_more=False):
         self.waited += seconds
         if not has_more and self.pace.patience(self.waited) <= 0:
-            raise ErrorResponse(
-                408, "request_timeout", "The body came more slowly than %d bytes a second, or not "
-                "at all for %d seconds." % (BODY_RATE, STALL_SECONDS))
+            raise ErrorResponse(408, "request_timeout", "The body came too slowly: after %d "
+                                "seconds it needs %d bytes a second." % (BODY_GRACE, BODY_RATE))
 
 
 # ---- Header fields up and down -------------------------------------------------------------------
@@ -1645,8 +1649,7 @@ class RelayLoop(threading.Thread):
         super().__init__(daemon=True, name="relay-loop")
         self.every_tick = every_tick        # called twice a second with the time
         self.warn = warn
-        self.stopping = False               # the grace time is over: cut what is left
-        self.closed = False                 # nobody needs the loop any more
+        self.stopping = False               # the grace time is over: cut what is left, and end
         self.selector = selectors.DefaultSelector()
         self.masks = {}                     # what each registered connection is watched for
         self.jobs = set()
@@ -1679,19 +1682,15 @@ class RelayLoop(threading.Thread):
 
     def run(self):
         last_tick = 0
-        while not self.closed:
+        while self.jobs or not self.stopping:
             for key, mask in self.select():
                 self.guard(key.data, mask)
             self.start_submitted()
-            if self.now - last_tick >= TICK_SECONDS:
+            if self.stopping or self.now - last_tick >= TICK_SECONDS:
                 last_tick = self.now
                 for job in list(self.jobs):
                     self.guard(job.stop if self.stopping else job.on_tick)
                 self.guard(self.every_tick, self.now)
-        self.start_submitted()
-        for job in list(self.jobs):         # somebody may be waiting for their ends
-            self.guard(job.stop)
-
     def start_submitted(self):
         while self.submitted:
             job = self.submitted.popleft()
@@ -2476,11 +2475,11 @@ class Log:
     def __init__(self, format, secrets):
         self.format = format                   # text, json or off
         self.secrets = []               # longest first: behind a shorter one its end would stay
-        self.longest = 3                # characters that one may take, percent-encoded
+        self.longest = 7                # characters that one may take, percent-encoded thrice
         self.add_secrets(secrets)
 
     def add_secrets(self, secrets):
-        self.longest = max([self.longest] + [3 * len(secret) for secret in secrets])
+        self.longest = max([self.longest] + [7 * len(secret) for secret in secrets])
         words = {secret.decode() for secret in secrets}
         self.secrets = sorted(words.union(self.secrets), key=len, reverse=True)
 
@@ -2513,10 +2512,11 @@ class Log:
         """
         readable = text[:most + self.longest]
         masked = self.mask(readable)
-        if "%" in masked:
-            decoded = urllib.parse.unquote(masked)
-            if any(secret in decoded for secret in self.secrets):
-                masked = self.mask(decoded)
+        decoded = masked
+        for _ in range(3):              # as often as anybody may have encoded it
+            decoded = urllib.parse.unquote(decoded)
+        if any(secret in decoded for secret in self.secrets):
+            masked = self.mask(decoded)
         if len(readable) < len(text):
             masked = masked[:-self.longest]     # it may end in a part of a key
         return masked[:most]
@@ -2572,7 +2572,7 @@ class Upstream:
         self.url = "%s://%s" % (self.scheme, netloc)
         known = provider
         known = provider or find_provider(netloc)       # part two: More providers
-        self.provider = known or Provider(netloc)
+        self.provider = known or Provider(self.shown)
         self.wants_key = bool(self.provider.key_header) and not self.is_loopback
         self.surely_wants_key = self.wants_key and known is not None
 
@@ -2596,7 +2596,7 @@ def split_base_url(url):
         host = (parts.hostname or "").encode("idna").decode()
     except ValueError:              # its message would hold the URL
         raise ValueError(takes)
-    if not host or "//" in parts.path or DOT_SEGMENT.search(parts.path):
+    if not host or port == 0 or "//" in parts.path or DOT_SEGMENT.search(parts.path):
         raise ValueError(takes)
     return parts, port, host.replace("%25", "%")        # in front of an IPv6 zone: RFC 6874
 
@@ -2678,7 +2678,7 @@ def parse_client_keys(text):
         if len(name) > 15 and LIKE_KEY.search(name):    # with '=' in it: most would be logged
             raise ValueError("name=key where the name looks like no key")
         if name in keys or parse_key(key) in keys.values():
-            raise ValueError("each name and each key once")
+            raise ValueError("each name and each key once (client2 is the second, if it has none)")
         keys[name] = parse_key(key)
     return list(keys.items())
 

@@ -249,6 +249,14 @@ def test_a_key_is_masked_before_a_text_is_cut_for_the_log(text, most, rest):
         assert "ck-ali" not in urllib.parse.unquote(shown)
 
 
+def test_a_key_that_is_encoded_more_than_once_is_masked():
+    log = aiproxy.Log("text", [b"ck-alice"])
+    text = "ck-alice"
+    for _ in range(3):
+        text = "".join("%%%02x" % ord(letter) for letter in text[:4]) + text[4:]
+        assert log.redact("/v1/" + text, 256) == "/v1/***"
+
+
 def test_a_key_that_begins_like_another_one_is_masked_whole():
     short, long = b"sk-team", b"sk-team-2secret"
     log = aiproxy.Log("text", [short])

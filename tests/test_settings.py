@@ -29,6 +29,7 @@ INVALID = [
             "host.example",
             "https://",
             "https://host:99999",
+            "https://host:0",
             "https://host/a/../b",
             "https://ho st",
             "data:,x",

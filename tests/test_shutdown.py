@@ -4,6 +4,7 @@ Responses that need more than the grace time are visibly incomplete.
 """
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -136,7 +137,7 @@ CUTS = {
 
 
 def test_responses_that_exceed_the_grace_time_are_visibly_incomplete(by_hand, start):
-    program = start(GRACE="0.3")
+    program = start(GRACE="0.3", LOG="json")
     clients = {}
 
     for name, (version, answer, last) in CUTS.items():
@@ -145,6 +146,9 @@ def test_responses_that_exceed_the_grace_time_are_visibly_incomplete(by_hand, st
         clients[name].read_until(last)
 
     unanswered, _ = ask(program, by_hand)
+    unfinished = Client(program.address)
+    unfinished.request("POST", "/v1/files", b"half", [("Content-Length", "8")])
+    by_hand.accept().read_until(b"half")
     program.process.send_signal(signal.SIGTERM)
     rest = b"".join(iter(lambda: clients["events"].read_chunk() or b"", b""))
 
@@ -160,13 +164,17 @@ def test_responses_that_exceed_the_grace_time_are_visibly_incomplete(by_hand, st
         clients["HTTP/1.0"].more()
 
     assert unanswered.ended()
+    assert unfinished.ended()
 
     for peer in by_hand.peers:
         assert peer.ended()
 
     assert program.process.wait(PATIENCE) == 0
+    program.__exit__()
+    outcomes = [json.loads(line)["outcome"] for line in program.lines]
+    assert outcomes == ["shutdown"] * 6
 
-    for client in (unanswered, *clients.values()):
+    for client in (unanswered, unfinished, *clients.values()):
         client.sock.close()
 
 
