@@ -5765,11 +5765,19 @@ class MaskedBody:
 
     def mask(self, data):
         data = self.waiting + data
+        end = len(data) if self.body.done else self.find_end(data)
+        self.waiting = data[end:]
+        data = data[:end]
         for pattern in self.patterns:
             data = pattern.sub(lambda match: b"*" * len(match.group()), data)
-        end = len(data) if self.body.done else self.filter.find_beginning(data)
-        self.waiting = data[end:]
-        return data[:end]
+        return data
+
+    def find_end(self, data):
+        """How much of `data` is sure: a value may go on behind it, and so may a longer one."""
+        end = self.filter.find_beginning(data)
+        matches = [match for pattern in self.patterns for match in pattern.finditer(data)]
+        return min((match.start() for match in matches if match.start() < end < match.end()),
+                   default=end)
 
 MORE_SETTINGS += [check_upstream_fields, hide_upstream_values]
 SECRET_PARSERS.append(parse_upstream_headers)

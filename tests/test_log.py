@@ -266,6 +266,10 @@ def test_a_key_that_begins_like_another_one_is_masked_whole():
         assert aiproxy.redact_message("sk-team-2secret", [key.decode() for key in keys]) == "***"
         body = aiproxy.MaskedBody(aiproxy.ContentLengthBody(None, 0), keys)
         assert body.mask(b"sk-team-2secret!") == b"*" * 15 + b"!"
+        for cut in range(1, 17):
+            body = aiproxy.MaskedBody(aiproxy.UntilCloseBody(None), keys)
+            shown = body.mask(b" sk-team-2secret!"[:cut]) + body.mask(b" sk-team-2secret!"[cut:])
+            assert shown == b" " + b"*" * 15 + b"!"
     assert log.redact("key sk-team-2secret!", 99) == "key ***!"
 
 
