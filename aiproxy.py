@@ -1212,9 +1212,9 @@ class Upload:
 
     def read_beginning(self, enough, seconds=math.inf):
         """All of the body if it is small and comes soon enough, else its beginning."""
-        return join_pieces(read_pieces(self, self.wait, enough, seconds))
+        return join_pieces(read_pieces(self, self.wait_for_client, enough, seconds))
 
-    def wait(self, seconds=math.inf, other=None):
+    def wait_for_client(self, seconds=math.inf, other=None):
         """Wait for more, for `seconds` at most, or until `other` can be read.
 
         Raises ErrorResponse 408 for a client that is silent, or below the minimum data rate.
@@ -1496,7 +1496,7 @@ class Exchange:
             if waits_for is self.connection:
                 self.wait(READ | WRITE)
             else:
-                request.upload.wait(other=self.connection)
+                request.upload.wait_for_client(other=self.connection)
             if self.has_responded():
                 return
 
@@ -4555,7 +4555,7 @@ class BodyBudget:
 
         A small one passes all the same: a few large ones that come slowly must not lock out chats.
         """
-        for piece in read_pieces(upload, upload.wait, math.inf):
+        for piece in read_pieces(upload, upload.wait_for_client, math.inf):
             with self.lock:
                 size = self.sizes.get(upload, 0) + len(piece)
                 if self.held + len(piece) > most and size > most * SMALL_BODY:
