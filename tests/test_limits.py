@@ -173,10 +173,11 @@ def test_an_upload_that_becomes_too_slow_stays_incomplete_upstream(by_hand, rela
     if framing == CHUNKED:
         body, more = chunk(body), chunk(more)
 
+    limit(BODY_GRACE=SHORT)
     with relay(UPSTREAM=by_hand.url).client() as client:
         client.request("POST", "/v1/files", body, [framing])
         peer = by_hand.accept()
-        limit(BODY_GRACE=SHORT, BODY_RATE=1 << 20)
+        limit(BODY_RATE=1 << 20)
         client.send(more)
         assert client.read_reply().status == 408
         assert client.ended()
