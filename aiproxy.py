@@ -806,7 +806,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return body
         self.upload.observe = self.service.observe_request(self.record)
         self.start_body(self.settings.max_body if self.settings.guards_keys else None)     # 413
-        return self.upload.read_beginning(PREFETCH_BYTES, PREFETCH_SECONDS)                 # 408
+        return self.upload.read_beginning(PREFETCH_BYTES, PREFETCH_SECONDS)     # 400 408 413
 
     def start_body(self, limit):
         """The body may come, up to `limit` bytes: tell so a client that waits to hear it."""

@@ -472,7 +472,7 @@ def test_an_upstream_without_a_good_response_is_named_as_the_cause(
 
 
 def test_a_timeout_of_the_kernels_is_not_called_one_of_ours():
-    """TCP gives a connection up when nobody acknowledges; Python 3.10 made that a socket.timeout."""
+    """TCP gives up where nobody acknowledges; Python 3.10 made that a socket.timeout."""
     error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     lost = aiproxy.response_error(error)
     unreachable = aiproxy.connect_error(error)
