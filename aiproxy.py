@@ -633,6 +633,9 @@ def http_date(seconds):
 class Request:
     """The values of one request: the checks are functions of this and the settings. No sockets."""
 
+    client_name = ""                        # of the client key, once it has been checked
+    model = ""                              # as the client named it, in the path or in the body
+
     def __init__(self, first_line, headers):
         method, path, query, self.major, minor = first_line
         self.method = method.decode()
@@ -640,8 +643,6 @@ class Request:
         self.query = (query or b"").decode()        # with its question mark
         self.headers = headers
         self.is_http10 = minor == b"0"
-        self.client_name = ""               # of the client key, once it has been checked
-        self.model = ""                     # as the client named it, in the path or in the body
         self.own_fields = {}                # ours for the upstream in place of the client's
 
 
@@ -908,14 +909,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send all of it. ClientGone if the client has left, or takes nothing, or too slowly."""
         pace = Pace(time.monotonic(), STALL_SECONDS)
         unsent = memoryview(data)
-        while unsent:
+        while True:
             try:
                 count = self.client.send_some(unsent)
             except OSError:
                 raise ClientGone()
             unsent = unsent[count:]
+            if not unsent:
+                return
             pace.add(count, time.monotonic())
-            if unsent and not wait_ready(self.client, WRITE, pace.patience(time.monotonic())):
+            if not wait_ready(self.client, WRITE, pace.patience(time.monotonic())):
                 raise ClientGone("client_stalled")
 
     def send_response(self, status, headers=(), content=b""):
@@ -995,7 +998,7 @@ def check_for_key(exchange, settings):
     exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
     if holds_secret(exchange.prefetched, settings.upstream_secrets):
         raise rejected_key()
-    if not exchange.body.done or (exchange.is_coded and exchange.prefetched):
+    if not exchange.body.done or (exchange.is_coded() and exchange.prefetched):
         raise upstream_error("upstream_bad_response", "The upstream answered with status %d and a "
                              "body that could not be searched for the proxy's key."
                              % exchange.status)
@@ -1173,16 +1176,17 @@ def error_object(error):
 class Upload:
     """A request's body as the client sends it: bounded by `limit`, and not too slow."""
 
+    limit = None                            # bytes, None: none
+    received = 0                            # bytes
+    waited = 0.0                            # seconds spent waiting for the client
+    observe = None                          # called with each piece
+
     def __init__(self, client, reader):
         self.client = client
         self.reader = reader
         self.length = reader.length         # None: chunked
-        self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
-        self.received = 0                   # bytes
-        self.waited = 0.0                   # seconds spent waiting for the client
-        self.pace = Pace(0.0, BODY_GRACE)   # by those seconds alone
-        self.observe = None                 # called with each piece
+        self.pace = Pace(0.0, BODY_GRACE)   # by the seconds spent waiting alone
 
     def check_limit(self):
         """413 as soon as its length, or that of the chunk that is coming, is over the limit."""
@@ -1212,7 +1216,9 @@ class Upload:
 
     def read_beginning(self, enough, seconds=math.inf):
         """All of the body if it is small and comes soon enough, else its beginning."""
-        return join_pieces(read_pieces(self, self.wait_for_client, enough, seconds))
+        beginning = self.read()             # mostly all of it
+        more = read_pieces(self, self.wait_for_client, enough - len(beginning), seconds)
+        return beginning if self.done else beginning + join_pieces(more)
 
     def wait_for_client(self, seconds=math.inf, other=None):
         """Wait for more, for `seconds` at most, or until `other` can be read.
@@ -1297,8 +1303,6 @@ class UpstreamRequest(urllib.request.Request):
         self.fields = fields
         self.prefix = prefix
         self.upload = upload
-        self.wait = None
-        self.on_interim = do_nothing
         length = len(prefix) if upload.done else upload.length
         self.is_chunked = length is None
         if self.is_chunked:
@@ -1459,19 +1463,19 @@ class Exchange:
     `body` reads it; `prefetched` is what has been read of it before anybody asked.
     """
 
+    unsent = None                   # what comes next of the request, a memoryview,
+    rest = b""                      # and what of its prefix comes behind that
+    bytes_sent = 0
+    request_sent = False            # all of it
+    first_line = None               # of the response, once its head has been read
+    interim = 0                     # 1xx responses before it
+    keep_alive = False              # does the upstream want to go on?
+    prefetched = b""
+
     def __init__(self, connection, request, keep):
         self.connection = connection
         self.request = request
-        self.keep = keep                    # what to do with a connection that can be used again
-        self.unsent = None                  # what comes next of the request, a memoryview,
-        self.rest = b""                     # and what of its prefix comes behind that
-        self.bytes_sent = 0
-        self.request_sent = False           # all of it
-        self.first_line = None              # of the response, once its head has been read
-        self.interim = 0                    # 1xx responses before it
-        self.keep_alive = False             # does the upstream want to go on?
-        self.body = None
-        self.prefetched = b""
+        self.keep = keep            # what to do with a connection that can be used again
 
     def wait(self, mask=READ, seconds=math.inf):
         self.request.wait(self.connection, mask, min(seconds, self.request.timeout))
@@ -1575,17 +1579,23 @@ class Exchange:
 
         is_http10 = self.first_line[0] == b"0"
         self.reason = self.first_line[2] or b""
-        self.length = content_length(self.headers)
         if self.request.method == "HEAD" or self.status < 200 or self.status in (204, 304):
+            self.length = content_length(self.headers)
             self.body = ContentLengthBody(self.connection, 0)       # whatever the fields say
         else:
             self.body = make_body(self.connection, self.headers, is_http10, is_response=True)
+            self.length = self.body.length
         closes = is_http10 or b"close" in self.headers.connection
         self.keep_alive = self.status != 101 and not closes
-        media_type = self.headers.get(b"content-type", b"").partition(b";")[0]
-        self.media_type = media_type.strip().lower()
+
+    def media_type(self):
+        """Without its parameters, in lower case."""
+        return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+    def is_coded(self):
+        """Is the body compressed, say, so that it cannot be read as it is?"""
         codings = {coding.lower() for coding in self.headers.elements(b"content-encoding")}
-        self.is_coded = not codings <= {b"identity"}
+        return not codings <= {b"identity"}
 
     def drop_fields_with(self, secrets):
         """Take out of the head what holds a secret: an upstream may repeat our key."""
@@ -1753,14 +1763,15 @@ class Job:
 
     ENDED = "ended"
 
+    state = "new"
+    outcome = None
+    bytes = 0                       # that went down to the client
+    ended = None                    # an Event, if a client thread waits for it
+    on_end = None                   # called at the end, if anybody counts
+    loop = None                     # set when the loop takes the job over
+
     def __init__(self, *connections):
         self.connections = connections
-        self.state = "new"
-        self.outcome = None
-        self.bytes = 0                      # that went down to the client
-        self.ended = None                   # an Event, if a client thread waits for it
-        self.on_end = None                  # called at the end, if anybody counts
-        self.loop = None                    # set when the loop takes the job over
 
     def stop(self):
         self.finish("shutdown")
@@ -1816,6 +1827,11 @@ class ResponseJob(Job):
     BLOCKED = "blocked"
     FLUSHING = "flushing"
 
+    unsent = b""
+    last_taken = 0.0                # when the client last took something
+    pace = None                     # of the client, while it is behind
+    heard = 0.0                     # when the upstream last sent or took something
+
     def __init__(self, handler, exchange, is_chunked, secret_filter):
         super().__init__(handler.client, exchange.connection)
         self.client = handler.client
@@ -1827,17 +1843,13 @@ class ResponseJob(Job):
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.service.observe_response(handler.record)
         self.on_silence = handler.service.on_silence
-        self.unsent = b""
-        self.last_taken = 0.0               # when the client last took something
-        self.pace = None                    # of the client, while it is behind
-        self.heard = 0.0                    # when the upstream last sent or took something
         self.events = handler.service.follow_events(self, handler)
 
     # -- in the client thread, before the job is submitted
 
     def first_bytes(self):
         """What is already here, framed: often the whole body, and the loop is never needed."""
-        data = self.frame(self.exchange.prefetched)
+        data = self.frame(self.exchange.prefetched) if self.exchange.prefetched else b""
         if not self.outcome and (self.upstream.buffer or self.body.done):
             data += self.next_bytes()
         return data
@@ -2196,7 +2208,7 @@ def content_length(headers):
     value = headers.get(b"content-length")
     if value is None:
         return None
-    is_repeated = len(headers.get_all(b"content-length")) > 1
+    is_repeated = headers.has_duplicates and len(headers.get_all(b"content-length")) > 1
     if is_repeated or len(value) > 18 or not value.isdigit():
         raise ProtocolError("Content-Length must be one number.")
     return int(value)
@@ -2237,11 +2249,11 @@ class BodyReader:
 
     length = None                   # bytes, where the head declares them
     remaining = 0                   # bytes that are sure to come: of the body, or of a chunk
+    done = False
+    failure = None
 
     def __init__(self, connection):
         self.connection = connection
-        self.done = False
-        self.failure = None
 
     def read(self):
         """The bytes of the body that are here, decoded; b"" for none, or at its end (see `done`).
@@ -2432,18 +2444,19 @@ def encode_chunk(data, is_chunked=True):
 class Record:
     """What the log says of one request."""
 
+    method = ""
+    path = ""
+    model = ""
+    status = None
+    upstream_status = None
+    first_byte = None                       # seconds
+    bytes = 0
+    count_tokens = None                     # gives prompt and completion tokens, where they count
+    outcome = ""                            # "ok", an error's code, or how it was cut
+
     def __init__(self, address):
         self.began = time.monotonic()
         self.client = address               # or the client key's name
-        self.method = ""
-        self.path = ""
-        self.model = ""
-        self.status = None
-        self.upstream_status = None
-        self.first_byte = None              # seconds
-        self.bytes = 0
-        self.count_tokens = None            # gives prompt and completion tokens, where they count
-        self.outcome = ""                   # "ok", an error's code, or how it was cut
         self.id = "req_%016x" % random.getrandbits(64)      # or the upstream's, if it sends one
 
     def as_dict(self, redact):
@@ -3769,13 +3782,15 @@ def normalize_path(path, rules):
 
     Only if that leads to something, and never for a path that AIPROXY_PATHS names as it is.
     """
+    if any(path == pattern for _, pattern in rules):
+        return path
     meant = re.sub("//+", "/", path)
     meant = meant.rstrip("/") or "/"
     if meant.startswith("/v1/v1/"):
         meant = meant[len("/v1"):]
     elif "/v1" + meant in INFERENCE_PATHS or meant == "/models":
         meant = "/v1" + meant
-    if meant == path or any(path == pattern for _, pattern in rules):
+    if meant == path:
         return path
     leads_to_something = meant.startswith("/v1/models") or allowed_methods(meant, rules)
     return meant if leads_to_something else path
@@ -4227,7 +4242,7 @@ def filter_error(exchange, settings):
         return None
     if exchange.status == 401:
         raise rejected_key()
-    if exchange.is_coded and not exchange.body.done:
+    if exchange.is_coded() and not exchange.body.done:
         raise upstream_error("upstream_bad_response", "The upstream answered with status %d and a "
                              "compressed body, although it was asked not to compress: it could "
                              "not be searched for the proxy's key." % exchange.status)
@@ -4615,12 +4630,8 @@ def check_content_coding(request):
 
     A misspelt field counts, too: CGI-like servers take `_` for `-`.
     """
-    headers = request.headers
-    names = [name for name in headers.first if name.replace(b"_", b"-") == b"content-encoding"]
-    if not names:
-        return
-    codings = [value.lower() for value in headers.get_all(b"content-encoding")]
-    if names != [b"content-encoding"] or codings != [b"identity"]:
+    codings = [value.lower() for value in request.headers.get_all(b"content-encoding")]
+    if b"content_encoding" in request.headers or codings not in ([], [b"identity"]):
         raise ErrorResponse(415, "unsupported_encoding",
                             "The body must not be compressed here: its model has to be read.",
                             headers=[(b"Accept-Encoding", b"identity")])
@@ -4842,10 +4853,12 @@ FORM_CODINGS = (b"binary", b"8bit", b"7bit")
 MAX_PARTS = 1000
 
 def install_model_rules(service):
-    service.checks.append(check_named_model)
+    settings = service.settings
+    if settings.models and settings.guards_keys:
+        service.checks.append(check_named_model)
     service.body_rules.append(apply_model_rules)
     service.check_form = apply_form_rules
-    if service.settings.models or service.settings.default_model:
+    if settings.models or settings.default_model:
         service.inspects_bodies = True
 
 def check_named_model(handler):
@@ -4855,11 +4868,9 @@ def check_named_model(handler):
     """
     request = handler.request
     settings = handler.settings
-    if not (settings.models and settings.guards_keys):
-        return
     if request.method != "POST" and handler.upload.done:
         return
-    for name, value in urllib.parse.parse_qsl(request.query[1:]):
+    for name, value in urllib.parse.parse_qsl(request.query[1:]) if request.query else ():
         if name.casefold() in QUERY_MODELS:
             check_model(value, settings)
 
@@ -5740,7 +5751,7 @@ def set_upstream_fields(fields, settings):
 def mask_operator_values(handler, exchange):
     """Let an error come down with stars for the operator's values: many name the organization."""
     values = handler.settings.masked_values
-    if values and exchange.status >= 300 and not exchange.is_coded:
+    if values and exchange.status >= 300 and not exchange.is_coded():
         exchange.body = MaskedBody(exchange.body, values)
         exchange.prefetched = exchange.body.mask(exchange.prefetched)
 
@@ -5880,8 +5891,7 @@ def follow_events(job, handler):
     exchange = job.exchange
     # A length, or a filter, says by itself where the body would have ended.
     is_open_ended = exchange.length is None and job.secret_filter is None
-    is_event_stream = exchange.media_type == b"text/event-stream"
-    if not is_event_stream or exchange.is_coded or not is_open_ended:
+    if not is_open_ended or exchange.is_coded() or exchange.media_type() != b"text/event-stream":
         return None
     ends_by_close = isinstance(job.body, UntilCloseBody)
     # Some upstreams end TLS without close_notify. Then only the API can tell an end from a cut.
@@ -8161,7 +8171,7 @@ class WorkersHandler(Handler):
     def relay(self, exchange):
         """A response in OpenAI's format. Errors before its first byte are ErrorResponses."""
         # gpt-oss may answer a streaming request as a whole, and an edge with a page.
-        is_whole = exchange.status != 200 or exchange.media_type in WHOLE_TYPES
+        is_whole = exchange.status != 200 or exchange.media_type() in WHOLE_TYPES
         relay = self.relay_events if self.call.stream and not is_whole else self.relay_whole
         with contextlib.closing(exchange):
             relay(exchange, StreamTranslator(self.call, functools.partial(error_event, self)))
@@ -8477,8 +8487,9 @@ def install_start_page(service):
 
 def answer_with_page(handler):
     request = handler.request
-    wants_page = b"text/html" in request.headers.get(b"accept", b"")
-    if request.path != "/" or not wants_page or request.method not in READ_METHODS:
+    if request.path != "/" or request.method not in READ_METHODS:
+        return False
+    if b"text/html" not in request.headers.get(b"accept", b""):
         return False
     handler.send_response(200, *start_page(request))
     return True
