@@ -289,7 +289,8 @@ JSON_TYPE = (b"Content-Type", b"application/json")
 OP_IGNORE_UNEXPECTED_EOF = 0x80     # OpenSSL's number; the ssl module names it since 3.10
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
-POLL_EVENTS = {READ: 1, WRITE: 4, READ | WRITE: 5}      # POLLIN and POLLOUT, where there is poll
+# POLLIN and POLLOUT, where there is poll; without either, that the peer has hung up.
+POLL_EVENTS = {0: getattr(select, "POLLRDHUP", 0), READ: 1, WRITE: 4, READ | WRITE: 5}
 
 
 class ErrorResponse(Exception):
@@ -491,6 +492,7 @@ class Server(http.server.ThreadingHTTPServer):
             for sock in list(self.clients):         # they still wait for a head or a body
                 with contextlib.suppress(OSError):
                     hang_up(sock)
+        self.relay_loop.closed = True
         self.log.close(max(0.1, deadline - time.monotonic()))
 
     def url(self):
@@ -746,7 +748,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request.path == "*":                             # RFC 9110 section 9.3.7
             self.send_response(204)
             return
-        if self.is_answered_by(self.service.free_answers):
+        if any(answer(self) for answer in self.service.free_answers):
             return
         self.service.prepare_request(self)
         self.check_caller()                                 # 403 400 401
@@ -786,13 +788,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_ourselves(self):
         """Is this answered without the upstream? See "Model list" and "Forgiving paths"."""
-        return self.is_answered_by(self.service.own_answers)
-
-    def is_answered_by(self, answers):
-        for answer in answers:
-            if answer(self):
-                return True
-        return False
+        return any(answer(self) for answer in self.service.own_answers)
 
     def check_path(self):
         """A method, so that the handler of a translated API can serve other paths."""
@@ -898,12 +894,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head_sent = True
         self.is_whole = False               # until whoever sends the body knows better
         self.ends_by_close = length is None and self.request.is_http10
+        if self.ends_by_close:
+            self.set_reset(True)            # a cut has no other sign here
         headers = self.service.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
         self.announced_close = self.must_close()        # asked again at the end: it may change
         headers += framing_headers(status, length, is_chunked, self.announced_close)
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
+
+    def set_reset(self, is_on):
+        """Will our end of the connection, even by a crash, be a reset?"""
+        linger = struct.pack("ii", is_on, 0)
+        self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client has left, or takes nothing, or too slowly."""
@@ -957,10 +960,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
-        if self.ends_by_close and not self.is_whole:        # a cut has no other sign here
-            linger = struct.pack("ii", 1, 0)                # close() then sends a reset
-            self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        if self.ends_by_close and not self.is_whole:
             return
+        if self.ends_by_close:
+            self.set_reset(False)
         must_linger = self.service.must_linger(self)
         if self.is_whole:
             self.service.end_client(self)
@@ -975,8 +978,7 @@ def wait_for_upstream(client, connection, mask, seconds):
     """
     deadline = time.monotonic() + seconds
     while True:
-        watched = client if is_worth_watching(client) else None
-        ready = wait_ready(connection, mask, seconds, watched)
+        ready = wait_ready(connection, mask, seconds, client)
         if not ready:
             raise TimedOut()
         if client in ready and has_disconnected(client):
@@ -1346,8 +1348,7 @@ class UpstreamHandler(urllib.request.BaseHandler):
         try:
             exchange.send_request()
             exchange.read_response_head()
-            if exchange.request_sent:
-                exchange.request.prefix = b""       # not to be kept while the response streams
+            exchange.request.prefix = b""       # not to be kept while the response streams
             return exchange
         except BaseException:               # also whatever `wait` raises: the client has left, say
             exchange.close()
@@ -1416,6 +1417,8 @@ class Connector:
         """
         host, port = self.address
         addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        if time.monotonic() > deadline:
+            raise TimedOut()
         addresses.sort(key=lambda found: found[4] != self.last_address)
         failure = None
         for index, (family, kind, protocol, _, address) in enumerate(addresses):
@@ -1659,7 +1662,8 @@ class RelayLoop(threading.Thread):
         super().__init__(daemon=True, name="relay-loop")
         self.every_tick = every_tick        # called twice a second with the time
         self.warn = warn
-        self.stopping = False               # the grace time is over: cut what is left, and end
+        self.stopping = False               # the grace time is over: cut what is left
+        self.closed = False                 # nothing more will come: end
         self.selector = selectors.DefaultSelector()
         self.masks = {}                     # what each registered connection is watched for
         self.jobs = set()
@@ -1692,7 +1696,7 @@ class RelayLoop(threading.Thread):
 
     def run(self):
         last_tick = 0
-        while self.jobs or not self.stopping:
+        while self.jobs or not self.closed:
             for key, mask in self.select():
                 self.guard(key.data, mask)
             self.start_submitted()
@@ -1701,6 +1705,7 @@ class RelayLoop(threading.Thread):
                 for job in list(self.jobs):
                     self.guard(job.stop if self.stopping else job.on_tick)
                 self.guard(self.every_tick, self.now)
+
     def start_submitted(self):
         while self.submitted:
             job = self.submitted.popleft()
@@ -1785,10 +1790,10 @@ class Job:
         for connection in self.connections:
             self.loop.watch(connection, 0)
         self.loop.jobs.discard(self)
-        if self.on_end:
-            self.on_end()
         if self.ended:
             self.ended.set()
+        if self.on_end:
+            self.on_end()
 
 
 class Pace:
@@ -1865,7 +1870,7 @@ class ResponseJob(Job):
     def set_state(self, state):
         """Watch what the state waits for. The client is watched in all of them."""
         self.state = state
-        client_mask = READ if is_worth_watching(self.client) else 0
+        client_mask = reading_mask(self.client)
         if self.unsent:
             client_mask |= WRITE
         self.loop.watch(self.client, client_mask, self.on_client)
@@ -1972,7 +1977,9 @@ class ResponseJob(Job):
         return self.pace is not None and self.pace.patience(self.loop.now) < 0
 
     def on_tick(self):
-        if self.is_stalled():
+        if not reading_mask(self.client) and wait_ready(self.client, 0, 0):
+            self.finish("client_gone")
+        elif self.is_stalled():
             self.finish("client_stalled")
         elif self.state == self.RELAYING and self.loop.now - self.heard > self.timeout:
             self.end_early("upstream_timeout")
@@ -2057,30 +2064,30 @@ class BufferedSocket:
         return sent
 
 def wait_ready(connection, mask, seconds, other=None):
-    """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read.
+    """Sleep until `connection` is ready for its READ | WRITE, or `other` can be read, or hangs up.
 
     Returns those that are; none after `seconds`, or after a day, where poll might not take more.
     """
     seconds = min(max(0, seconds), 86400)
     if not hasattr(select, "poll"):         # Windows
         selector = selectors.SelectSelector()
-        selector.register(connection, mask)
-        if other:
-            selector.register(other, READ)
-        return [key.fileobj for key, _ in selector.select(seconds)]
+        for one, wanted in ((connection, mask), (other, reading_mask(other) if other else 0)):
+            if wanted:
+                selector.register(one, wanted)
+        return [key.fileobj for key, _ in selector.select(seconds)] if selector.get_map() else []
     poll = select.poll()                    # in less than half of the time of a PollSelector
     number = connection.fileno()
     poll.register(number, POLL_EVENTS[mask])
     if other:
-        poll.register(other.fileno(), select.POLLIN)
+        poll.register(other.fileno(), POLL_EVENTS[reading_mask(other)])
     ready = poll.poll(seconds * 1000)
     return [connection if found == number else other for found, _ in ready]
 
 # -- watching a client while its response is under way, or nothing is
 
-def is_worth_watching(client):
-    """False once it has pipelined so much that we stop reading, and so cannot see it hang up."""
-    return len(client.buffer) < MAX_PIPELINED_BYTES
+def reading_mask(client):
+    """READ, or 0 while so much of it is here unread that we stop: it may hang up all the same."""
+    return READ if len(client.buffer) < MAX_PIPELINED_BYTES else 0
 
 def has_sent(client):
     """Is something of an idle client here? Else it is silent, or has left. Nothing is read."""

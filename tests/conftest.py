@@ -155,4 +155,6 @@ def end_late_jobs(loop):
     if loop.is_alive():
         loop.join(PATIENCE)
     while loop.submitted:
-        loop.submitted.popleft().ended.set()
+        job = loop.submitted.popleft()
+        if job.ended:
+            job.ended.set()

@@ -271,6 +271,7 @@ def close_server(server):
         with contextlib.suppress(OSError):      # it may leave by itself at any moment
             aiproxy.hang_up(sock)
     server.relay_loop.stopping = True
+    server.relay_loop.closed = True
     server.relay_loop.wake()
     server.threads.shutdown(wait=False)
     server.log.close(0)

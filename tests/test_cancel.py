@@ -1,11 +1,13 @@
 """When a client disconnects, its upstream connection is closed: in every phase, also over TLS."""
 
 import queue
+import select
 import socket
 import threading
 
 import pytest
 
+from byhand import ByHand
 from support import CHAT, EVENT_HEAD, OK, PATIENCE, Upstream, chunk, event
 from test_upstream import certificates, either, tls_upstream  # noqa: F401
 
@@ -138,18 +140,53 @@ def test_pipelined_bytes_are_not_taken_for_a_disconnect(running, phase):
     assert [running.wait_for_record(number)["outcome"] for number in (1, 2, 3)] == ["ok"] * 3
 
 
-def test_a_disconnect_after_pipelined_bytes_is_detected(running):
-    running.upstream.answer = lambda received: running.closed.put(received.wait_closed())
+# A little, and more than the relay reads of it while a response is running. (What does not fit the
+# system's buffers either hides the end: it stands behind it.)
+@pytest.mark.parametrize("size", [2, 100000])
+@pytest.mark.parametrize("leave", [close, reset, shut_down_sending])
+@pytest.mark.parametrize("phase", list(PHASES))
+def test_a_disconnect_after_pipelined_bytes_is_detected(running, phase, leave, size):
+    first, seen = PHASES[phase]
+
+    def answer(received):
+        received.send(first)
+        running.closed.put(received.wait_closed())
+
+    running.upstream.answer = answer
     with running.client() as client:
         client.request("POST", CHAT, b"{}", AUTH)
         running.upstream.wait_for()
-        client.request("POST", CHAT, b"{}", AUTH)
+        if seen:
+            client.read_until(seen)
 
-    took = running.closed.get(timeout=2 * PATIENCE)
+        client.request("POST", CHAT, b"x" * size, AUTH)
+        assert running.ask("GET", "/health").status == 200
+
+        leave(client)
+        took = running.closed.get(timeout=2 * PATIENCE)
 
     assert took is not None
     assert took < SOON
     assert len(running.upstream.received) == 1
+
+
+def test_a_reset_while_the_upstream_takes_no_upload_is_detected(relay):
+    with ByHand() as by_hand:
+        running = relay(UPSTREAM=by_hand.url)
+        client = running.client()
+        client.request("POST", CHAT, b"", [("Content-Length", "100000000")])
+        by_hand.accept()
+        fill_buffers(client)
+        reset(client)
+
+        assert running.wait_for_record()["outcome"] == "client_gone"
+
+
+def fill_buffers(client):
+    """Send until nothing on the way takes more."""
+    client.sock.setblocking(False)
+    while select.select([], [client.sock], [], 0.5)[1]:
+        client.sock.send(b"x" * 65536)
 
 
 def test_a_disconnect_does_not_affect_other_clients(relay):

@@ -187,6 +187,9 @@ def test_a_second_signal_ends_it_at_once(by_hand, start, second):
     assert client.read_head().status == 200
     assert client.read_chunk() == event("1")
 
+    old, peer = ask(program, by_hand, "HTTP/1.0")
+    peer.send(CHUNKED_HEAD + chunk(b"half"))
+    old.read_until(b"half")
     stop_accepting(program)
 
     assert program.stop(second) == 0
@@ -197,6 +200,38 @@ def test_a_second_signal_ends_it_at_once(by_hand, start, second):
             assert client.read_chunk() is None
         except ConnectionError:
             pass
+
+    # the one sign of a cut where only the connection's end ends a response
+    with old, pytest.raises(ConnectionResetError):
+        old.more()
+
+
+def test_a_head_that_comes_after_the_grace_time_is_cut_and_logged(by_hand, start):
+    program = start(GRACE="0.1", LOG="json")
+    streaming, peer = ask(program, by_hand)
+    peer.send(EVENT_HEAD)
+    streaming.read_head()
+    clients = {version: ask(program, by_hand, version) for version in ("HTTP/1.0", "HTTP/1.1")}
+    program.process.send_signal(signal.SIGTERM)
+    streaming.read_until(b"shutdown")           # the grace time is over
+    for _, peer in clients.values():
+        peer.send(CHUNKED_HEAD + chunk(b"half"))
+
+    for version, (client, _) in clients.items():
+        with client:
+            try:
+                while client.more():
+                    assert b"0\r\n\r\n" not in client.data
+
+                assert version == "HTTP/1.1"
+            except ConnectionResetError:
+                pass
+
+    streaming.sock.close()
+    assert program.process.wait(PATIENCE) == 0
+    program.__exit__()
+    outcomes = [json.loads(line)["outcome"] for line in program.lines]
+    assert outcomes == ["shutdown"] * 3
 
 
 def test_a_signal_before_any_client_ends_it(start):
