@@ -38,14 +38,14 @@ Threads, and who owns which buffer when:
     client thread  one for each connection: reads and checks the request, sends it up, reads the
                    head of the response; owns both sockets and their buffers meanwhile
     relay loop     moves the bodies of all responses and watches their clients; owns both sockets
-                   from `submit` until the job's `ended` is set, and a lingering close for good
+                   from `submit` until the job's `end_event`, and a lingering close for good
     log            one each for stdout and stderr, if the log is queued: writes what the others
                    put into its queue
 
 Ten rules, each with its reason. A learner should be able to give the reasons back.
 
  1. Read what is there, not `read(n)`. `read(4096)` waits for 4096 bytes or the end, and so holds
-    back every event of a stream until it is over. (`BodyReader.read`)
+    back every event of a stream until it is over. (`BufferedSocket.receive`)
  2. Never follow a redirect: it would carry the provider key to whatever host the upstream names.
     (`Service.opener` has no handler for them)
  3. Compare keys with `compare_digest`, as bytes, and with all of them. A comparison that stops at
@@ -53,21 +53,22 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     a key that is not ASCII would raise. (`check_client_key`)
  4. Drop hop-by-hop fields, both ways: they speak of one connection, and we have two. (`HOP_BY_HOP`)
  5. Never end a cut response cleanly. Without the last chunk, or with too few bytes, the client
-    sees that something is missing; half an answer must not look like a whole one. (`cut`)
+    sees that something is missing; half an answer must not look like a whole one.
+    (`ResponseJob.next_bytes`, `Handler.finish`)
  6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If the upstream
     reads `{"model": "a", "model": "b"}` otherwise than we do, our check was for nothing; with two
-    lengths it is request smuggling. (`parse_head`, `is_chunked`, `parse_object`)
+    lengths it is request smuggling. (`parse_head`, `is_chunked`; in part two: `parse_object`)
  7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
     been closed, at least for sending: we take that for a disconnect, also before the first byte,
-    and stop paying for the answer. (`wait_for_upstream`, `ResponseJob.on_client`)
+    and stop paying for the answer. (`wait_for_upstream`, `read_from_client`)
  8. Send a request again only if (a) a kept connection was closed under it, and it took no byte of
     it or the request is one that may be repeated; or (b) it refused our key, and there is another.
-    Anything else might be done, and paid, twice. (`try_kept`, `KeyRotation`)
+    Anything else might be done, and paid, twice. (In part two: `try_kept`, `KeyRotation`)
  9. Give every wait a limit: 30 s for a head (slowloris), a minimum data rate for a body, 60 s for a
     client that moves nothing. Hold one piece at most for a slow client: not reading its upstream
     meanwhile is back-pressure. (`read_more_head`, `Pace`, `ResponseJob`)
-10. Search what comes down for the provider key: an upstream may repeat the one that it rejects.
-    (`Exchange.drop_fields_with`, `check_for_key`)
+10. Search all heads and the bodies of errors that come down for the provider key: an upstream may
+    repeat the one that it rejects. (`Exchange.drop_fields_with`, `check_for_key`)
 
 RFC 9110 is what HTTP means, RFC 9112 how HTTP/1.1 looks on the wire.
 """
@@ -79,7 +80,6 @@ if sys.version_info < (3, 8):
 
 import argparse
 import base64
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -115,8 +115,8 @@ import urllib.request
 __version__ = "1.0"
 
 # ==== Part one: the relay =========================================================================
-# A line that says `part two: NAME` goes with that section. Where it sets a name that the line
-# before it has set, the earlier one remains.
+# Whoever takes out a section of part two takes out the lines that name it, `part two: NAME`. Where
+# such a line sets a name, the line before it is what then holds.
 
 # ---- Settings and limits -------------------------------------------------------------------------
 # What an operator may change. An environment variable of the same name overrides the constant, and
@@ -352,8 +352,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.capacity = settings.max_connections
         self.capacity = raise_file_limit(self.capacity)     # part two: Open files
         self.threads = self.make_executor()
-        self.log = Log(settings.log, settings.secrets)
-        self.log = QueuedLog(settings.log, settings.secrets)    # part two: Queued log
+        self.log = Log(settings.log, settings.log_secrets)
+        self.log = QueuedLog(settings.log, settings.log_secrets)    # part two: Queued log
         self.relay_loop = RelayLoop(lambda now: self.service.on_tick(now), self.log.warn)
         self.shared = {}            # what sections of part two keep whatever the service
         self.service = Service(settings, self)      # the one in force
@@ -378,27 +378,27 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(0.1)     # wait for descriptors instead of spinning
             raise
 
-    def process_request(self, request, client_address):
+    def process_request(self, sock, client_address):
         """Give the new client a thread, or 503 if there is no room for it."""
         with self.client_ended:
-            self.clients.add(request)
-        if not self.service.make_room(request, client_address[0]):
-            self.refuse_busy(request, client_address)
+            self.clients.add(sock)
+        if not self.service.make_room(sock, client_address[0]):
+            self.refuse_busy(sock, client_address)
             return
         taken = threading.Lock()            # by whoever answers this client
         try:
-            self.threads.submit(self.serve_client, taken, request, client_address)
+            self.threads.submit(self.serve_client, taken, sock, client_address)
         except RuntimeError:
             # No thread can be started. The executor keeps the call, so that another thread may
             # take it, and its count of idle threads is wrong from now on.
             self.threads.shutdown(wait=False)
             self.threads = self.make_executor()
             if taken.acquire(blocking=False):
-                self.refuse_busy(request, client_address)
+                self.refuse_busy(sock, client_address)
 
-    def serve_client(self, taken, request, client_address):
+    def serve_client(self, taken, sock, client_address):
         if taken.acquire(blocking=False):
-            self.process_request_thread(request, client_address)
+            self.process_request_thread(sock, client_address)
 
     def has_room(self, sock, address):
         return len(self.clients) <= self.capacity
@@ -408,10 +408,10 @@ class Server(http.server.ThreadingHTTPServer):
         # More than clients: a thread is free a moment after its client's place.
         return concurrent.futures.ThreadPoolExecutor(2 * self.capacity, "client")
 
-    def refuse_busy(self, request, client_address):
+    def refuse_busy(self, sock, client_address):
         """503 for a client without a place. None of this may block the accepting thread."""
-        self.service.refuse(request, Record(client_address[0]))
-        self.shutdown_request(request)
+        self.service.refuse(sock, Record(client_address[0]))
+        self.shutdown_request(sock)
 
     def send_busy(self, sock, record, request=None):
         """503 in one write, then a lingering close, if there is room for one."""
@@ -431,16 +431,16 @@ class Server(http.server.ThreadingHTTPServer):
             if self.service.may_linger():
                 self.service.linger(sock, record.client)
 
-    def shutdown_request(self, request):
+    def shutdown_request(self, sock):
         """The end of every connection that process_request let in. One that lingers is detached."""
-        request.close()
+        sock.close()
         with self.client_ended:
-            self.idle.pop(request, None)
-            self.clients.discard(request)
-            self.service.forget_client(request)
+            self.idle.pop(sock, None)
+            self.clients.discard(sock)
+            self.service.forget_client(sock)
             self.client_ended.notify_all()
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, sock, client_address):
         """A fault outside of any request. An OSError is a client that has reset its connection."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
@@ -710,7 +710,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not begun:
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
             self.wait_idle(limit, is_first)         # a silent new client gets a 408
-            if has_disconnected(self.client):
+            if not read_from_client(self.client):
                 raise ClientGone("idle")
         self.record.began = time.monotonic()
         if not is_first:
@@ -737,13 +737,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not wait_ready(self.client, READ, self.head_deadline - time.monotonic()):
             raise ErrorResponse(408, "request_timeout", "The head of the request did not arrive "
                                 "within %d seconds." % HEAD_SECONDS)
-        if has_disconnected(self.client):
+        if not read_from_client(self.client):
             raise ClientGone()
 
     def answer_request(self):
         """Every step returns, answers or raises. Beside each: the statuses that it may answer."""
         request = self.request
-        settings = self.settings
         self.check_head()                                   # 505 400 405 501 417
         if request.path == "*":                             # RFC 9110 section 9.3.7
             self.send_response(204)
@@ -802,7 +801,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body is not None:
             return body
         self.upload.observe = self.service.observe_request(self.record)
-        self.start_body(self.settings.max_body if self.settings.guards_keys else None)     # 413
+        self.start_body(self.settings.max_body if self.settings.is_restricted else None)     # 413
         return self.upload.read_beginning(PREFETCH_BYTES, PREFETCH_SECONDS)     # 400 408 413
 
     def start_body(self, limit):
@@ -867,7 +866,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 exchange.close()
             headers = downstream_headers(exchange.headers, self.settings)
             self.start_response(exchange.status, exchange.reason, headers, first_bytes,
-                                exchange.length, is_chunked)
+                                exchange.declared_length, is_chunked)
             if not job.outcome:
                 self.server.relay_loop.run_and_wait(job)
         finally:
@@ -875,13 +874,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.bytes = job.bytes
         self.record.outcome = job.outcome
         self.is_whole = job.outcome == "ok"
-        self.close_connection = self.announced_close or self.must_close()
+        self.close_connection = self.will_close or self.must_close()
 
     def must_close(self):
         """Must the client connection end with this response? After an error of ours, always."""
         request = self.request
         return (self.record.outcome not in ("", "ok") or request.is_http10
-                or b"close" in request.headers.connection
+                or b"close" in request.headers.connection_options
                 or not self.upload.done or self.server.closing)
 
     # -- the writer of all heads
@@ -898,8 +897,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.set_reset(True)            # a cut has no other sign here
         headers = self.service.complete_headers(headers, self.request, self.record.id,
                                                is_chunked or self.ends_by_close)
-        self.announced_close = self.must_close()        # asked again at the end: it may change
-        headers += framing_headers(status, length, is_chunked, self.announced_close)
+        self.will_close = self.must_close()        # asked again at the end: it may change
+        headers += framing_headers(status, length, is_chunked, self.will_close)
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
         self.send_to_client(render_head(first_line, headers) + first_bytes)
 
@@ -933,7 +932,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.start_response(status, reason, list(headers), body, len(content))
         self.is_whole = True
         self.record.outcome = self.record.outcome or "ok"
-        self.close_connection = self.announced_close or self.must_close()
+        self.close_connection = self.will_close or self.must_close()
 
     def send_error_response(self, error):
         """Our own error. The connection closes: what follows is never read as a request."""
@@ -972,16 +971,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def wait_for_upstream(client, connection, mask, seconds):
-    """Sleep until the upstream's connection is ready. ClientGone if the client leaves first.
-
-    TimedOut after `seconds`.
-    """
+    """Sleep until the upstream is ready. ClientGone if the client leaves; TimedOut in the end."""
     deadline = time.monotonic() + seconds
     while True:
         ready = wait_ready(connection, mask, seconds, client)
         if not ready:
             raise TimedOut()
-        if client in ready and has_disconnected(client):
+        if client in ready and not read_from_client(client):
             raise ClientGone()
         if connection in ready:
             return
@@ -1032,7 +1028,7 @@ def check_method(request, settings):
     message = "The method %s is not served here." % request.method[:20]
     if request.method in NEVER_METHODS:
         raise ErrorResponse(405, "method_not_allowed", message, headers=[allow_header(METHODS)])
-    if settings.guards_keys and request.method not in METHODS:
+    if settings.is_restricted and request.method not in METHODS:
         raise ErrorResponse(501, "method_not_allowed", message)
 
 def check_target(request, settings, normalize_path):
@@ -1045,7 +1041,7 @@ def check_target(request, settings, normalize_path):
         if authority.encode().lower() != request.headers.get(b"host", b"").lower():
             raise ProtocolError("The authority in the request target is not the Host field.")
         request.path = path or "/"
-    if settings.guards_keys:
+    if settings.is_restricted:
         request.path = normalize_path(request.path, settings.paths)
     if not is_plain_path(request.path) or "#" in request.query:
         raise ProtocolError("The request target is not a plain path: "
@@ -1223,10 +1219,7 @@ class Upload:
         return beginning if self.done else beginning + join_pieces(more)
 
     def wait_for_client(self, seconds=math.inf, other=None):
-        """Wait for more, for `seconds` at most, or until `other` can be read.
-
-        Raises ErrorResponse 408 for a client that is silent, or below the minimum data rate.
-        """
+        """Wait for more, or until `other` can be read. 408 for a client that is too slow."""
         began = time.monotonic()
         patience = min(self.pace.patience(self.waited), seconds)
         ready = wait_ready(self.client, READ, patience, other)
@@ -1242,33 +1235,30 @@ class Upload:
 # ---- Header fields up and down -------------------------------------------------------------------
 
 def upstream_headers(request, settings):
-    """The header fields of the request to the upstream, Host first, all but the provider key.
-
-    A client key is never among them.
-    """
+    """The header fields of the request to the upstream, but for the provider key. No client key."""
     fields = [(b"Host", settings.upstream.netloc)]
     for name, value in request.headers.fields:
         if goes_up(name.lower(), request, settings):
             fields.append((name, value))
     fields += request.own_fields.values()
-    if settings.guards_keys:
+    if settings.is_restricted:
         # What comes down can then be searched for the key, and no event waits in a compressor.
         fields.append((b"Accept-Encoding", b"identity"))
     return fields
 
 def goes_up(low, request, settings):
     """May a field of this name, in lower case, go up as it came?"""
-    if settings.guards_keys and low not in ALLOWED_REQUEST_FIELDS:
+    if settings.is_restricted and low not in ALLOWED_REQUEST_FIELDS:
         return False
     name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
-    if low in request.headers.connection or name in DROPPED_REQUEST_FIELDS:
+    if low in request.headers.connection_options or name in DROPPED_REQUEST_FIELDS:
         return False
     return name not in request.own_fields and not name.startswith(DROPPED_REQUEST_PREFIXES)
 
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
     dropped = DROPPED_ACCOUNT_FIELDS if settings.provider_keys else DROPPED_RESPONSE_FIELDS
-    dropped = dropped.union(headers.connection)
+    dropped = dropped.union(headers.connection_options)
     fields = []
     for name, value in headers.fields:
         low = name.lower()
@@ -1386,7 +1376,10 @@ class Connector:
         upstream = settings.upstream
         self.address = (upstream.host, upstream.port)       # where to connect
         self.open_tunnel = None     # (connection, wait): see "Proxies on the way up"
-        self.tls = make_tls_context() if upstream.scheme == "https" else None
+        self.tls = None
+        if upstream.scheme == "https":
+            self.tls = make_tls_context(ssl.PROTOCOL_TLS_CLIENT)
+            self.tls.load_default_certs()
         self.server_name = upstream.server_name             # whose certificate it must be
         self.last_address = None            # the one that took the last connection
         self.connect_timeout = settings.connect_timeout
@@ -1433,10 +1426,9 @@ class Connector:
         raise failure
 
 
-def make_tls_context():
-    """Certificates are verified. Not create_default_context, which would honour SSLKEYLOGFILE."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_default_certs()
+def make_tls_context(protocol):
+    """A client verifies certificates. create_default_context would honour SSLKEYLOGFILE."""
+    context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     if ssl.OPENSSL_VERSION_INFO >= (3,):    # CPython 3.8 and 3.9 set it: a cut looked complete
@@ -1462,8 +1454,8 @@ def connect_socket(sock, address, wait, seconds):
 class Exchange:
     """One request up and its response down. It alone decides whether its connection is used again.
 
-    `status`, `reason`, `headers` are the response's. `length` is the length that its head declares,
-    `body` reads it; `prefetched` is what has been read of it before anybody asked.
+    `status`, `reason`, `headers` are the response's. `declared_length` is the one in its head, also
+    to HEAD; `body` reads it; `prefetched` is what has been read of it before anybody asked.
     """
 
     unsent = None                   # what comes next of the request, a memoryview,
@@ -1486,10 +1478,7 @@ class Exchange:
     # -- up
 
     def send_request(self):
-        """Send head and body. A response that comes earlier ends this: see "Early responses".
-
-        So does a hang-up: there may be a response in front of it.
-        """
+        """Send head and body, until a response comes, or a hang-up that may follow one."""
         request = self.request
         first_line = "%s %s HTTP/1.1" % (request.method, request.selector)
         head = render_head(first_line.encode(), request.fields)
@@ -1583,12 +1572,12 @@ class Exchange:
         is_http10 = self.first_line[0] == b"0"
         self.reason = self.first_line[2] or b""
         if self.request.method == "HEAD" or self.status < 200 or self.status in (204, 304):
-            self.length = content_length(self.headers)
+            self.declared_length = content_length(self.headers)
             self.body = ContentLengthBody(self.connection, 0)       # whatever the fields say
         else:
             self.body = make_body(self.connection, self.headers, is_http10, is_response=True)
-            self.length = self.body.length
-        closes = is_http10 or b"close" in self.headers.connection
+            self.declared_length = self.body.length
+        closes = is_http10 or b"close" in self.headers.connection_options
         self.keep_alive = self.status != 101 and not closes
 
     def media_type(self):
@@ -1690,34 +1679,31 @@ class RelayLoop(threading.Thread):
             self.wakeup_writer.send(b"!")
 
     def run_and_wait(self, job):
-        job.ended = threading.Event()
+        job.end_event = threading.Event()
         self.submit(job)
-        job.ended.wait()
+        job.end_event.wait()
 
     def run(self):
         last_tick = 0
         while self.jobs or not self.closed:
             for key, mask in self.select():
-                self.guard(key.data, mask)
+                self.run_step(key.data, mask)
             self.start_submitted()
             if self.stopping or self.now - last_tick >= TICK_SECONDS:
                 last_tick = self.now
                 for job in list(self.jobs):
-                    self.guard(job.stop if self.stopping else job.on_tick)
-                self.guard(self.every_tick, self.now)
+                    self.run_step(job.stop if self.stopping else job.on_tick)
+                self.run_step(self.every_tick, self.now)
 
     def start_submitted(self):
         while self.submitted:
             job = self.submitted.popleft()
             self.jobs.add(job)
             job.loop = self
-            self.guard(job.start)
+            self.run_step(job.start)
 
     def select(self):
-        """What is ready within half a second.
-
-        If the selector fails, the jobs with a bad descriptor end, and the others go on.
-        """
+        """What is ready within half a second. If that fails, the jobs with a bad socket end."""
         try:
             ready = self.selector.select(TICK_SECONDS)
             self.now = time.monotonic()
@@ -1727,13 +1713,13 @@ class RelayLoop(threading.Thread):
             self.failing_since = self.failing_since or self.now
             self.warn("fault in the relay loop: " + format_traceback(error))
         for key in list(self.selector.get_map().values()):
-            self.guard(key.data, READ)      # none minds being called for nothing
+            self.run_step(key.data, READ)      # none minds being called for nothing
         time.sleep(0.5)                     # it may fail again: never spin
         self.now = time.monotonic()
         return []
 
-    def guard(self, step, *arguments):
-        """Call a step of a job. A fault of ours ends the job, not the loop that all share."""
+    def run_step(self, step, *arguments):
+        """Call a method of a job. A fault of ours ends that job, not the loop that all share."""
         try:
             step(*arguments)
         except Exception as error:
@@ -1741,7 +1727,7 @@ class RelayLoop(threading.Thread):
             job = getattr(step, "__self__", None)
             if job in self.jobs:
                 self.jobs.discard(job)
-                self.guard(job.finish, "internal_error")
+                self.run_step(job.finish, "internal_error")
 
     def watch(self, connection, mask, callback=None):
         """From now on call `callback(mask)` when `connection` is ready for `mask`; 0: never."""
@@ -1771,7 +1757,7 @@ class Job:
     state = "new"
     outcome = None
     bytes = 0                       # that went down to the client
-    ended = None                    # an Event, if a client thread waits for it
+    end_event = None                # an Event, if a client thread waits for it
     on_end = None                   # called at the end, if anybody counts
     loop = None                     # set when the loop takes the job over
 
@@ -1790,8 +1776,8 @@ class Job:
         for connection in self.connections:
             self.loop.watch(connection, 0)
         self.loop.jobs.discard(self)
-        if self.ended:
-            self.ended.set()
+        if self.end_event:
+            self.end_event.set()
         if self.on_end:
             self.on_end()
 
@@ -1893,7 +1879,7 @@ class ResponseJob(Job):
         """The client can take more, has sent more, or has left."""
         if self.state == self.ENDED:        # by an event of the same batch: nothing here is ours
             return None
-        if mask & READ and has_disconnected(self.client):
+        if mask & READ and not read_from_client(self.client):
             return self.finish("client_gone")
         if self.unsent:
             self.send(b"")
@@ -2101,16 +2087,13 @@ def peek(client):
     # Not the method of the class for TLS, which takes no flags.
     return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
 
-def has_disconnected(client):
-    """Has a client left that is readable? If not, what it has sent is in its buffer now.
-
-    While a response is under way that is its next request, sent early (pipelining).
-    """
+def read_from_client(client):
+    """Into its buffer what a readable client has sent, if need be early. False: it has left."""
     try:
-        return not client.fill()
+        return client.fill()
     except OSError:
         client.ended = True
-        return True
+        return False
 
 # -- heads
 
@@ -2125,7 +2108,7 @@ class Headers:
         self.get = self.first.get
         self.has_duplicates = len(self.first) < len(self.fields)
         # `close`, and the names of fields that are for this hop alone.
-        self.connection = [one.lower() for one in self.elements(b"connection")]
+        self.connection_options = [one.lower() for one in self.elements(b"connection")]
 
     def __contains__(self, name):
         return name in self.first
@@ -2286,11 +2269,8 @@ class BodyReader:
         raise ClosedEarly()
 
 
-def read_pieces(body, wait, enough, seconds=math.inf):
-    """Yield what comes of a body within `seconds`, until it is `enough` bytes or more.
-
-    `wait(seconds=...)` sleeps until there may be more.
-    """
+def read_pieces(body, wait_for_more, enough, seconds=math.inf):
+    """Yield what comes of a body within `seconds`, until it is `enough` bytes or more."""
     deadline = time.monotonic() + seconds
     while not body.done and enough > 0:
         piece = body.read()
@@ -2300,7 +2280,7 @@ def read_pieces(body, wait, enough, seconds=math.inf):
         if remaining <= 0:
             return
         if not piece and not body.done:
-            wait(seconds=remaining)
+            wait_for_more(seconds=remaining)
 
 
 def join_pieces(pieces):
@@ -2657,7 +2637,7 @@ def matching(pattern, takes):
         return match_all(pattern, text, takes).group()
     return parse
 
-def number(kind, least, most, takes):
+def number_parser(kind, least, most, takes):
     """A parser for numbers from `least` to `most`; no text is 0."""
     def parse(text):
         with contextlib.suppress(ValueError):
@@ -2732,8 +2712,8 @@ Option = collections.namedtuple("Option", (
     "help",         # for --help and the README
 ))
 SECRET_PARSERS = [parse_keys, parse_client_keys]        # what they get is never shown
-COUNT = number(int, 1, 1000000, "a number from 1")
-SECONDS = number(float, 0.001, 86400, "seconds, more than 0")
+COUNT = number_parser(int, 1, 1000000, "a number from 1")
+SECONDS = number_parser(float, 0.001, 86400, "seconds, more than 0")
 
 OPTIONS = (
     Option("AIPROXY_UPSTREAM", AIPROXY_UPSTREAM, Upstream,
@@ -2749,7 +2729,7 @@ OPTIONS = (
            "1: serve a hidden key without client keys to more than this machine, knowingly"),
     Option("AIPROXY_HOST", AIPROXY_HOST, matching(VISIBLE, "an address or a host name"),
            "address to listen on"),
-    Option("AIPROXY_PORT", AIPROXY_PORT, number(int, 0, 65535, "a port number, 0 to 65535"),
+    Option("AIPROXY_PORT", AIPROXY_PORT, number_parser(int, 0, 65535, "a port number, 0 to 65535"),
            "port to listen on; where it is not set, PORT, FC_SERVER_PORT and FC_CUSTOM_LISTEN_PORT "
            "are understood"),
     Option("AIPROXY_MAX_BODY", AIPROXY_MAX_BODY, parse_size,
@@ -2760,7 +2740,7 @@ OPTIONS = (
            "seconds to connect to the upstream, TLS included"),
     Option("AIPROXY_TIMEOUT", AIPROXY_TIMEOUT, SECONDS,
            "seconds of upstream silence, also between events; there is no limit in total"),
-    Option("AIPROXY_GRACE", AIPROXY_GRACE, number(float, 0, 86400, "seconds"),
+    Option("AIPROXY_GRACE", AIPROXY_GRACE, number_parser(float, 0, 86400, "seconds"),
            "seconds that running requests get at SIGTERM"),
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
            "one line per request on stdout: text, json or off"),
@@ -2817,7 +2797,7 @@ class Settings:
         review_settings(self)           # part two: Review of the settings
         self.check_safe()
 
-    def text(self, option):
+    def find_text(self, option):
         """Where a setting is set, and to what: in the environment, or in this file."""
         for name in (option.name,) + OTHER_VARIABLES.get(option.name, ()):
             if self.environ.get(name):
@@ -2827,7 +2807,7 @@ class Settings:
     def read(self, variable):
         """The value of the setting with this name. Raises SettingError."""
         option = find_option(variable)
-        name, text = self.text(option)
+        name, text = self.find_text(option)
         try:
             return option.parse(text)
         except ValueError as error:
@@ -2845,8 +2825,8 @@ class Settings:
         # Is a key of ours at stake, one that is hidden or ones that were given out? Then only what
         # is named goes up, paths and header fields. (Client keys without a provider key guard an
         # upstream that wants none.)
-        self.guards_keys = bool(self.provider_keys or self.client_keys)
-        if self.guards_keys and self.paths is None:
+        self.is_restricted = bool(self.provider_keys or self.client_keys)
+        if self.is_restricted and self.paths is None:
             rules = [("POST", path) for path in provider.paths]
             self.paths = tuple(rules + [("GET", "/v1/models"), ("GET", "/v1/models/*")])
 
@@ -2859,7 +2839,7 @@ class Settings:
         self.key_fields = [(header.encode(), scheme + key) for key in self.provider_keys]
         self.upstream_secrets = self.hidden_words + self.provider_keys
         self.field_secrets = self.upstream_secrets      # a field that holds one never comes down
-        self.secrets = self.upstream_secrets + [key for _, key in self.client_keys]
+        self.log_secrets = self.upstream_secrets + [key for _, key in self.client_keys]
 
     def derive_guards(self):
         """Who is kept out, and how."""
@@ -2970,10 +2950,20 @@ def install_features(service):
     install_websocket(service)              # part two: WebSocket
     install_start_page(service)             # part two: Start page
 
-def show_path(path):
-    """A path between two words of a message; less where it may be a key put by mistake."""
-    is_path = re.fullmatch(r"(?=[^./\\]*[./\\])[\w./\\:~ -]+", path)
-    return " %s " % path if is_path and not LIKE_KEY.search(path) else " "
+def read_file(name, path, most=-1):
+    """The bytes of the file that a setting names. SettingError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(most)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no such name"
+        # A path that may be a key, put there by mistake, is not shown.
+        is_path = re.fullmatch(r"(?=[^./\\]*[./\\])[\w./\\:~ -]+", path)
+        shown = " %s " % path if is_path and not LIKE_KEY.search(path) else " "
+        raise SettingError("%s: the file%scannot be read: %s" % (name, shown, reason))
+
+def invalid_parameter(name, rule):
+    return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
 # ---- Command line --------------------------------------------------------------------------------
 # Does: reads the options; --check, --version and --help, which serve nobody. (Part one ignores all
@@ -3110,32 +3100,20 @@ ENV_LINE = re.compile(
 
 def read_env_file(path):
     """The variables in a file of NAME=value lines. Any other line is a SettingError."""
-    try:
-        with open(path, "br") as file:
-            data = file.read()
-    except OSError as error:
-        raise SettingError("--env-file: the file%scannot be read: %s"
-                           % (show_path(path), error.strerror))
-    if data.startswith(codecs.BOM_UTF8):        # Windows' editors begin with it
-        data = data[len(codecs.BOM_UTF8):]
+    lines = re.split(b"\r\n|\r|\n", read_file("--env-file", path))
     values = {}
-    lines = re.split(b"\r\n|\r|\n", data)
     for number, line in enumerate(lines, 1):
         try:
-            name, value = parse_env_line(line)
+            # Windows' editors begin with a byte order mark.
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not text or text.startswith("#"):
+                continue
+            name, value = match_all(ENV_LINE, text, "NAME=value").groups()
         except ValueError:                      # also for what is not UTF-8
             raise SettingError("--env-file %s: line %d is no NAME=value in UTF-8" % (path, number))
-        if value:
-            values[name] = value
+        if clean(value):
+            values[name] = clean(value)
     return values
-
-def parse_env_line(line):
-    """A name and its value, both empty for a comment. ValueError for anything else."""
-    text = line.decode().strip()
-    if not text or text.startswith("#"):
-        return "", ""
-    name, value = match_all(ENV_LINE, text, "NAME=value").groups()
-    return name, clean(value)
 
 def read_env_files(paths, environ):
     """Put the variables in these files into the environment. Of several values the last counts.
@@ -3172,7 +3150,7 @@ def check_placeholders(settings):
     key_variable = settings.read("AIPROXY_UPSTREAM").provider.key_variable
     found = []
     for variable in (key_variable, "AIPROXY_CLIENT_KEYS"):
-        name, text = settings.text(find_option(variable))
+        name, text = settings.find_text(find_option(variable))
         keys = [clean(entry) for entry in text.split(",")]
         if variable == "AIPROXY_CLIENT_KEYS":
             keys = [key.partition("=")[2] or key for key in keys]
@@ -3206,32 +3184,24 @@ def read_value_files(settings):
             continue
         if name in settings.environ:
             raise SettingError("%s and %s are both set; set one of them" % (name, variable))
-        try:
-            lines = read_value_lines(path)
-        except OSError as error:
-            raise SettingError("%s: the file%scannot be read: %s"
-                               % (variable, show_path(path), error.strerror))
-        except ValueError as error:
-            raise SettingError("%s: the file %s" % (variable, error))
+        lines = value_lines(variable, read_file(variable, path, MAX_VALUE_FILE + 1))
         settings.file_values[variable] = SEPARATORS.get(name, ",").join(lines)
         settings.shown[variable] = path         # it is one, then
 
-def read_value_lines(path):
-    """The lines of a file that are neither empty nor comments. ValueError says what is wrong."""
-    with open(path, "br") as file:
-        data = file.read(MAX_VALUE_FILE + 1)
+def value_lines(variable, data):
+    """The lines of a file that are neither empty nor comments."""
     if len(data) > MAX_VALUE_FILE:
-        raise ValueError("is larger than %d bytes" % MAX_VALUE_FILE)
+        raise SettingError("%s: the file is larger than %d bytes" % (variable, MAX_VALUE_FILE))
     try:
         text = data.decode("utf-8-sig")         # Windows' editors begin with a byte order mark
     except UnicodeDecodeError:                  # its message would hold a part of the value
         text = "\0"
     if "\0" in text:                            # UTF-16 without a mark looks like that
-        raise ValueError("is no text in UTF-8")
+        raise SettingError("%s: the file is no text in UTF-8" % variable)
     lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise ValueError("holds no value")
+        raise SettingError("%s: the file holds no value" % variable)
     return lines
 
 # ---- Review of the settings ----------------------------------------------------------------------
@@ -3249,7 +3219,7 @@ def show_settings(settings):
     """What --check prints of each setting, unless a section knows better what is in force."""
     shown = collections.defaultdict(str)
     for option in OPTIONS:
-        shown[option.name] = settings.text(option)[1]
+        shown[option.name] = settings.find_text(option)[1]
         if option.parse in SECRET_PARSERS:
             shown[option.name] = "none"
     shown.update(settings.shown)
@@ -3259,6 +3229,11 @@ def show_settings(settings):
     if settings.client_keys:
         names = ["%s=***" % name for name, _ in settings.client_keys]
         shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
+    paths = ["%s %s" % rule for rule in settings.paths or ()]
+    fields = [name.decode() for name, _ in settings.key_fields[:1]]
+    shown["AIPROXY_PATHS"] = ", ".join(paths) or "all"
+    shown["AIPROXY_KEY_HEADER"] = "".join(fields) or "none"
+    shown["AIPROXY_OPEN"] = str(int(settings.open))
     settings.shown = shown
 
 MORE_SETTINGS.append(show_settings)
@@ -3270,7 +3245,6 @@ def review_settings(settings):
     check_upstream(settings)
     if settings.upstream.scheme == "https":
         check_certificates(settings.environ)
-    show_derived(settings)
 
 def check_names(environ):
     """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
@@ -3343,17 +3317,6 @@ def check_certificates(environ):
     except OSError as error:            # an SSLError is one, too
         raise SettingError("%s: certificates cannot be read there: %s"
                            % (name, error.strerror or error))
-
-def show_derived(settings):
-    """What is in force where that is not what was typed, for --check and the banner."""
-    paths = ["%s %s" % rule for rule in settings.paths or ()]
-    fields = [name.decode() for name, _ in settings.key_fields[:1]]
-    in_force = {
-        "AIPROXY_KEY_HEADER": "".join(fields) or "none",
-        "AIPROXY_PATHS": ", ".join(paths) or "all",
-        "AIPROXY_OPEN": str(int(settings.open)),
-    }
-    settings.shown.update(in_force)
 
 # ---- Reload --------------------------------------------------------------------------------------
 # Does: reads the settings again at SIGHUP, and every minute looks whether a certificate is new.
@@ -3430,7 +3393,11 @@ class Reloader:
             server.log.warn("nothing has changed, because the new settings cannot be used: %s"
                             % " ".join(str(error).split()))
             return
-        replace_service(server, settings)
+        server.log.add_secrets(settings.log_secrets)    # the old ones are not to be shown either
+        server.log.format = settings.log
+        old = server.service
+        server.service = Service(settings, server)
+        old.retire()
         server.log.warn("the settings have been read again and are in force")
         for note in self.options.notes:
             server.log.warn(note)
@@ -3487,26 +3454,17 @@ def read_new_settings(environ, old):
     if settings.upstream.provider.handler != old.upstream.provider.handler:
         raise SettingError("AIPROXY_UPSTREAM: this change of the provider needs a restart")
     fixed = [option.name for option in OPTIONS if option.name in FIXED_OPTIONS
-             and settings.text(option)[1] != old.text(option)[1]]
+             and settings.find_text(option)[1] != old.find_text(option)[1]]
     if settings.scheme != old.scheme:
         fixed += ["AIPROXY_TLS_CERT", "AIPROXY_TLS_KEY"]
     for name in fixed:
-        environ[name] = old.text(find_option(name))[1]
+        environ[name] = old.find_text(find_option(name))[1]
     return (Settings(environ) if fixed else settings), fixed
-
-def replace_service(server, settings):
-    """From now on requests get these settings. Old secrets are not to be shown either."""
-    server.log.add_secrets(settings.secrets)
-    server.log.format = settings.log
-    old = server.service
-    server.service = Service(settings, server)
-    old.retire()
 
 # ---- HTTPS ---------------------------------------------------------------------------------------
 # Does: serves clients over TLS, with the certificate that AIPROXY_TLS_CERT names.
 # Touches: every client connection, from the moment when it is accepted; the scheme of our URLs.
-# Entered: `install_https` in install_features takes the places of functions that do
-# nothing.
+# Entered: `install_https` in install_features replaces functions that do nothing.
 
 TLS_HANDSHAKE = b"\x16"      # the first byte of a client that speaks TLS (RFC 8446 section 5.1)
 OP_NO_RENEGOTIATION = 1 << 30   # OpenSSL's number; PyPy's ssl module does not name it
@@ -3585,24 +3543,24 @@ def read_certificate(settings):
     check_pem("AIPROXY_TLS_CERT", settings.tls_cert, b"CERTIFICATE-----")
     check_pem(key_name, key_path, b"PRIVATE KEY-----")
     settings.watched_files += [settings.tls_cert, key_path]
-    settings.tls = make_server_context()
+    settings.tls = make_tls_context(ssl.PROTOCOL_TLS_SERVER)
+    settings.tls.options |= OP_NO_RENEGOTIATION     # a write would have to wait for a read
     try:
         settings.tls.load_cert_chain(settings.tls_cert, key_path, refuse_password)
     except (OSError, ValueError) as error:      # an SSLError is an OSError
-        raise SettingError("%s: %s" % (key_name, explain_certificate_error(error)))
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, ssl.SSLError):
+            reason = "certificate or key cannot be used (%s)" % (error.reason or "unknown form")
+            if error.reason == "KEY_VALUES_MISMATCH":
+                reason = "the private key does not belong to the certificate"
+        raise SettingError("%s: %s" % (key_name, reason))
     settings.scheme = "https"
 
 MORE_SETTINGS.append(read_certificate)
 
 def check_pem(name, path, mark):
     """SettingError unless the file can be read and holds something of this kind."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no such name"
-        raise SettingError("%s: the file%scannot be read: %s" % (name, show_path(path), reason))
-    if mark not in data:
+    if mark not in read_file(name, path):
         what = "private key" if b"KEY" in mark else "certificate"
         raise SettingError("%s: the file holds no %s in PEM form; a key may stand in the "
                            "certificate's file or in that of AIPROXY_TLS_KEY" % (name, what))
@@ -3610,22 +3568,6 @@ def check_pem(name, path, mark):
 def refuse_password():
     """OpenSSL would ask for it on the terminal."""
     raise ValueError("the private key is encrypted; it takes one without a password")
-
-def explain_certificate_error(error):
-    if not isinstance(error, ssl.SSLError):
-        return getattr(error, "strerror", None) or error
-    if error.reason == "KEY_VALUES_MISMATCH":
-        return "the private key does not belong to the certificate"
-    return "certificate or key cannot be used (%s)" % (error.reason or "unknown form")
-
-def make_server_context():
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    context.options |= OP_NO_RENEGOTIATION          # a write would have to wait for a read
-    if ssl.OPENSSL_VERSION_INFO >= (3,):            # see make_tls_context
-        context.options &= ~OP_IGNORE_UNEXPECTED_EOF
-    return context
 
 OPTIONS += (
     Option("AIPROXY_TLS_CERT", AIPROXY_TLS_CERT, str,
@@ -3708,7 +3650,7 @@ def parse_key_header(text):
     return match_all("(?:%s)?" % TOKEN.decode(), text, takes).group()
 
 def check_key_header(settings):
-    if settings.key_header.encode() in settings.secrets:
+    if settings.key_header.encode() in settings.log_secrets:
         raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
                            "it")
 
@@ -3727,7 +3669,7 @@ OPTIONS += (
 KEY_PARAMETERS = ("key", "api_key", "access_token")
 
 def check_query(request, settings):
-    has_query = settings.guards_keys and request.query
+    has_query = settings.is_restricted and request.query
     if has_query and has_key_in_query(request.query, settings.client_keys):
         raise ErrorResponse(400, "key_in_query", "A key does not belong in a URL, where logs keep "
                             "it. Send it as Authorization: Bearer.")
@@ -3812,7 +3754,7 @@ def answer_options(handler):
     """A plain OPTIONS on a path that is allowed gets its methods. (Without keys it goes up.)"""
     path = handler.request.path
     settings = handler.settings
-    if handler.request.method != "OPTIONS" or not settings.guards_keys:
+    if handler.request.method != "OPTIONS" or not settings.is_restricted:
         return False
     methods = allowed_methods(path, settings.paths)
     if not methods or settings.upstream.map_path(path) is None:
@@ -3823,8 +3765,7 @@ def answer_options(handler):
 # ---- CORS ----------------------------------------------------------------------------------------
 # Does: lets the pages of AIPROXY_ORIGINS call us and read every response, and answers preflights.
 # Touches: which pages are refused; it adds header fields to responses.
-# Entered: `install_cors` in install_features takes the place of `refuse_pages`, and adds
-# header fields.
+# Entered: `install_cors` in install_features replaces `refuse_pages`, and adds header fields.
 
 # What a page's script may read of a response, besides the x-ratelimit-... fields that it holds.
 EXPOSED_FIELDS = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry"
@@ -4119,7 +4060,7 @@ def install_lingering_close(service):
     service.must_linger = must_linger
 
 def must_linger(handler):
-    """Closed with bytes unread it would send a reset, and that eats our response."""
+    """Closed with bytes unread it would send a reset, which eats our response (RFC 9112, 9.6)."""
     if not handler.head_sent or handler.client.ended:
         return False
     has_unread = handler.client.buffer or handler.client.receive()
@@ -4128,22 +4069,16 @@ def must_linger(handler):
 
 
 class LingeringClose(Job):
-    """A client that was answered may still be sending: read on for a while, so that it can read.
-
-    Closed with unread bytes, its connection would be reset, and the reset would eat our response
-    (RFC 9112 section 9.6). The socket is taken over: nobody else may close it.
-    """
+    """Reads on for a while. The socket is taken over: nobody else may close it."""
 
     def __init__(self, sock):
         self.client = BufferedSocket(socket.socket(fileno=sock.detach()))
         super().__init__(self.client)
-        self.began = 0.0
-        self.heard = 0.0
+        self.began = time.monotonic()
+        self.heard = self.began
 
     def start(self):
         self.state = "lingering"
-        self.began = self.loop.now
-        self.heard = self.loop.now
         self.loop.watch(self.client, READ, self.on_client)
         try:
             self.client.sock.shutdown(socket.SHUT_WR)
@@ -4343,7 +4278,7 @@ def map_location(location, asked, upstream):
     """The path of ours for a Location in the answer to `asked`; None if it leads elsewhere."""
     try:
         parts = urllib.parse.urlsplit(urllib.parse.urljoin(asked, location.decode("latin-1")))
-        port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
     except (ValueError, KeyError):
         return None
     host = (parts.hostname or "").rstrip(".")
@@ -4435,7 +4370,7 @@ def parse_rate(text):
 
 def derive_rate(settings):
     """Whoever serves anybody gets a rate."""
-    text = settings.text(find_option("AIPROXY_RATE"))[1]
+    text = settings.find_text(find_option("AIPROXY_RATE"))[1]
     if settings.open and not settings.rate:
         text = "60/min"
         settings.rate = parse_rate(text)
@@ -4451,8 +4386,7 @@ OPTIONS += (
 # ---- Trusted proxies -----------------------------------------------------------------------------
 # Does: believes the X-Forwarded-For of the proxies that AIPROXY_TRUSTED_PROXIES names.
 # Touches: who counts as the client of a request; whose connections AIPROXY_MAX_PER_CLIENT limits.
-# Entered: `install_trusted_proxies` in install_features takes the place of `is_forwarded`,
-# and in "Room for clients" that of `is_loopback`.
+# Entered: `install_trusted_proxies` in install_features replaces `is_forwarded`, `is_loopback`.
 
 # A client's address as proxies write it, with brackets, port and zone or without.
 NAMED_ADDRESS = re.compile(
@@ -4592,10 +4526,6 @@ class BodyBudget:
         with self.lock:
             self.held -= self.sizes.pop(upload, 0)
 
-    def one_at_a_time(self, length):
-        """What to hold while a body is parsed: its values take several times its size."""
-        return self.parsing if length > LARGE_BODY else contextlib.nullcontext()
-
 
 def read_whole_body(handler):
     """A body that must be here before it goes up, as it is to go up; None for any other."""
@@ -4610,7 +4540,9 @@ def read_inspected_body(handler, edit):
     """What `edit(handler, body)` makes of the body."""
     check_content_coding(handler.request)                   # 415
     body = hold_body(handler)
-    with handler.service.body_budget.one_at_a_time(len(body)):
+    # The values of a large one take several times its size: they are parsed one at a time.
+    parsing = handler.service.body_budget.parsing
+    with parsing if len(body) > LARGE_BODY else contextlib.nullcontext():
         return edit(handler, body)                          # 400 403
 
 def hold_body(handler):
@@ -4624,7 +4556,7 @@ def needs_body_inspection(handler):
     if not handler.service.inspects_bodies:
         return False
     has_body = not handler.upload.done
-    return is_inference(handler.request) or (has_body and handler.settings.guards_keys)
+    return is_inference(handler.request) or (has_body and handler.settings.is_restricted)
 
 def is_inference(request):
     return request.method == "POST" and request.path in INFERENCE_PATHS
@@ -4769,15 +4701,14 @@ def find_values(text, start, wanted):
     """Where wanted values stand in the array or object that begins at `start`; returns its end.
 
     `wanted` has, by name or index, what to call a value, or a dict of the same kind for what is
-    inside it. Yields for each what it is called, where its name begins (in an array: the value),
-    where it begins and where it ends. Nothing is decoded twice.
+    inside it. Yields for each what it is called, where it begins and where it ends. Nothing is
+    decoded twice.
     """
     has_names = text[start] == "{"
     position = JSON_GAP.match(text, start + 1).end()
     for name in itertools.count():
         if text[position] in "]}":
             return position + 1
-        name_start = position
         if has_names:
             name, name_end = JSON.raw_decode(text, position)
             if not name.isascii():          # `text` is UTF-8, read as Latin-1
@@ -4789,14 +4720,14 @@ def find_values(text, start, wanted):
         else:
             _, end = JSON.raw_decode(text, position)
             if called is not None:
-                yield called, name_start, position, end
+                yield called, position, end
         position = JSON_GAP.match(text, end).end()
 
-def edit_members(body, changes, renames=None):
+def edit_members(body, changes):
     """A JSON object with other values for what `changes` names, new members put in front.
 
     A key of `changes` is the name of a member, or the path to a value inside one: a tuple of names
-    and indexes. `renames` gives some of the changed members another name. No other byte differs.
+    and indexes. No other byte differs.
     """
     if not changes:
         return body
@@ -4805,11 +4736,8 @@ def edit_members(body, changes, renames=None):
     inside = text.index("{") + 1
     copied = inside                         # up to here, `edited` has the text
     edited = []
-    for key, name_start, start, end in find_values(text, inside - 1, as_tree(changes)):
-        label = text[name_start:start]
-        if renames and key in renames:
-            label = json.dumps(renames[key]) + label.rpartition('"')[2]
-        edited += [text[copied:name_start], label, json.dumps(added.pop(key))]
+    for key, start, end in find_values(text, inside - 1, as_tree(changes)):
+        edited += [text[copied:start], json.dumps(added.pop(key))]
         copied = end
         if not added:
             break
@@ -4861,7 +4789,7 @@ MAX_PARTS = 1000
 
 def install_model_rules(service):
     settings = service.settings
-    if settings.models and settings.guards_keys:
+    if settings.models and settings.is_restricted:
         service.checks.append(check_named_model)
     service.body_rules.append(apply_model_rules)
     service.check_form = apply_form_rules
@@ -4972,14 +4900,11 @@ def find_other_models(members):
     """Pairs of a path and a name: the models of a request besides `model`."""
     for name in MODEL_LISTS:
         others = members.get(name)
-        if others is None:
-            continue
         for other in others if isinstance(others, list) else [others]:
             check_other_model(name, other)
         yield from find_models(others, (name,), True)
     for name in ("tools", "plugins"):
-        if name in members:
-            yield from find_models(members[name], (name,), False)
+        yield from find_models(members.get(name), (name,), False)
 
 def check_other_model(name, other):
     """400 unless an item of `models` or `fallbacks` has a form that we know."""
@@ -5293,7 +5218,7 @@ def count_answers(members, holders, most):
         for name in ANSWER_COUNTS:
             number = whole_number(holder, name) or 1
             if number < 0:
-                raise not_whole(name)
+                raise invalid_parameter(name, "must be a whole number")
             if number > count:
                 count = number
                 param = name
@@ -5312,11 +5237,8 @@ def whole_number(members, name):
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or value != int(value):
-        raise not_whole(name)
+        raise invalid_parameter(name, "must be a whole number")
     return int(value)
-
-def not_whole(name):
-    return ErrorResponse(400, "invalid_parameter", "`%s` must be a whole number." % name, name)
 
 def check_prompt_length(members, most):
     """400 for a prompt of more than `most` characters: all that is text, no images or audio."""
@@ -5375,17 +5297,18 @@ def is_text(name, value, siblings):
     return not MEDIA_DATA.fullmatch(value)
 
 def derive_limits(settings):
-    if not settings.text(find_option("AIPROXY_MAX_CHARS"))[1]:
+    if not settings.find_text(find_option("AIPROXY_MAX_CHARS"))[1]:
         settings.max_chars = settings.upstream.provider.max_chars
     settings.shown["AIPROXY_MAX_TOKENS"] = str(settings.max_tokens or "none")
     settings.shown["AIPROXY_MAX_CHARS"] = str(settings.max_chars or "none")
 
 MORE_SETTINGS.append(derive_limits)
 OPTIONS += (
-    Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS, number(int, 0, 10 ** 9, "a number of tokens"),
+    Option("AIPROXY_MAX_TOKENS", AIPROXY_MAX_TOKENS,
+           number_parser(int, 0, 10 ** 9, "a number of tokens"),
            "most output tokens of a request, all its answers together: larger limits are lowered, "
            "missing ones added; empty: no limit"),
-    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number(int, 0, 10 ** 12, "a number"),
+    Option("AIPROXY_MAX_CHARS", AIPROXY_MAX_CHARS, number_parser(int, 0, 10 ** 12, "a number"),
            "most characters of prompt text, a token number being four; 0: no limit; empty: 131072 "
            "for workers-ai, else 0"),
 )
@@ -5742,7 +5665,7 @@ def hide_upstream_values(settings):
               if plain_name(name) not in ALLOWED_REQUEST_FIELDS]
     values = [value for value in values if len(value) >= MIN_HIDDEN]
     settings.masked_values = values
-    settings.secrets = settings.secrets + values
+    settings.log_secrets = settings.log_secrets + values
     settings.field_secrets = settings.field_secrets + values
     # Workers AI has words of its own for errors.
     getattr(settings, "workers_secrets", []).extend(value.decode() for value in values)
@@ -5897,7 +5820,7 @@ def follow_events(job, handler):
     """What follows the events of a response; None where no event of ours can go down."""
     exchange = job.exchange
     # A length, or a filter, says by itself where the body would have ended.
-    is_open_ended = exchange.length is None and job.secret_filter is None
+    is_open_ended = exchange.declared_length is None and job.secret_filter is None
     if not is_open_ended or exchange.is_coded() or exchange.media_type() != b"text/event-stream":
         return None
     ends_by_close = isinstance(job.body, UntilCloseBody)
@@ -6139,7 +6062,8 @@ def wait_with_heartbeats(seconds, wait, send):
     return wait_in_parts
 
 OPTIONS += (
-    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT, number(float, 0, 86400, "seconds, 0 for none"),
+    Option("AIPROXY_HEARTBEAT", AIPROXY_HEARTBEAT,
+           number_parser(float, 0, 86400, "seconds, 0 for none"),
            "seconds between the comments that a silent event stream gets, so that no load balancer "
            "cuts it; 0: none"),
 )
@@ -6403,25 +6327,21 @@ def prepare_websocket(handler):
     is_plain = request.method != "GET" or request.is_http10 or not handler.upload.done
     if is_plain or wanted_upgrade(request.headers) != b"websocket":
         return
-    if settings.client_keys or settings.provider_keys:
+    if settings.is_restricted:
         take_key_protocol(request)
-    if settings.guards_keys:
-        request.own_fields.update(websocket_fields(request.headers))
+        for name, _ in request.headers.fields:
+            low = name.lower()
+            if low.startswith(b"sec-websocket-") and low not in request.headers.connection_options:
+                value = b", ".join(request.headers.get_all(low))
+                request.own_fields[low] = (name, value)
     request.own_fields[b"connection"] = (b"Connection", b"Upgrade")
     request.own_fields[b"upgrade"] = (b"Upgrade", b"websocket")
 
 def wanted_upgrade(headers):
     """The one protocol that a peer wants to change to, in lower case; b"" for none."""
     protocols = headers.elements(b"upgrade")
-    is_wanted = b"upgrade" in headers.connection and len(protocols) == 1
+    is_wanted = b"upgrade" in headers.connection_options and len(protocols) == 1
     return protocols[0].lower() if is_wanted else b""
-
-def websocket_fields(headers):
-    """By names in lower case the fields that are WebSocket's own, each once."""
-    return {name.lower(): (name, b", ".join(headers.get_all(name.lower())))
-            for name, _ in headers.fields
-            if name.lower().startswith(b"sec-websocket-")
-            and name.lower() not in headers.connection}
 
 def take_key_protocol(request):
     """Turn the key in Sec-WebSocket-Protocol into the header field that it stands for.
@@ -6561,7 +6481,8 @@ class Direction:
         if self.is_over:
             return
         # A piece is read when the sink has taken all before it: back-pressure.
-        self.unsent = self.unsent or self.receive() or b""
+        with contextlib.suppress(ClosedEarly):      # many end TLS without saying so
+            self.unsent = self.unsent or self.source.receive() or b""
         if self.unsent:
             sent = self.sink.send_some(self.unsent)
             self.unsent = self.unsent[sent:]
@@ -6571,12 +6492,6 @@ class Direction:
         if self.is_over and not self.sink.is_tls:
             with contextlib.suppress(OSError):
                 self.sink.sock.shutdown(socket.SHUT_WR)
-
-    def receive(self):
-        try:
-            return self.source.receive()
-        except ClosedEarly:                 # many end TLS without saying so
-            return b""
 
 # ---- More providers ------------------------------------------------------------------------------
 # Does: knows more providers by name, and those of the table by the hosts of base URLs, too.
@@ -6652,7 +6567,6 @@ def find_provider(netloc):
 # Entered: `print_banner` in serve().
 # Needs: Health.
 
-EVERY_ADDRESS = ("0.0.0.0", "::")
 SHORT_KEY = 16      # characters: wrong guesses are not counted
 
 def print_banner(server):
@@ -6662,7 +6576,7 @@ def print_banner(server):
     origins = shown["AIPROXY_ORIGINS"]
     lines = []
     host = server.server_address[0]
-    if host in EVERY_ADDRESS:           # the URL above names only one
+    if host in ("0.0.0.0", "::"):           # the URL above names only one
         lines.append("listening on %s, every address of this machine: others can reach it" % host)
     lines += [
         "upstream     " + describe_upstream(server),
@@ -6776,10 +6690,7 @@ VERDICTS = {    # by the upstream's status: in words, and our exit status
 }
 
 def check_live(options, settings):
-    """Print what becomes of each key. Returns the exit status.
-
-    2 if one is refused, else 1 if one could not be tried.
-    """
+    """Print what becomes of each key. Returns the exit status, which the option's help explains."""
     if not options.live:
         return 0
     try:
@@ -6880,8 +6791,7 @@ MAX_HAND_OVER = 0.1             # that it has fewer, and at most
 NO_CLIENTS_WANTED = 0xFFFFFFFF  # the count of a worker that does not run
 
 def start_workers(settings, on_start):
-    """What makes the server, in each worker. SystemExit in the parent, when all of them have ended.
-    """
+    """What makes the server, in each worker. SystemExit in the parent, once all have ended."""
     if settings.workers == 1:
         return Server
     return Crew(settings, on_start).run()
@@ -7072,7 +6982,7 @@ def parse_workers(text):
     """A number of processes; auto: one for each CPU that we may use."""
     if text == "auto":
         return count_cpus() if hasattr(os, "fork") else 1
-    return number(int, 1, 1000, "a number of processes, or auto")(text)
+    return number_parser(int, 1, 1000, "a number of processes, or auto")(text)
 
 def count_cpus():
     cpus = os.cpu_count() or 1
@@ -7204,15 +7114,12 @@ def chat_of_response(given):
     """The members of a chat request that asks for the same. ErrorResponse 400."""
     stored = [name for name in STORED if given.get(name)]
     if stored:
-        raise bad_response_request(stored[0], "refers to what is stored, and nothing is stored "
-                                              "here: send the whole conversation in `input`")
+        raise invalid_parameter(stored[0], "refers to what is stored, and nothing is stored here: "
+                                           "send the whole conversation in `input`")
     try:
         return read_response_request(given)
     except (TypeError, AttributeError, LookupError):
-        raise bad_response_request("input", "or another member is not as OpenAI has it")
-
-def bad_response_request(name, rule):
-    return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
+        raise invalid_parameter("input", "or another member is not as OpenAI has it")
 
 def read_response_request(given):
     messages = []
@@ -7289,8 +7196,8 @@ def chat_content(content):
     return parts
 
 def unknown_type(kind):
-    return bad_response_request("input", "has a %.40s. Nothing is stored here (set `store` to "
-                                "false); known are texts, images, functions and outputs" % kind)
+    return invalid_parameter("input", "has a %.40s. Nothing is stored here (set `store` to false); "
+                             "known are texts, images, functions and outputs" % kind)
 
 
 class ResponseEvents:
@@ -7508,9 +7415,6 @@ def add_limit(chat, window):
         limits.append(window // WINDOW_SHARE)
     if window or not SMALL.search(chat["model"]):
         chat["max_tokens"] = min(limits)
-
-def invalid_parameter(name, rule):
-    return ErrorResponse(400, "invalid_parameter", "`%s` %s." % (name, rule), name)
 
 def chat_of_prompt(given):
     """The members of a chat request that asks for what a completion does. Else 400."""

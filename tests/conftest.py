@@ -156,5 +156,5 @@ def end_late_jobs(loop):
         loop.join(PATIENCE)
     while loop.submitted:
         job = loop.submitted.popleft()
-        if job.ended:
-            job.ended.set()
+        if job.end_event:
+            job.end_event.set()

@@ -267,7 +267,7 @@ def test_each_origin_that_is_refused_is_named_once(relay, capsys):
 
 def test_what_is_said_of_refused_origins_is_bounded_printable_and_without_keys():
     settings = aiproxy.Settings({"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_PORT": "0"})
-    log = aiproxy.Log("text", settings.secrets)
+    log = aiproxy.Log("text", settings.log_secrets)
     lines = []
     log.put = lambda stream, line: lines.append(line)
     report = aiproxy.origin_report(log)

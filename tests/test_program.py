@@ -594,7 +594,7 @@ def test_a_relay_whose_loop_has_died_is_not_healthy(relay, monkeypatch):
     loop = running.server.relay_loop
     assert running.ask("GET", "/health").status == 200
 
-    loop.guard = None       # the next thing that it does ends it
+    loop.run_step = None       # the next thing that it does ends it
     loop.join(PATIENCE)
     reply = running.ask("GET", "/health")
 
@@ -681,7 +681,7 @@ def test_an_error_of_the_selector_ends_one_job_and_not_the_loop(two_streams, mon
     loop, (bad, _) = jobs_of(running, (first, second))
     monkeypatch.setattr(loop.selector, name, fail_for(bad.client, getattr(loop.selector, name)))
     bad.unsent = b"x"       # so that the client is to be watched for more
-    loop.submit(Caller(lambda: loop.guard(bad.set_state, bad.BLOCKED)))
+    loop.submit(Caller(lambda: loop.run_step(bad.set_state, bad.BLOCKED)))
     gate.set()
 
     assert second.read_chunk() == event("2")
@@ -734,7 +734,7 @@ def test_a_selector_that_fails_because_of_one_descriptor_goes_on_without_it(
     assert second.read_chunk() == event("2")
     assert second.read_chunk() == b""
     # What the loop was waiting for already may come first.
-    assert bad.ended.wait(PATIENCE)
+    assert bad.end_event.wait(PATIENCE)
     assert bad.state == bad.ENDED
 
 

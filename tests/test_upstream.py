@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 
 import pytest
 
@@ -661,3 +662,19 @@ def test_all_addresses_of_a_host_name_are_tried(upstream, relay, monkeypatch, fa
         )
 
         assert running.chat().status == 200
+
+
+def test_the_time_that_a_look_up_takes_counts(upstream, relay, monkeypatch):
+    """It cannot be interrupted, but what it leaves of the time to connect is what there is."""
+    running = relay(UPSTREAM=upstream.url, CONNECT_TIMEOUT="0.1")
+    look_up = socket.getaddrinfo
+
+    def slowly(*args):
+        time.sleep(0.2)
+        return look_up(*args)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    reply = running.chat()
+
+    assert (reply.status, reply.code) == (504, "upstream_timeout")
+    assert not upstream.received

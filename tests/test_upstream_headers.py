@@ -250,7 +250,7 @@ def test_behind_a_scheme_the_credential_alone_counts():
     settings = aiproxy.Settings({"AIPROXY_UPSTREAM_HEADERS": text})
 
     assert settings.masked_values == [b"s3cret-1"]
-    assert aiproxy.Log("text", settings.secrets).redact("/x?s3cret-1", 100) == "/x?***"
+    assert aiproxy.Log("text", settings.log_secrets).redact("/x?s3cret-1", 100) == "/x?***"
 
 
 def test_the_log_does_not_show_them(upstream):
