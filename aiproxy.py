@@ -7942,7 +7942,10 @@ def prepare_workers(settings):
     if models.get("short") == "short":
         del models["short"]
         models = dict(WORKERS_ALIASES, **models)
-    check_workers_models(models)
+    known = dict(WORKERS_ALIASES, **models)
+    default = known.get(settings.default_model, settings.default_model)
+    check_workers_models("AIPROXY_MODELS", models.values())
+    check_workers_models("AIPROXY_DEFAULT_MODEL", [default] if default else ())
     if models != settings.models:       # what the short names stand for is not what was typed
         listed = ["=".join(dict.fromkeys(pair)) for pair in models.items()]
         settings.shown["AIPROXY_MODELS"] = ", ".join(listed)
@@ -7950,14 +7953,14 @@ def prepare_workers(settings):
     settings.aliases = models or WORKERS_ALIASES
     settings.catalogue = Catalogue(settings.aliases, bool(models))
 
-def check_workers_models(models):
+def check_workers_models(variable, models):
     """SettingError for a bare name that is no short name of ours: Cloudflare's have a slash."""
-    for model in models.values():
+    for model in models:
         if not re.search("[/*]", model):
             got = "what may be a key" if LIKE_KEY.search(model) else repr(model)
-            raise SettingError("AIPROXY_MODELS: got %s; for workers-ai it takes models, which "
-                               "begin with @cf/ or @hf/, and short names: %s, or `short` for all"
-                               % (got, ", ".join(WORKERS_ALIASES)))
+            raise SettingError("%s: got %s; for workers-ai it takes models, which begin with "
+                               "@cf/ or @hf/, and short names: %s, or in AIPROXY_MODELS `short` "
+                               "for all" % (variable, got, ", ".join(WORKERS_ALIASES)))
 
 
 class Catalogue:

@@ -1162,6 +1162,16 @@ def test_a_name_that_can_be_no_model_of_cloudflares_is_refused_at_the_start(
         assert word in str(refused.value)
 
 
+def test_the_default_model_must_be_one_of_cloudflares_too(cloudflare):
+    for good in ("gemma-3", "mine", "@cf/x/y"):
+        Settings(settings(cloudflare, AIPROXY_MODELS="gemma-3,mine=@cf/x/z,@cf/x/y",
+                          AIPROXY_DEFAULT_MODEL=good))
+    with pytest.raises(SettingError) as refused:
+        Settings(settings(cloudflare, AIPROXY_DEFAULT_MODEL="gemma-5"))
+    for word in ("AIPROXY_DEFAULT_MODEL", "'gemma-5'", "@cf/", "gpt-oss-20b, llama-4-scout"):
+        assert word in str(refused.value)
+
+
 def test_a_key_among_the_models_is_not_shown(cloudflare):
     with pytest.raises(SettingError) as refused:
         Settings(settings(cloudflare, AIPROXY_MODELS="gemma-3," + "0123abcd" * 5))
