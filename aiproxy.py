@@ -635,9 +635,6 @@ def http_date(seconds):
 class Request:
     """The values of one request: the checks are functions of this and the settings. No sockets."""
 
-    client_name = ""                        # of the client key, once it has been checked
-    model = ""                              # as the client named it, in the path or in the body
-
     def __init__(self, first_line, headers):
         method, path, query, self.major, minor = first_line
         self.method = method.decode()
@@ -645,6 +642,8 @@ class Request:
         self.query = (query or b"").decode()        # with its question mark
         self.headers = headers
         self.is_http10 = minor == b"0"
+        self.client_name = ""               # of the client key, once it has been checked
+        self.model = ""                     # as the client named it, in the path or in the body
         self.own_fields = {}                # ours for the upstream in place of the client's
 
 
@@ -1174,17 +1173,16 @@ def error_object(error):
 class Upload:
     """A request's body as the client sends it: bounded by `limit`, and not too slow."""
 
-    limit = None                            # bytes, None: none
-    received = 0                            # bytes
-    waited = 0.0                            # seconds spent waiting for the client
-    observe = None                          # called with each piece
-
     def __init__(self, client, reader):
         self.client = client
         self.reader = reader
         self.length = reader.length         # None: chunked
+        self.limit = None                   # bytes, None: none
         self.done = reader.done             # has all of it been read?
-        self.pace = Pace(0.0, BODY_GRACE)   # by the seconds spent waiting alone
+        self.received = 0                   # bytes
+        self.waited = 0.0                   # seconds spent waiting for the client
+        self.pace = Pace(0.0, BODY_GRACE)   # by those seconds alone
+        self.observe = None                 # called with each piece
 
     def check_limit(self):
         """413 as soon as its length, or that of the chunk that is coming, is over the limit."""
@@ -1458,19 +1456,19 @@ class Exchange:
     to HEAD; `body` reads it; `prefetched` is what has been read of it before anybody asked.
     """
 
-    unsent = None                   # what comes next of the request, a memoryview,
-    rest = b""                      # and what of its prefix comes behind that
-    bytes_sent = 0
-    request_sent = False            # all of it
-    first_line = None               # of the response, once its head has been read
-    interim = 0                     # 1xx responses before it
-    keep_alive = False              # does the upstream want to go on?
-    prefetched = b""
-
     def __init__(self, connection, request, keep):
         self.connection = connection
         self.request = request
-        self.keep = keep            # what to do with a connection that can be used again
+        self.keep = keep                    # what to do with a connection that can be used again
+        self.unsent = None                  # what comes next of the request, a memoryview,
+        self.rest = b""                     # and what of its prefix comes behind that
+        self.bytes_sent = 0
+        self.request_sent = False           # all of it
+        self.first_line = None              # of the response, once its head has been read
+        self.interim = 0                    # 1xx responses before it
+        self.keep_alive = False             # does the upstream want to go on?
+        self.body = None
+        self.prefetched = b""
 
     def wait(self, mask=READ, seconds=math.inf):
         self.request.wait(self.connection, mask, min(seconds, self.request.timeout))
@@ -1754,15 +1752,14 @@ class Job:
 
     ENDED = "ended"
 
-    state = "new"
-    outcome = None
-    bytes = 0                       # that went down to the client
-    end_event = None                # an Event, if a client thread waits for it
-    on_end = None                   # called at the end, if anybody counts
-    loop = None                     # set when the loop takes the job over
-
     def __init__(self, *connections):
         self.connections = connections
+        self.state = "new"
+        self.outcome = None
+        self.bytes = 0                      # that went down to the client
+        self.end_event = None               # an Event, if a client thread waits for it
+        self.on_end = None                  # called at the end, if anybody counts
+        self.loop = None                    # set when the loop takes the job over
 
     def stop(self):
         self.finish("shutdown")
@@ -1818,11 +1815,6 @@ class ResponseJob(Job):
     BLOCKED = "blocked"
     FLUSHING = "flushing"
 
-    unsent = b""
-    last_taken = 0.0                # when the client last took something
-    pace = None                     # of the client, while it is behind
-    heard = 0.0                     # when the upstream last sent or took something
-
     def __init__(self, handler, exchange, is_chunked, secret_filter):
         super().__init__(handler.client, exchange.connection)
         self.client = handler.client
@@ -1834,6 +1826,10 @@ class ResponseJob(Job):
         self.secret_filter = secret_filter  # None where there is nothing to look for
         self.observe = handler.service.observe_response(handler.record)
         self.on_silence = handler.service.on_silence
+        self.unsent = b""
+        self.last_taken = 0.0               # when the client last took something
+        self.pace = None                    # of the client, while it is behind
+        self.heard = 0.0                    # when the upstream last sent or took something
         self.events = handler.service.follow_events(self, handler)
 
     # -- in the client thread, before the job is submitted
@@ -2239,11 +2235,11 @@ class BodyReader:
 
     length = None                   # bytes, where the head declares them
     remaining = 0                   # bytes that are sure to come: of the body, or of a chunk
-    done = False
-    failure = None
 
     def __init__(self, connection):
         self.connection = connection
+        self.done = False
+        self.failure = None
 
     def read(self):
         """The bytes of the body that are here, decoded; b"" for none, or at its end (see `done`).
@@ -2431,19 +2427,18 @@ def encode_chunk(data, is_chunked=True):
 class Record:
     """What the log says of one request."""
 
-    method = ""
-    path = ""
-    model = ""
-    status = None
-    upstream_status = None
-    first_byte = None                       # seconds
-    bytes = 0
-    count_tokens = None                     # gives prompt and completion tokens, where they count
-    outcome = ""                            # "ok", an error's code, or how it was cut
-
     def __init__(self, address):
         self.began = time.monotonic()
         self.client = address               # or the client key's name
+        self.method = ""
+        self.path = ""
+        self.model = ""
+        self.status = None
+        self.upstream_status = None
+        self.first_byte = None              # seconds
+        self.bytes = 0
+        self.count_tokens = None            # gives prompt and completion tokens, where they count
+        self.outcome = ""                   # "ok", an error's code, or how it was cut
         self.id = "req_%016x" % random.getrandbits(64)      # or the upstream's, if it sends one
 
     def as_dict(self, redact):
@@ -2842,7 +2837,12 @@ class Settings:
         self.log_secrets = self.upstream_secrets + [key for _, key in self.client_keys]
 
     def derive_guards(self):
-        """Who is kept out, and how."""
+        """Who is kept out, and how.
+
+        Where client keys, or an upstream that surely wants one, make callers bring keys, those do
+        it. Else, without AIPROXY_OPEN, only this machine gets in: a hidden key is served on a
+        loopback address alone (`check_safe`), and under its names (`check_host_allowed`).
+        """
         is_transparent = not self.provider_keys
         # Does nobody get through without a key, ours or one that the provider surely wants?
         self.is_guarded_by_keys = bool(self.client_keys) or (
