@@ -6870,8 +6870,7 @@ class Crew:
                 self.reload()
             for index, when in list(self.due.items()):
                 if when <= time.monotonic() and self.fork(index):
-                    is_first = self.starts <= self.count
-                    return functools.partial(Worker, self, index, is_first and index == 0)
+                    return functools.partial(Worker, self, index, self.starts == 1)
             self.reap()
             if time.monotonic() > self.deadline:
                 self.pass_on(signal.SIGKILL)
@@ -6929,12 +6928,12 @@ class Crew:
 
     def fork_undisturbed(self, index):
         del self.due[index]
-        self.starts += 1
         try:
             process = os.fork()
         except OSError as error:
             self.plan(index, MAX_WORKER_PAUSE, error.strerror)
             return False
+        self.starts += 1                    # here and in the worker: the first one announces us
         if process:
             self.running[process] = (index, time.monotonic())
             return False

@@ -271,6 +271,37 @@ def test_a_signal_that_comes_while_a_worker_is_started_reaches_it(monkeypatch):
     assert told == [12345]
 
 
+FIRST_FORK_FAILS = """
+import errno, os, runpy, sys
+fork = os.fork
+def fail():
+    os.fork = fork
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+os.fork = fail
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_banner_is_printed_though_the_first_worker_cannot_be_started(by_hand):
+    environ = clean_environ({
+        "AIPROXY_PORT": "0", "AIPROXY_UPSTREAM": by_hand.url, "AIPROXY_WORKERS": "2"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", FIRST_FORK_FAILS, PROGRAM], env=environ, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    too_late = threading.Timer(PATIENCE, process.kill)
+    too_late.start()
+    with process:
+        lines = [process.stderr.readline(), process.stderr.readline()]
+        too_late.cancel()
+        process.terminate()
+        process.stderr.read()
+
+    assert process.returncode == 0
+    assert "worker 1 has ended" in lines[0]
+    assert lines[1].startswith("aiproxy %s on http://" % aiproxy.__version__)
+
+
 def test_a_reader_of_stderr_that_stalls_does_not_hold_up_the_parent(by_hand):
     environ = clean_environ({
         "AIPROXY_PORT": "0", "AIPROXY_UPSTREAM": by_hand.url, "AIPROXY_WORKERS": "2"})
