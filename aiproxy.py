@@ -57,7 +57,7 @@ Ten rules, each with its reason. A learner should be able to give the reasons ba
     (`ResponseJob.next_bytes`, `Handler.finish`)
  6. Parse strictly, JSON and HTTP alike, and refuse what can be read in two ways. If the upstream
     reads `{"model": "a", "model": "b"}` otherwise than we do, our check was for nothing; with two
-    lengths it is request smuggling. (`parse_head`, `is_chunked`; in part two: `parse_object`)
+    lengths it is request smuggling. (`parse_head`, `declares_chunks`; in part two: `parse_object`)
  7. Watch the client while the upstream is silent. A socket that is readable and yields no byte has
     been closed, at least for sending: we take that for a disconnect, also before the first byte,
     and stop paying for the answer. (`wait_for_upstream`, `read_from_client`)
@@ -289,8 +289,8 @@ JSON_TYPE = (b"Content-Type", b"application/json")
 OP_IGNORE_UNEXPECTED_EOF = 0x80     # OpenSSL's number; the ssl module names it since 3.10
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
-# POLLIN and POLLOUT, where there is poll; without either, that the peer has hung up.
-POLL_EVENTS = {0: getattr(select, "POLLRDHUP", 0), READ: 1, WRITE: 4, READ | WRITE: 5}
+# POLLIN, POLLOUT, where there is poll; 0: the peer has hung up (Linux' number of POLLRDHUP).
+POLL_EVENTS = {0: 0x2000 * (sys.platform == "linux"), READ: 1, WRITE: 4, READ | WRITE: 5}
 
 
 class ErrorResponse(Exception):
@@ -539,10 +539,7 @@ def may_be_loopback(host):
 
 
 class Service:
-    """What follows from the settings: the way to the upstream, and what part two adds.
-
-    New settings make a new one. A request keeps the one that was in force when it came.
-    """
+    """What follows from the settings. New ones make a new one; a request keeps that of its head."""
 
     def __init__(self, settings, server):
         self.settings = settings
@@ -560,6 +557,7 @@ class Service:
         """What part two may replace or add to, in the order in which a request meets it.
 
         A list is appended to. All else holds one function: to add to it, keep it and call it.
+        (The way up has hooks of its own, in UpstreamHandler and Connector.)
         """
         # Of a client's connection.
         self.wrap_client = lambda sock: sock    # what to serve an accepted client through
@@ -650,7 +648,8 @@ class Request:
 class Handler(http.server.BaseHTTPRequestHandler):
     """One client connection and its requests, one after the other.
 
-    http.server's own parser is replaced by `read_head`, which is strict and works on bytes.
+    The library calls `setup`, then `handle_one_request` until `close_connection`, then `finish`.
+    Its own parser is replaced by `read_head`, which is strict and works on bytes.
     """
 
     def setup(self):
@@ -701,16 +700,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_request(self):
         """Wait for the next request and read its head. A silent kept-alive client is let go."""
         is_first = self.is_first_request
-        self.is_first_request = False
         if is_first:                        # from connecting on
             self.head_deadline = self.record.began + HEAD_SECONDS
             self.service.begin_client(self)                 # 400
         begun = self.client.buffer.strip(b"\r\n")       # some send an empty line behind a body
         if not begun:
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
-            self.wait_idle(limit, is_first)         # a silent new client gets a 408
+            self.wait_idle(limit, is_first)     # a silent new client: 408 in read_more_head
             if not read_from_client(self.client):
                 raise ClientGone("idle")
+        self.is_first_request = False
         self.record.began = time.monotonic()
         if not is_first:
             self.head_deadline = self.record.began + HEAD_SECONDS
@@ -838,10 +837,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             upstream_headers(self.request, settings), settings)
         if settings.key_fields:
             fields = fields + [settings.key_fields[key_index]]
-        request = UpstreamRequest(settings.upstream.url + target, method, fields, body, self.upload)
-        request.wait = wait
-        request.on_interim = functools.partial(self.service.on_interim, self)
-        exchange = self.service.opener.open(request, timeout=settings.timeout)
+        url = settings.upstream.url + target
+        outgoing = UpstreamRequest(url, method, fields, body, self.upload)
+        outgoing.wait = wait
+        outgoing.on_interim = functools.partial(self.service.on_interim, self)
+        exchange = self.service.opener.open(outgoing, timeout=settings.timeout)
         exchange.drop_fields_with(settings.field_secrets)
         self.record.upstream_status = exchange.status
         upstream_id = exchange.headers.get(b"x-request-id") or exchange.headers.get(b"request-id")
@@ -858,6 +858,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             secret_filter = self.service.check_for_key(exchange, self.settings)      # 502
             for check in self.service.response_checks:
                 check(self, exchange)                                   # 502
+            # What answers a HEAD has a body of no bytes, whatever length it declares.
             is_chunked = exchange.body.length is None and not self.request.is_http10
             job = self.service.make_job(self, exchange, is_chunked, secret_filter)
             first_bytes = job.first_bytes()
@@ -904,7 +905,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def set_reset(self, is_on):
         """Will our end of the connection, even by a crash, be a reset?"""
         linger = struct.pack("ii", is_on, 0)
-        self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        with contextlib.suppress(OSError):      # macOS, where the client has left already
+            self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client has left, or takes nothing, or too slowly."""
@@ -1465,6 +1467,7 @@ class Exchange:
         self.bytes_sent = 0
         self.request_sent = False           # all of it
         self.first_line = None              # of the response, once its head has been read
+        self.failure = None                 # of the connection: there may be a response before it
         self.interim = 0                    # 1xx responses before it
         self.keep_alive = False             # does the upstream want to go on?
         self.body = None
@@ -1508,8 +1511,9 @@ class Exchange:
             part = self.unsent if self.bytes_sent else self.unsent[:FIRST_SEND]
             try:
                 sent = self.connection.send_some(part)
-            except OSError:
-                return None                 # there may be a response in front of the hang-up
+            except OSError as error:
+                self.failure = error
+                return None
             self.bytes_sent += sent
             self.unsent = self.unsent[sent:]
             self.request_sent = self.request.upload.done and not (self.unsent or self.rest)
@@ -1535,7 +1539,8 @@ class Exchange:
         connection = self.connection
         try:
             is_open = connection.fill()
-        except OSError:
+        except OSError as error:
+            self.failure = error
             return True
         while b"\r\n\r\n" in connection.buffer and not self.first_line:
             self.read_one_head()
@@ -1544,9 +1549,14 @@ class Exchange:
     # -- down
 
     def read_more(self):
-        self.wait()
-        if not self.connection.fill():
+        if not self.failure:
+            self.wait()
+        data = self.connection.receive()
+        if self.failure and not data:       # what came before it is here by now
+            raise self.failure
+        if data == b"":
             raise ClosedEarly()
+        self.connection.buffer += data or b""
 
     def read_one_head(self):
         """Read a head. Interim responses are counted, and dropped."""
@@ -1756,7 +1766,7 @@ class Job:
         self.connections = connections
         self.state = "new"
         self.outcome = None
-        self.bytes = 0                      # that went down to the client
+        self.bytes = 0                      # of the body, framed for the client
         self.end_event = None               # an Event, if a client thread waits for it
         self.on_end = None                  # called at the end, if anybody counts
         self.loop = None                    # set when the loop takes the job over
@@ -1782,24 +1792,20 @@ class Job:
 class Pace:
     """How fast a client moves a body since the moment `now`, while it is the one waited for.
 
-    Every STALL_SECONDS it must move something, and after `grace` seconds BODY_RATE on average: a
-    byte a minute keeps no place, nor does a fast beginning.
+    After `grace` seconds BODY_RATE on average, and whatever it has moved, something within
+    STALL_SECONDS: neither a byte a minute nor a fast beginning keeps a place.
     """
 
     def __init__(self, now, grace):
-        self.free_until = now + grace
-        self.last = now
-        self.moved = 0                      # bytes
+        self.deadline = now + grace
 
     def add(self, count, now):
         if count:
-            self.last = now
-            self.moved += count
+            self.deadline = min(self.deadline + count / BODY_RATE, now + STALL_SECONDS)
 
     def patience(self, now):
         """For how many seconds the client may be waited for."""
-        deadline = self.free_until + self.moved / BODY_RATE
-        return min(self.last + STALL_SECONDS, deadline) - now
+        return self.deadline - now
 
 
 class ResponseJob(Job):
@@ -2199,7 +2205,7 @@ def content_length(headers):
         raise ProtocolError("Content-Length must be one number.")
     return int(value)
 
-def is_chunked(headers, is_http10):
+def declares_chunks(headers, is_http10):
     """Is the body chunked? No other transfer coding, and no length beside it (section 6.1).
 
     A second reading of where a body ends is what request smuggling is made of.
@@ -2214,11 +2220,8 @@ def is_chunked(headers, is_http10):
     return True
 
 def make_body(connection, headers, is_http10, is_response=False):
-    """The reader of the body behind a head.
-
-    Without a length a request has none, and a response's ends with the connection (section 6.3).
-    """
-    if is_chunked(headers, is_http10):
+    """What reads a body. Without a length a request has none; a response's ends by close (6.3)."""
+    if declares_chunks(headers, is_http10):
         return ChunkedBody(connection)
     length = content_length(headers)
     if length is None and is_response:
@@ -2228,10 +2231,7 @@ def make_body(connection, headers, is_http10, is_response=False):
 # -- bodies
 
 class BodyReader:
-    """One body on its way in: a request's, or a response's before the loop or in it.
-
-    Bytes that come behind it stay in the connection's buffer: the next request, or trailing data.
-    """
+    """One body on its way in. What comes behind it stays in the connection's buffer."""
 
     length = None                   # bytes, where the head declares them
     remaining = 0                   # bytes that are sure to come: of the body, or of a chunk
@@ -2710,7 +2710,7 @@ SECRET_PARSERS = [parse_keys, parse_client_keys]        # what they get is never
 COUNT = number_parser(int, 1, 1000000, "a number from 1")
 SECONDS = number_parser(float, 0.001, 86400, "seconds, more than 0")
 
-OPTIONS = (
+OPTIONS = (         # those of part one; each section of part two adds its own
     Option("AIPROXY_UPSTREAM", AIPROXY_UPSTREAM, Upstream,
            "a provider's name (see PROVIDERS) or a base URL; a path in it takes the place of /v1"),
     Option("AIPROXY_KEY", AIPROXY_KEY, parse_keys,
@@ -3945,6 +3945,8 @@ OPTIONS += (
 # Touches: idle connections, which it ends; those that jobs have taken over count here.
 # Entered: `install_room` in install_features sets `make_room` and what belongs to it.
 
+NEW_SECONDS = 1         # that the first request of a client may take to come: it gives up no place
+
 def install_room(service):
     room = find_room(service.server)
     service.make_room = room.make_room
@@ -4007,9 +4009,10 @@ class Room:
 
         False if there is none. One that has hung up itself counts.
         """
-        for handler, _ in self.server.idle.copy().values():
+        for handler, since in self.server.idle.copy().values():
             is_meant = address in (None, self.addresses.get(handler.connection))
-            if is_meant and self.server.evict(handler):
+            is_new = handler.is_first_request and time.monotonic() - since < NEW_SECONDS
+            if is_meant and not is_new and self.server.evict(handler):
                 return True
         return False
 
@@ -4201,13 +4204,19 @@ def escaped_pattern(secret):
     return re.compile(b"".join(letters))
 
 
+def spellings(secret):
+    """A secret as it is, and as URLs may have it."""
+    quoted = urllib.parse.quote_from_bytes(secret, safe="").encode()
+    return {secret, quoted, re.sub(b"%..", lambda match: match[0].lower(), quoted)}
+
+
 class SecretFilter:
-    """Looks for secrets, as they are and as JSON may have them, in bytes as they pass."""
+    """Looks for secrets, as they are and as URLs or JSON may have them, in bytes as they pass."""
 
     def __init__(self, secrets):
-        self.secrets = secrets
-        self.longest = 6 * max(map(len, secrets))       # `\\u0061` is six bytes
-        first = b"|".join(re.escape(secret[:1]) for secret in secrets)
+        self.secrets = list(itertools.chain.from_iterable(map(spellings, secrets)))
+        self.longest = 6 * max(map(len, self.secrets))  # `\\u0061` is six bytes
+        first = b"|".join(re.escape(secret[:1]) for secret in self.secrets)
         # A look ahead: what begins in the middle of another is not passed over.
         self.beginning = re.compile(br"(?=\\(?:u|\Z)|\\?(?:%b))" % first)
         self.waiting = b""                  # the end of what came, if a secret may begin in it
@@ -6301,7 +6310,8 @@ def install_early_hints(service):
         service.on_interim = pass_early_hints
 
 def pass_early_hints(handler, status, headers):
-    if status == 103 and not handler.request.is_http10:
+    is_clean = not holds_secret(headers.raw, handler.settings.field_secrets)
+    if status == 103 and is_clean and not handler.request.is_http10:
         fields = downstream_headers(headers, handler.settings)
         handler.send_to_client(render_head(b"HTTP/1.1 103 Early Hints", fields))
 

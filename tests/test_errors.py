@@ -760,6 +760,8 @@ SPELLINGS = [  # a secret, and how JSON may have it
     ("sk-hidden-key", b"sk\\u002dhidden\\u002Dkey"),
     ("sk-hidden-key", b"\\u0073k-hidden-ke\\u0079"),
     ("sk/hidden/key", b"sk\\u002Fhidden\\/key"),
+    ("sk/hidden+key", b"sk%2Fhidden%2Bkey"),
+    ("sk/hidden+key", b"sk%2fhidden%2bkey"),
     ('sk"hidden', b'sk\\"hidden'),
     ("sk\\hidden", b"sk\\\\hidden"),
     ("sk\\hidden", b"sk\\u005chidden"),

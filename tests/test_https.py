@@ -159,7 +159,8 @@ def test_slow_handshakes_hold_up_nobody(hidden):
         client.sock.close()
 
 
-def test_a_client_whose_handshake_is_not_over_makes_room(relay):
+def test_a_client_whose_handshake_is_not_over_makes_room(relay, monkeypatch):
+    monkeypatch.setattr(aiproxy, "NEW_SECONDS", 0)
     running = relay(**HIDDEN, MAX_CONNECTIONS=2)
     with Client(running.address), Client(running.address):
         deadline = time.monotonic() + PATIENCE

@@ -173,11 +173,10 @@ def test_an_upload_that_becomes_too_slow_stays_incomplete_upstream(by_hand, rela
     if framing == CHUNKED:
         body, more = chunk(body), chunk(more)
 
-    limit(BODY_GRACE=SHORT)
+    limit(BODY_GRACE=SHORT, BODY_RATE=1 << 20)
     with relay(UPSTREAM=by_hand.url).client() as client:
         client.request("POST", "/v1/files", body, [framing])
         peer = by_hand.accept()
-        limit(BODY_RATE=1 << 20)
         client.send(more)
         assert client.read_reply().status == 408
         assert client.ended()
@@ -187,6 +186,15 @@ def test_an_upload_that_becomes_too_slow_stays_incomplete_upstream(by_hand, rela
 
         assert b"\r\n\r\n" in peer.data
         assert not peer.data.endswith(b"0\r\n\r\n")
+
+
+def test_a_fast_beginning_pays_for_no_slow_end(relay, limit):
+    """Else a client could keep its place, and the memory of its body, for hours."""
+    limit(BODY_GRACE=SHORT, STALL_SECONDS=SHORT)
+    with relay(KEY="sk-hidden-key").client() as client:
+        # at BODY_RATE, enough for 1000 s
+        client.request("POST", CHAT, b"x" * 1024000, [("Content-Length", "2000000")])
+        assert trickle(client) == 408
 
 
 def test_a_body_above_the_minimum_data_rate_may_take_as_long_as_it_needs(upstream, relay, limit):
@@ -495,6 +503,7 @@ def test_too_many_clients_get_a_503_at_once_and_running_requests_continue(by_han
 
 @pytest.mark.parametrize("kind", ["kept alive", "new"])
 def test_the_longest_idle_client_makes_room_for_a_new_one(by_hand, relay, monkeypatch, kind):
+    monkeypatch.setattr(aiproxy, "NEW_SECONDS", 0)
     running = relay(UPSTREAM=by_hand.url, MAX_CONNECTIONS=3)
     idle = watch(monkeypatch, running.server, "mark_idle")
 
@@ -530,7 +539,21 @@ def test_the_longest_idle_client_makes_room_for_a_new_one(by_hand, relay, monkey
                 assert client.read_reply().status == 200
 
 
+def test_a_client_whose_first_request_is_on_its_way_gives_up_no_place(relay, monkeypatch):
+    """Else at the limit each new client would cost the one before it, and none be served."""
+    running = relay(MAX_CONNECTIONS=1)
+    idle = watch(monkeypatch, running.server, "mark_idle")
+    with running.client() as client:
+        assert idle()
+        with running.client() as newcomer:
+            assert newcomer.read_reply().status == 503
+
+        client.request("GET", "/health")
+        assert client.read_reply().status == 200
+
+
 def test_a_client_whose_request_has_just_arrived_is_not_idle(relay, monkeypatch):
+    monkeypatch.setattr(aiproxy, "NEW_SECONDS", 0)
     running = relay(MAX_CONNECTIONS=1)
     arrived = threading.Event()
     evicted = threading.Event()

@@ -1,5 +1,6 @@
 """The upstream side: keep-alive, retries, redirects, proxies and certificates."""
 
+import os
 import socket
 import threading
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 import aiproxy
+from byhand import ByHand
 from support import (
     CHAT,
     EVENT_HEAD,
@@ -270,6 +272,13 @@ def test_early_hints_come_down_in_a_transparent_relay_only(upstream, relay):
         assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
     with relay(KEY="sk-hidden-key").client() as client:
         client.request("GET", fields=[("Host", "localhost")])
+        assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_early_hint_that_repeats_a_field_of_the_operators_does_not_come_down(upstream, relay):
+    upstream.answer = b"HTTP/1.1 103 Early Hints\r\nLink: </tenant-0123456789>\r\n\r\n" + OK
+    with relay(UPSTREAM_HEADERS="X-Tenant: tenant-0123456789").client() as client:
+        client.request("GET")
         assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
@@ -678,3 +687,20 @@ def test_the_time_that_a_look_up_takes_counts(upstream, relay, monkeypatch):
 
     assert (reply.status, reply.code) == (504, "upstream_timeout")
     assert not upstream.received
+
+
+def test_broken_tls_in_the_middle_of_an_upload_is_an_error_at_once(
+        certificates, relay, monkeypatch):
+    """Nothing more can be read of such a connection, however long it stays open."""
+    monkeypatch.setenv("SSL_CERT_FILE", certificates("localhost")[0])
+    with ByHand() as by_hand:
+        url = by_hand.url.replace("http://127.0.0.1", "https://localhost")
+        client = relay(UPSTREAM=url).client()
+        client.request("POST", "/v1/files", b"x" * 100000, [("Content-Length", "200000")])
+        peer = by_hand.accept()
+        tls = server_tls(*certificates("localhost")).wrap_socket(peer.sock, server_side=True)
+        tls.recv(10)
+        os.write(tls.fileno(), b"\x17\x03\x03\0\x20" + bytes(32))      # a record with a bad MAC
+
+        with client, tls:
+            assert client.read_reply().code == "upstream_bad_response"
