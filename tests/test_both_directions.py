@@ -185,9 +185,9 @@ def test_a_body_that_gets_too_large_is_cut_at_the_size_of_its_chunk(by_hand, rel
 def test_a_body_that_comes_too_slowly_is_cut_while_the_response_is_relayed(
     by_hand, relay, monkeypatch
 ):
+    monkeypatch.setattr(aiproxy, "STALL_SECONDS", 2)        # time enough for the response to begin
     running = relay(UPSTREAM=by_hand.url)
     client, peer = begin_upload(by_hand, running, "chunked")
-    monkeypatch.setattr(aiproxy, "STALL_SECONDS", 0)
     with client:
         assert client.read_chunk() is None
         while peer.more():
