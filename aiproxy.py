@@ -1721,7 +1721,7 @@ class RelayLoop(threading.Thread):
             self.failing_since = self.failing_since or self.now
             self.warn("fault in the relay loop: " + format_traceback(error))
         for key in list(self.selector.get_map().values()):
-            self.run_step(key.data, READ)      # none minds being called for nothing
+            self.run_step(key.data, READ)       # none minds being called for nothing
         time.sleep(0.5)                     # it may fail again: never spin
         self.now = time.monotonic()
         return []
@@ -2090,7 +2090,7 @@ def peek(client):
     return socket.socket.recv(client.sock, 1, socket.MSG_PEEK)
 
 def read_from_client(client):
-    """Into its buffer what a readable client has sent, if need be early. False: it has left."""
+    """Read what a client has sent into its buffer, a next request too. False: it has left."""
     try:
         return client.fill()
     except OSError:
@@ -3549,10 +3549,10 @@ def read_certificate(settings):
         settings.tls.load_cert_chain(settings.tls_cert, key_path, refuse_password)
     except (OSError, ValueError) as error:      # an SSLError is an OSError
         reason = getattr(error, "strerror", None) or error
-        if isinstance(error, ssl.SSLError):
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            reason = "the private key does not belong to the certificate"
+        elif isinstance(error, ssl.SSLError):
             reason = "certificate or key cannot be used (%s)" % (error.reason or "unknown form")
-            if error.reason == "KEY_VALUES_MISMATCH":
-                reason = "the private key does not belong to the certificate"
         raise SettingError("%s: %s" % (key_name, reason))
     settings.scheme = "https"
 
