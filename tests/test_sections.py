@@ -1,9 +1,10 @@
 """Each section of part two can be taken out, and what is left is still a correct relay.
 
 Below the line "# ==== Part two: Parts that can be taken out" each section of aiproxy.py begins with
-a line "# ---- NAME ---" and has at most one entry elsewhere, a line that ends in "# part two: NAME".
-The tests remove both, see that nothing else needs the section, and run tests of the core on what
-is left. The tables below say which. A section that says "# Needs: OTHER" goes with OTHER.
+a line "# ---- NAME ---". It has at most one entry elsewhere, a line that ends in
+"# part two: NAME". The tests remove both, see that nothing else needs the section, and run tests
+of the core on what is left. The tables below say which. A section that says "# Needs: OTHER" goes
+with OTHER.
 """
 import functools
 import json
