@@ -168,9 +168,9 @@ HEAD_SECONDS = 30       # for a whole head, from its first byte or from connecti
 BODY_GRACE = 30         # seconds in which a request's body may be as slow as it likes
 BODY_RATE = 1024        # bytes a second that it must reach after that: the minimum data rate,
                         # also of a client that is behind with its response
-IDLE_SECONDS = 910      # for a kept-alive client to send its next request: load balancers keep a
-                        # connection for up to 15 minutes, and answer 502 if we close first
+IDLE_SECONDS = 910      # for the next request: load balancers keep connections for 15 minutes
 STALL_SECONDS = 60      # for a client that moves no byte of a body: nginx's limit, both ways
+CUT_SECONDS = 0.1       # a browser may drop the last bytes if the connection's end is with them
 SHUTDOWN_SECONDS = 1    # for cut responses to be seen cut, once the grace time is over
 
 MAX_FIELDS = 100        # header fields: what Apache allows
@@ -182,8 +182,7 @@ MAX_INTERIM = 100       # 1xx interim responses before the real one
 
 READ_SIZE = 65536       # bytes that are read at a time
 FIRST_SEND = 16384      # bytes of the first write: one TLS record, which goes whole or not at all
-PREFETCH_BYTES = 65536  # of a request's body, read before we connect; of an error's body, searched
-                        # for our key before its head goes down
+PREFETCH_BYTES = 65536  # of a request's body before we connect; of an error's, searched for our key
 PREFETCH_SECONDS = 0.5  # that either is waited for
 MAX_PIPELINED_BYTES = 65536     # of a next request that are read while a response is running
 
@@ -960,6 +959,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Close as the response needs it: by a reset, with a lingering close, or at once."""
+        if not self.is_whole:
+            wait_ready(self.client, READ, CUT_SECONDS)
         if self.ends_by_close and not self.is_whole:
             return
         if self.ends_by_close:
@@ -1756,8 +1757,7 @@ class RelayLoop(threading.Thread):
 class Job:
     """Something that the relay loop does, in one named state; ENDED is the last of all.
 
-    `start`, `on_tick` (twice a second) and `stop` are called by the loop. `outcome` is the word for
-    the log, None until it is sure.
+    The loop calls `start`, `on_tick` (twice a second), `stop`. `outcome` is the log's, or None yet.
     """
 
     ENDED = "ended"

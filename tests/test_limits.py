@@ -901,6 +901,31 @@ def test_a_response_of_our_own_that_is_not_taken_is_never_followed_by_another(
     assert b"healthy" not in head.body
 
 
+def test_the_end_of_a_cut_response_comes_apart_from_its_last_bytes(upstream, relay, limit):
+    """A browser that sees both at once may drop the event that says what happened."""
+    limit(CUT_SECONDS=LONG)
+
+    def answer(received):
+        received.send(EVENT_HEAD + chunk(event("1")))
+        received.reset()
+
+    upstream.answer = answer
+    running = relay()
+    with running.client() as client:
+        client.request("POST", CHAT, b"{}")
+        head = client.read_head()
+        assert head.status == 200
+        told = b""
+        while b"upstream_died" not in told:
+            told += client.read_chunk()
+        assert not client.data
+        client.sock.settimeout(0.3)
+        with pytest.raises(socket.timeout):
+            client.sock.recv(1)
+
+    wait_until_no_client(running)               # its leaving is the end, long before LONG
+
+
 def test_a_thread_that_cannot_start_once_holds_up_no_later_client(relay, monkeypatch, limit):
     limit(BUSY_SECONDS=SHORT)
     running = relay()
