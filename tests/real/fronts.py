@@ -148,15 +148,22 @@ class Connection(http.client.HTTPConnection):
         self.address = address
 
     def connect(self):
-        plain = socket.create_connection((self.address, self.port), PATIENCE)
-        if not self.authority:
-            self.sock = plain
-            return
+        """Connect; with TLS again and again, for Caddy listens before it has made its certificate."""
         deadline = time.monotonic() + PATIENCE
-        while not os.path.exists(self.authority) and time.monotonic() < deadline:
+        while True:
+            plain = socket.create_connection((self.address, self.port), PATIENCE)
+            if not self.authority:
+                self.sock = plain
+                return
+            try:
+                context = ssl.create_default_context(cafile=self.authority)
+                self.sock = context.wrap_socket(plain, server_hostname="relay.example")
+                return
+            except (FileNotFoundError, ssl.SSLError):
+                plain.close()
+                if time.monotonic() > deadline:
+                    raise
             time.sleep(0.05)
-        context = ssl.create_default_context(cafile=self.authority)
-        self.sock = context.wrap_socket(plain, server_hostname="relay.example")
 
 
 def check_front(checks, name, front, upstream):
