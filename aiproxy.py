@@ -4778,8 +4778,9 @@ def as_tree(changes):
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
 # and what has a model of its own. (Below `messages` and `input` stands what a model has written.)
 MODEL_LISTS = ("models", "fallbacks")
+MODEL_HOLDERS = MODEL_LISTS + ("tools", "plugins")
 MODEL_MEMBERS = ("model",) + MODEL_LISTS
-MODEL_SPELLINGS = {name: name for name in MODEL_MEMBERS + ("tools", "plugins")}
+MODEL_SPELLINGS = {name: name for name in ("model",) + MODEL_HOLDERS}
 MAX_MODELS = 100        # in one request
 
 # Azure's /openai/deployments/MODEL/..., Gemini's /v1beta/models/MODEL:method.
@@ -4907,20 +4908,19 @@ def named_model(members, request, settings):
 
 def find_other_models(members):
     """Pairs of a path and a name: the models of a request besides `model`."""
-    for name in MODEL_LISTS:
-        others = members.get(name)
-        for other in others if isinstance(others, list) else [others]:
-            check_other_model(name, other)
-        yield from find_models(others, (name,), True)
-    for name in ("tools", "plugins"):
-        yield from find_models(members.get(name), (name,), False)
+    for name in members:
+        if name in MODEL_LISTS:
+            check_other_models(name, members[name])
+        if name in MODEL_HOLDERS:
+            yield from find_models(members[name], (name,), name in MODEL_LISTS)
 
-def check_other_model(name, other):
-    """400 unless an item of `models` or `fallbacks` has a form that we know."""
-    if isinstance(other, dict):
-        other = other.get("model", 0)
-    if other is not None and not isinstance(other, str):
-        raise invalid_model("must name models in `%s`, by strings or by `model`" % name)
+def check_other_models(name, others):
+    """400 unless the items of `models` or `fallbacks` have a form that we know."""
+    for other in others if isinstance(others, list) else [others]:
+        if isinstance(other, dict):
+            other = other.get("model", 0)
+        if other is not None and not isinstance(other, str):
+            raise invalid_model("must name models in `%s`, by strings or by `model`" % name)
 
 def find_models(value, path, is_name):
     """Pairs of a path and a name, of each member that names models; `value` does if `is_name`.
