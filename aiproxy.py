@@ -1503,7 +1503,7 @@ class Exchange:
 
         Returns the side that it then waits for; None when all is sent, or nothing more can be.
         """
-        while not self.request_sent:
+        while not (self.request_sent or self.failure):
             self.unsent = self.unsent or self.next_piece()
             if not self.unsent:
                 return self.request.upload.client
@@ -1514,6 +1514,7 @@ class Exchange:
                 sent = self.connection.send_some(part)
             except OSError as error:
                 self.failure = error
+                self.connection.was_reset = isinstance(error, ConnectionResetError)
                 return None
             self.bytes_sent += sent
             self.unsent = self.unsent[sent:]
@@ -1981,8 +1982,7 @@ class ResponseJob(Job):
 class BufferedSocket:
     """A non-blocking socket, plain or TLS, with the bytes read from it and not used yet.
 
-    A read takes more than a TLS record holds (16 KB), so TLS keeps back no decrypted bytes, which
-    no selector would see.
+    A read takes more than a TLS record (16 KB): TLS keeps back no bytes that no selector sees.
     """
 
     def __init__(self, sock):
@@ -1991,6 +1991,7 @@ class BufferedSocket:
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.buffer = b""
         self.ended = False                  # the peer has ended its sending side
+        self.was_reset = False              # a send was told so, and then no read is
 
     def fileno(self):
         return self.sock.fileno()
@@ -2313,6 +2314,8 @@ class UntilCloseBody(BodyReader):
         return data
 
     def end_of_connection(self):
+        if self.connection.was_reset:
+            raise ClosedEarly()
         self.done = True
 
 
@@ -2903,8 +2906,7 @@ def serve(settings, on_start=()):
         threading.Thread(target=function, args=(server,), daemon=True).start()
     while not server.closing:
         server.handle_request()
-    # An ordinary exit would wait for the client threads, and some of them may still be busy with
-    # streams that have just been cut.
+    # An ordinary exit would wait for client threads, busy with streams that have just been cut.
     try:
         server.stop()
         os._exit(0)

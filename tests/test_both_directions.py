@@ -3,6 +3,7 @@
 Until the response has ended. Then both sides close, because the rest of the body has no reader.
 """
 import threading
+import time
 
 import pytest
 
@@ -208,3 +209,26 @@ def test_a_response_head_that_comes_in_pieces_does_not_stop_the_body(by_hand, re
         peer.send(EARLY_HEAD[20:] + LAST)
 
         assert client.read_reply().complete
+
+
+def test_a_response_without_a_length_that_is_reset_under_the_upload_is_cut(by_hand, relay):
+    """The reset may be told to whoever sends, and then a read shows a clean end."""
+    running = relay(UPSTREAM=by_hand.url)
+    with running.client() as client:
+        client.request("POST", CHAT, bytes(100), [("Content-Length", str(1 << 30))])
+        peer = by_hand.accept()
+        peer.read_request_head()
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nbegun")
+        assert client.read_head().status == 200
+        assert client.read_chunk() == b"begun"
+
+        client.sock.setblocking(False)
+        with pytest.raises(BlockingIOError):        # the upstream takes nothing: all is full
+            while True:
+                client.sock.send(bytes(1 << 20))
+                time.sleep(0.01)
+        client.sock.settimeout(PATIENCE)
+        peer.reset()
+        assert client.read_chunk() is None
+
+    assert running.wait_for_record()["outcome"] == "upstream_died"
