@@ -1844,7 +1844,7 @@ class ResponseJob(Job):
     def first_bytes(self):
         """What is already here, framed: often the whole body, and the loop is never needed."""
         data = self.frame(self.exchange.prefetched) if self.exchange.prefetched else b""
-        if not self.outcome and (self.upstream.buffer or self.body.done):
+        if not self.outcome:
             data += self.next_bytes()
         return data
 

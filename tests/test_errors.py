@@ -861,6 +861,21 @@ def trickle(first, rest, gate):
     return answer
 
 
+def test_an_error_whose_chunks_are_malformed_is_cut_at_once(upstream, hidden):
+    """Although its beginning, which is searched for our key, has been read by then."""
+    def answer(received):
+        received.send(b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"it is "))
+        time.sleep(0.1)
+        received.send(b"no chunk\r\n")
+        received.wait_closed()
+
+    upstream.answer = answer
+    reply = hidden.chat()
+
+    assert (reply.status, reply.body, reply.complete) == (500, b"it is ", False)
+    assert hidden.wait_for_record()["outcome"] == "upstream_died"
+
+
 def test_an_error_response_that_trickles_is_not_withheld(upstream, hidden):
     gate = threading.Event()
     upstream.answer = trickle(b"it is ", b"broken", gate)
