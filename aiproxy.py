@@ -925,8 +925,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_response(self, status, headers=(), content=b""):
         """Send a response that we have as a whole. The connection lives on if all is well."""
-        is_head = self.request is not None and self.request.method == "HEAD"
-        body = b"" if is_head else content
+        body = b"" if self.record.method == "HEAD" else content
         reason = http.client.responses.get(status, "").encode()
         self.record.bytes = len(body)
         self.start_response(status, reason, list(headers), body, len(content))

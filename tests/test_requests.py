@@ -781,3 +781,12 @@ def test_nothing_is_carried_out_after_a_refused_request(restricted, data, status
 def test_the_same_client_key_in_two_header_fields_is_accepted(restricted):
     with restricted.exchange(request(GET, KEY, b"x-api-key: ck-alice")) as client:
         assert client.read_reply().status == 200
+
+
+@pytest.mark.parametrize("field", ["Bad Field", "X: " + "x" * 20000], ids=["malformed", "large"])
+def test_a_HEAD_whose_head_is_broken_gets_no_body(relay, field):
+    with relay().client() as client:
+        client.send(("HEAD /v1/models HTTP/1.1\r\nHost: a\r\n%s\r\n\r\n" % field).encode())
+        reply = client.read_head()
+        assert reply.status in (400, 431)
+        assert not client.data and client.ended()
