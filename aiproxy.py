@@ -5473,8 +5473,9 @@ class Pool:
     def release(self, connection, headers):
         """Keep a connection whose last response had these headers."""
         self.idle.append((connection, time.monotonic() + idle_seconds(headers)))
-        while len(self.idle) > self.size:
-            self.idle.popleft()[0].close()
+        with contextlib.suppress(IndexError):       # other threads take some, too
+            while len(self.idle) > self.size:
+                self.idle.popleft()[0].close()
 
     def retire(self):
         """Keep no more: running requests may still bring some."""
