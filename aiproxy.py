@@ -595,8 +595,7 @@ class Service:
         self.observe_response = lambda record: None     # what to call with each piece of it
         self.follow_events = lambda job, handler: None  # its EventStream, if it is one
         self.on_silence = do_nothing            # (job): called while the upstream is silent
-        # Header fields to add to any response, ours too: pairs of bytes. `present` has those that
-        # are there, by names in lower case.
+        # Header fields to add to any response: pairs of bytes. `present`: those there, by low name.
         self.stream_headers = lambda present, is_open_ended: []
         self.cors_headers = lambda request, settings, present: []
         # (path, error, request_id): what the body of an error in the API there is the JSON of
@@ -909,7 +908,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_to_client(self, data):
         """Send all of it. ClientGone if the client has left, or takes nothing, or too slowly."""
-        pace = Pace(time.monotonic(), STALL_SECONDS)
+        pace = None
         unsent = memoryview(data)
         while True:
             try:
@@ -919,6 +918,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             unsent = unsent[count:]
             if not unsent:
                 return
+            pace = pace or Pace(time.monotonic(), STALL_SECONDS)
             pace.add(count, time.monotonic())
             if not wait_ready(self.client, WRITE, pace.patience(time.monotonic())):
                 raise ClientGone("client_stalled")
@@ -1122,7 +1122,7 @@ def carried_keys(headers):
     scheme, _, credential = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
         keys.add(credential.strip())
-    for name in API_KEY_FIELDS:
+    for name in headers.first.keys() & API_KEY_FIELDS:
         keys.update(headers.get_all(name))
     keys.discard(b"")
     return keys
@@ -1238,7 +1238,9 @@ def upstream_headers(request, settings):
     """The header fields of the request to the upstream, but for the provider key. No client key."""
     fields = [(b"Host", settings.upstream.netloc)]
     for name, value in request.headers.fields:
-        if goes_up(name.lower(), request, settings):
+        low = name.lower()
+        may_go = low in ALLOWED_REQUEST_FIELDS or not settings.is_restricted
+        if may_go and goes_up(low, request):
             fields.append((name, value))
     fields += request.own_fields.values()
     if settings.is_restricted:
@@ -1246,10 +1248,8 @@ def upstream_headers(request, settings):
         fields.append((b"Accept-Encoding", b"identity"))
     return fields
 
-def goes_up(low, request, settings):
+def goes_up(low, request):
     """May a field of this name, in lower case, go up as it came?"""
-    if settings.is_restricted and low not in ALLOWED_REQUEST_FIELDS:
-        return False
     name = low.replace(b"_", b"-")      # CGI-like servers take `_` for `-`
     if low in request.headers.connection_options or name in DROPPED_REQUEST_FIELDS:
         return False
@@ -1258,11 +1258,11 @@ def goes_up(low, request, settings):
 def downstream_headers(headers, settings):
     """The fields of the upstream's response that come down: as they came, repeated, in order."""
     dropped = DROPPED_ACCOUNT_FIELDS if settings.provider_keys else DROPPED_RESPONSE_FIELDS
-    dropped = dropped.union(headers.connection_options)
     fields = []
     for name, value in headers.fields:
         low = name.lower()
-        if low not in dropped and not low.startswith(b"access-control-"):
+        is_dropped = low in dropped or low in headers.connection_options
+        if not is_dropped and not low.startswith(b"access-control-"):
             fields.append((name, value))
     return fields
 
@@ -2192,8 +2192,7 @@ def parse_head(head, first_line):
 
 def render_head(first_line, fields):
     """The bytes of a head that parse_head would read."""
-    lines = [first_line] + [b": ".join(field) for field in fields]
-    return b"\r\n".join(lines + [b"\r\n"])
+    return b"\r\n".join([first_line, *map(b": ".join, fields), b"\r\n"])
 
 def content_length(headers):
     """The one Content-Length, None without one. RFC 9112 section 6.3, without the leniency."""
@@ -2512,7 +2511,7 @@ class Log:
         decoded = masked
         for _ in range(3):              # as often as anybody may have encoded it
             decoded = urllib.parse.unquote(decoded)
-        if any(secret in decoded for secret in self.secrets):
+        if decoded != masked and any(secret in decoded for secret in self.secrets):
             masked = self.mask(decoded)
         if len(readable) < len(text):
             masked = masked[:-self.longest]     # it may end in a part of a key

@@ -954,7 +954,7 @@ def ports_of_clients(relay, pid):
     inodes = sockets_of(pid)
     own_port = ":%04X" % relay.address[1]
     ports = set()
-    for _ in range(2):                  # the table changes while it is read
+    for _ in range(5):                  # the table changes while it is read
         with open("/proc/net/tcp") as file:
             for words in map(str.split, file):
                 if words[1].endswith(own_port) and words[9] in inodes:
