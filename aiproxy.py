@@ -8031,6 +8031,7 @@ class WorkersHandler(Handler):
             return super().answer_ourselves()
         for check in self.service.checks:       # the list may cost a call
             check(self)
+        hold_body(self)         # one that comes with it is not for Cloudflare, nor for others
         catalogue = self.settings.catalogue
         send_models(self, catalogue.items(self.read_catalogue, self.server.log.warn))
         return True

@@ -1062,6 +1062,24 @@ def test_a_client_that_disconnects_while_the_list_is_read_leaves_the_others_alon
     assert models(running).status == 200
 
 
+def test_the_body_of_a_client_that_asks_for_the_list_is_no_matter_of_the_others(
+        cloudflare, workers):
+    running = workers()
+    with running.client() as slow:
+        slow.request("GET", "/v1/models", fields=AUTH + [("Content-Length", "9")])
+        slow.send(b"1234")
+        assert models(running).status == 200
+        slow.send(b"56789")
+        assert slow.read_reply().status == 200
+    with running.client() as broken:
+        broken.request("GET", "/v1/models", b"no chunk\r\n",
+                       fields=AUTH + [("Transfer-Encoding", "chunked")])
+        assert broken.read_reply().status == 400
+    assert models(running).status == 200
+    for request in cloudflare.received:
+        assert request.body == b"" and not request.fields("content-length")
+
+
 @pytest.mark.parametrize("fields,shown", [(AUTH, True), ([], False)], ids=["alice", "anybody"])
 def test_health_shows_the_models_to_those_who_may_list_them_and_asks_nobody(
         cloudflare, workers, fields, shown):
