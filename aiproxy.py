@@ -7819,7 +7819,7 @@ install_responses(WORKERS_PATHS, CHAT_MAKERS, EVENT_MAKERS)     # part two: Resp
 def translate_error(status, body, secrets=(), retry_after=None):
     """The ErrorResponse for Cloudflare's error, parsed or not: by its code, else its status."""
     error = extract_error(body)
-    word = as_text(error.get("code"))
+    word = redact_message(as_text(error.get("code")), secrets)
     number = int(word) if re.fullmatch("[0-9]{3,5}", word) else 0
     if status < 400 <= number < 600:    # vLLM's {"object": "error", "code": 400} inside a 200
         status = number
@@ -7849,7 +7849,7 @@ def classify_error(number, status, word):
             if key in numbers[1:]:
                 return numbers[0], code
     code = {4: "invalid_request", 5: "upstream_error"}.get(status // 100, "upstream_bad_response")
-    is_name = word and not word.isdigit()
+    is_name = re.fullmatch("[a-z_]{1,64}", word)
     return status if status >= 400 else 502, word if is_name else code
 
 def extract_error(error):

@@ -1326,6 +1326,20 @@ def test_a_model_name_never_leaves_its_place(cloudflare, workers, name):
     assert not cloudflare.received
 
 
+@pytest.mark.parametrize("code", [
+    "no %s for %s" % (TOKEN, ACCOUNT), TOKEN, "x" * 65, "a\nb"], ids=ascii)
+def test_a_code_of_cloudflares_that_is_no_plain_word_stays_here(cloudflare, workers, code):
+    error = json.dumps({"success": False, "errors": [{"code": code, "message": "no"}]}).encode()
+    cloudflare.answer = lambda received: received.send(
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(error) + error)
+    running = workers()
+    reply = post(running)
+    assert (reply.status, reply.code) == (400, "invalid_request")
+    assert running.wait_for_record()["outcome"] == "invalid_request"
+    assert TOKEN.encode() not in reply.body
+
+
 def test_an_unknown_model_is_refused_by_cloudflare(workers):
     reply = post(workers(), model="@cf/no/such")
     assert (reply.status, reply.code, reply.json["error"]["param"]) == (
