@@ -83,6 +83,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import datetime
 import difflib
 import email.utils
@@ -2781,7 +2782,7 @@ class Settings:
             if option.name.startswith("AIPROXY_") and option.name != "AIPROXY_KEY":
                 setattr(self, option.name[len("AIPROXY_"):].lower(), self.read(option.name))
         self.scheme = "http"            # of our own URLs
-        self.watched_files = []         # what may change while we run. See "Reload"
+        self.watched_files = {}         # by path: what reads it again if it changes. See "Reload"
         self.hidden_words = []          # what no client may see, besides the provider keys
         self.aliases = {}               # the names of models that clients may use, to models
         self.models_shown = []          # those that clients get to see
@@ -3368,27 +3369,27 @@ class Reloader:
 
     def wait(self, server):
         """Wait for a signal, or until it is time to look at the files."""
-        environ = None
+        read = self.read
         try:
             self.signals.get(timeout=RELOAD_SECONDS)
         except queue.Empty:
             if file_stamps(server.settings.watched_files) == self.stamps:
                 return
-            environ = dict(os.environ)          # nobody has said that the env files are ready
+            read = self.read_watched            # nobody has said that the others are ready
         if self.has_terminal and not os.isatty(0):
             os.kill(os.getpid(), signal.SIGTERM)        # the window has been closed: end with it
         elif not server.closing:
-            self.reload(server, environ)
+            self.reload(server, read)
 
-    def reload(self, server, environ=None):
-        """Put in force what is read anew: everything, or what the settings in `environ` name."""
+    def reload(self, server, read):
+        """Put in force what `read` makes of the settings."""
         if not (self.options.env_file or server.settings.watched_files
                 or server.settings.file_values):
             server.log.warn("there is no file to read settings from again (--env-file names one): "
                             "a restart takes new ones")
             return
         try:
-            settings, fixed = self.read(server.settings, environ)
+            settings, fixed = read(server.settings)
         except SettingError as error:
             server.log.warn("nothing has changed, because the new settings cannot be used: %s"
                             % " ".join(str(error).split()))
@@ -3404,25 +3405,35 @@ class Reloader:
         if fixed:
             server.log.warn("a change of %s needs a restart" % ", ".join(fixed))
 
-    def read(self, old, environ=None):
+    def read(self, old):
         """As read_new_settings. A SettingError leaves the environment as it was."""
         # Before they are read: what changes meanwhile is seen the next time.
         stamps = file_stamps(old.watched_files)
         before = dict(os.environ)
-        reads_all = environ is None
+        environ = dict(self.given)
         try:
-            if reads_all:
-                environ = dict(self.given)
-                read_environment(self.options, environ)
+            read_environment(self.options, environ)
             replace_environment(environ)        # urllib and OpenSSL read it, too
             found = read_new_settings(environ, old)
         except SettingError:
             replace_environment(before)
-            if not reads_all:                   # else it may be good without the env files
-                self.stamps = stamps
             raise
         self.stamps = stamps
         return found
+
+    def read_watched(self, old):
+        """The same settings, but for what the watched files hold now. SettingError.
+
+        A client key's file may have changed as well: a worker that is started again would begin
+        with the old one, and take a key that the others do not take any more.
+        """
+        stamps = file_stamps(old.watched_files)
+        settings = copy.copy(old)
+        settings.watched_files = {}
+        for read_again in dict.fromkeys(old.watched_files.values()):
+            read_again(settings)
+        self.stamps = stamps
+        return settings, []
 
 
 def file_stamps(paths):
@@ -3542,7 +3553,7 @@ def read_certificate(settings):
     key_path = settings.tls_key or settings.tls_cert
     check_pem("AIPROXY_TLS_CERT", settings.tls_cert, b"CERTIFICATE-----")
     check_pem(key_name, key_path, b"PRIVATE KEY-----")
-    settings.watched_files += [settings.tls_cert, key_path]
+    settings.watched_files.update({settings.tls_cert: read_certificate, key_path: read_certificate})
     settings.tls = make_tls_context(ssl.PROTOCOL_TLS_SERVER)
     settings.tls.options |= OP_NO_RENEGOTIATION     # a write would have to wait for a read
     try:

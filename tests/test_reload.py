@@ -50,7 +50,7 @@ class Reloadable:
 
     def reload(self, **settings):
         self.write(**settings)
-        self.reloader.reload(self.server)
+        self.reloader.reload(self.server, self.reloader.read)
 
 
 @pytest.fixture
@@ -273,6 +273,50 @@ def test_a_renewed_certificate_is_served_without_a_dropped_connection(
         assert served_certificate(relay.address) != first
         client.request("GET", "/health")
         assert client.read_reply().status == 200
+
+
+def test_a_renewed_certificate_puts_nothing_else_in_force(
+    reloadable, upstream, tmp_path, monkeypatch
+):
+    """Whoever edits a key's file says when it is ready. Until then all workers have the old one."""
+    keys = tmp_path / "keys"
+    keys.write_text("one=%s\n" % OLD)
+    pairs = []
+    for name in ("one", "two"):
+        paths = make_certificate(str(tmp_path), key=name)
+        pairs.append([open(path).read() for path in paths])
+    files = copy(pairs[0], tmp_path)
+    running = reloadable(
+        UPSTREAM=upstream.url, KEY="sk-hidden-0123", CLIENT_KEYS_FILE=keys, **files)
+    first = served_certificate(running.relay.address)
+    keys.write_text("one=%s\n" % NEW)
+    copy(pairs[1], tmp_path)
+    watch(running, monkeypatch)
+    assert served_certificate(running.relay.address) != first
+    assert running.relay.chat(key=OLD).status == 200
+    assert running.relay.chat(key=NEW).status == 401
+
+    running.reloader.reload(running.server, running.reloader.read)
+    assert running.relay.chat(key=NEW).status == 200
+
+
+def test_a_certificate_that_could_not_be_read_is_read_at_the_next_look(
+    reloadable, upstream, tmp_path, monkeypatch
+):
+    pairs = []
+    for name in ("one", "two"):
+        paths = make_certificate(str(tmp_path), key=name)
+        pairs.append([open(path).read() for path in paths])
+    running = reloadable(UPSTREAM=upstream.url, **copy(pairs[0], tmp_path))
+    first = served_certificate(running.relay.address)
+    copy(pairs[1], tmp_path)
+    read_file = aiproxy.read_file
+    monkeypatch.setattr(aiproxy, "read_file", lambda *arguments: b"")       # for a moment
+    watch(running, monkeypatch)
+    assert served_certificate(running.relay.address) == first
+    monkeypatch.setattr(aiproxy, "read_file", read_file)
+    watch(running, monkeypatch)
+    assert served_certificate(running.relay.address) != first
 
 
 def watch(running, monkeypatch):
