@@ -6884,6 +6884,7 @@ class Crew:
 
     def run(self):
         """Returns in each worker, with what makes its server. The parent exits in here."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # ignored, it would hide who has ended
         self.handle(signal.SIGINT, self.on_stop)
         self.handle(signal.SIGTERM, self.on_stop)
         self.handle(signal.SIGHUP, self.on_reload)

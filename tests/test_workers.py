@@ -153,6 +153,18 @@ def test_a_worker_that_dies_is_started_again_and_takes_no_other_with_it(by_hand,
     running.one_of(replaced).sock.close()
 
 
+def test_a_worker_is_started_again_where_SIGCHLD_was_ignored(by_hand, workers):
+    former = signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # what we start inherits it
+    try:
+        running = workers(by_hand)
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+    os.kill(running.pids[0], signal.SIGKILL)
+    running.program.wait_for_line(running.program.errors, r"worker 1 has ended \(signal 9\)")
+    wait_until(lambda: len(children(running.process)) == 2, "no worker has come in its place")
+    assert running.program.stop(signal.SIGTERM) == 0
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["the parent", "everybody"])
 def test_SIGTERM_lets_the_streams_of_all_workers_end(by_hand, workers, to_all):
     """A service manager sends it to the parent, or to all processes at once."""
