@@ -6485,6 +6485,10 @@ class Tunnel(Job):
     def on_tick(self):
         if self.loop.now - self.last_move > self.silence:
             self.finish("ok" if self.state == self.HALF_CLOSED else "idle")
+        # A side that is not read, because the other is behind, may have been reset all the same.
+        elif any(side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                 for side in self.connections):
+            self.finish("ok")
 
 
 class Direction:

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 
 import pytest
 
@@ -177,6 +178,24 @@ def test_both_sides_may_send_more_than_the_buffers_hold_at_once(by_hand, relay):
 
         reader.join()
         assert received == [up]
+
+
+def test_a_client_that_is_reset_while_the_upstream_takes_nothing_is_seen(by_hand, relay):
+    running = relay(UPSTREAM=by_hand.url)
+    client, _, peer, _ = open_tunnel(by_hand, running)
+    client.sock.setblocking(False)
+    with pytest.raises(BlockingIOError):            # all is full
+        while True:
+            client.sock.send(bytes(1 << 20))
+            time.sleep(0.02)
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.sock.close()
+
+    assert running.wait_for_record()["status"] == 101       # long before AIPROXY_TIMEOUT
+    with pytest.raises(ConnectionError):
+        while peer.more():
+            peer.data = b""
+        raise ConnectionError("it may also end so")
 
 
 def test_a_silent_tunnel_is_closed(by_hand, relay):
