@@ -6393,7 +6393,7 @@ def check_websocket(handler):
         raise ErrorResponse(403, "websocket_not_allowed", "AIPROXY_MODELS, AIPROXY_MAX_TOKENS "
                             "and AIPROXY_MAX_CHARS cannot hold in a WebSocket here.")
     pairs = urllib.parse.parse_qsl(request.query[1:])
-    models = [value for name, value in pairs if name.casefold() == "model"]
+    models = [value for name, value in pairs if name.casefold() in QUERY_MODELS]
     request.model = ",".join(models)
     handler.record.model = request.model
     if not settings.models:
@@ -6408,8 +6408,9 @@ def check_websocket(handler):
 def replace_model(part, model):
     """One part of a query, with the real name of the model."""
     name, equals, _ = part.partition("=")
-    if equals and urllib.parse.unquote_plus(name).casefold() == "model":
-        return "model=" + urllib.parse.quote(model, "")
+    name = urllib.parse.unquote_plus(name).casefold()
+    if equals and name in QUERY_MODELS:
+        return "%s=%s" % (name, urllib.parse.quote(model, ""))
     return part
 
 def relay_websocket(handler, exchange):

@@ -322,6 +322,8 @@ def test_without_a_provider_key_the_key_in_the_subprotocol_is_sent_upstream(by_h
     ("/v1/realtime?model=gpt-realtime&model=other", KEY, {"MODELS": "gpt-realtime"}, (400, 403)),
     ("/v1/realtime?mod%65l=other", KEY, {"MODELS": "gpt-realtime"}, (400, 403)),
     ("/v1/realtime", KEY, {"MODELS": "gpt-realtime"}, (400, 403)),
+    ("/v1/realtime?deployment=other", KEY, {"MODELS": "gpt-realtime"}, 403),
+    ("/v1/realtime?model=gpt-realtime&deployment=other", KEY, {"MODELS": "gpt-realtime"}, 400),
     ("/v1/realtime?key=ck-alice", KEY, {}, 400),
 ], ids=[
     "no key",
@@ -333,6 +335,8 @@ def test_without_a_provider_key_the_key_in_the_subprotocol_is_sent_upstream(by_h
     "two models",
     "model encoded",
     "no model",
+    "deployment not allowed",
+    "a deployment beside the model",
     "key in the query",
 ])
 def test_a_handshake_passes_the_same_checks_as_any_request(
