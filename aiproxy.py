@@ -8555,8 +8555,9 @@ def start_demo(options, environ):
     threading.Thread(target=provider.serve_forever, daemon=True).start()
     environ["AIPROXY_UPSTREAM"] = "http://127.0.0.1:%d" % provider.server_port
     environ["AIPROXY_KEY"] = provider.provider_key
-    environ.pop("AIPROXY_KEY_FILE", None)
-    environ.pop("AIPROXY_WORKERS", None)        # the provider is a thread of this process
+    # The provider is a thread of this process, takes its key in the usual field, and has one path.
+    for name in ("KEY_FILE", "WORKERS", "KEY_HEADER", "PATHS"):
+        environ.pop("AIPROXY_" + name, None)
     return [show_demo]
 
 def show_demo(server):

@@ -63,6 +63,12 @@ def test_the_demo_works_without_any_setting():
         checked_output(program)
 
 
+def test_the_demo_works_whatever_is_set_for_another_provider():
+    settings = {"AIPROXY_KEY_HEADER": "x-api-key", "AIPROXY_PATHS": "/v1/responses"}
+    with Program("--demo", env=clean_environ(settings)) as program:
+        program.wait_for_line(program.errors, "This answer comes from the small provider inside")
+
+
 def test_the_demo_provider_refuses_any_key_but_its_provider_key():
     with Program("--demo") as program:
         inside = program.wait_for_line(program.errors, r"upstream +http://127.0.0.1:(\d+)")
