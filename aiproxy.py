@@ -7281,10 +7281,12 @@ class ResponseEvents:
 
     def conclude(self, usage):
         """Send what closes the response; `usage` is chat's."""
+        status = "incomplete" if self.response["incomplete_details"] else "completed"
         for key, item in zip(self.texts, self.response["output"]):
             _, events, part = RESPONSE_ITEMS[item["type"]]
             text = "".join(self.texts[key])
-            item["status"] = "completed"
+            is_last = item is self.response["output"][-1]
+            item["status"] = status if is_last else "completed"
             if part:
                 item["content"] = [dict(part, text=text)]
                 self.event(events + ".done", key, text=text)
@@ -7299,7 +7301,6 @@ class ResponseEvents:
             for name, count in usage.items():
                 counts[name.replace("prompt_", "input_").replace("completion_", "output_")] = count
             self.response["usage"] = counts
-        status = "incomplete" if self.response["incomplete_details"] else "completed"
         self.response["status"] = status
         self.event("response." + status, response=self.response)
 

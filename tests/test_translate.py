@@ -1186,7 +1186,7 @@ def rebuilt(events):
         elif kind == "function_call_arguments.done":
             assert item["arguments"] == event["arguments"]
         elif kind == "output_item.done":
-            item["status"] = "completed"
+            item["status"] = event["item"]["status"]
             assert item == event["item"]
         if item:
             assert event["item_id"] == item["id"]
@@ -1204,6 +1204,9 @@ def test_every_stream_becomes_the_events_of_a_response(events, message, finish, 
     last = events[-1]["response"]
     assert last["output"] == rebuilt(events)
     assert last["status"] == ("incomplete" if finish == "length" else "completed")
+    # What a cut has made of the last item is not whole: an agent must not act on half a call.
+    statuses = [item["status"] for item in last["output"]]
+    assert set(statuses[:-1]) <= {"completed"} and statuses[-1:] in ([], [last["status"]])
     assert (last["object"], last["model"], last["id"]) == ("response", "shown", "resp_1")
     assert events[-1]["type"] == "response." + last["status"]
     reason = {"reason": "max_output_tokens"} if finish == "length" else None
