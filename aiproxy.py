@@ -3695,7 +3695,8 @@ def has_key_in_query(query, client_keys):
         name, _, value = part.partition("=")
         if urllib.parse.unquote(name).casefold() in KEY_PARAMETERS:
             return True
-        words = {urllib.parse.unquote(word).encode() for word in (name, value)}
+        words = {word.encode() for half in (name, value)
+                 for word in urllib.parse.unquote_plus(half).split()}
         if words & values:
             return True
     return False

@@ -103,6 +103,7 @@ def test_without_a_client_key_every_request_is_refused(upstream, hidden, method,
 @pytest.mark.parametrize("query", [
     "?key=ck-alice", "?a=1&key=x", "?key", "?%6bey=x", "?KEY=x", "?api_key=x", "?Access_Token=x",
     "?x=ck-alice", "?a&x=ck%2dalice&b", "?ck-alice", "?a=1&%63k-alice=",
+    "?authorization=Bearer%20ck-alice", "?x=Bearer+ck-alice",
 ])
 def test_a_key_in_the_query_is_refused(upstream, hidden, query):
     reply = hidden.ask("POST", CHAT + query, BODY, [("Authorization", "Bearer ck-alice")])
