@@ -4580,7 +4580,14 @@ def needs_body_inspection(handler):
     return is_inference(handler.request) or (has_body and handler.settings.is_restricted)
 
 def is_inference(request):
-    return request.method == "POST" and request.path in INFERENCE_PATHS
+    """Also by other spellings of the path, which the upstream may take for the same."""
+    if request.method != "POST":
+        return False
+    path = request.path
+    return path in INFERENCE_PATHS or plain_spelling(path) in INFERENCE_PATHS
+
+def plain_spelling(path):
+    return re.sub("//+", "/", urllib.parse.unquote(path)).rstrip("/").casefold()
 
 def is_form(headers):
     return headers.get(b"content-type", b"").lower().startswith(b"multipart/")
@@ -4788,11 +4795,13 @@ def as_tree(changes):
 # Needs: Body rules.
 
 # Where a body names models besides `model`: OpenRouter's and Anthropic's lists of others to try,
-# and what has a model of its own. (Below `messages` and `input` stands what a model has written.)
+# and what has a model of its own: tools, a realtime session, the requests of a batch, Groq's
+# compound systems. Not searched is what a model has written, and what describes a function.
 MODEL_LISTS = ("models", "fallbacks")
-MODEL_HOLDERS = MODEL_LISTS + ("tools", "plugins")
-MODEL_MEMBERS = ("model",) + MODEL_LISTS
+MODEL_HOLDERS = MODEL_LISTS + ("tools", "plugins", "session", "requests", "compound_custom")
 MODEL_SPELLINGS = {name: name for name in ("model",) + MODEL_HOLDERS}
+NOT_SEARCHED = ("messages", "input", "contents", "input_schema", "input_examples",
+                "functionDeclarations", "function_declarations")
 MAX_MODELS = 100        # in one request
 
 # Azure's /openai/deployments/MODEL/..., Gemini's /v1beta/models/MODEL:method.
@@ -4833,7 +4842,7 @@ def check_named_model(handler):
 
     path = urllib.parse.unquote(request.path)
     before, name, after = find_path_model(path)
-    if not name:
+    if name is None:
         return
     request.model = name
     handler.record.model = name
@@ -4844,7 +4853,7 @@ def check_named_model(handler):
         request.path = before + urllib.parse.quote(model, "@") + after
 
 def find_path_model(path):
-    """The model that a decoded path names, between what stands before and behind it."""
+    """The model that a decoded path names, or None, between what stands before and behind it."""
     for match in BEFORE_MODEL.finditer(path):
         rest = path[match.end():]
         if match.group(1).lower() == "deployments":
@@ -4853,7 +4862,7 @@ def find_path_model(path):
             name, mark, after = rest.rpartition(":")
         if mark:
             return path[:match.end()], name, mark + after
-    return path, "", ""
+    return path, None, ""
 
 def check_model(model, settings):
     """The real name of a model. 403 unless it is on the list, or fits a pattern there."""
@@ -4887,8 +4896,8 @@ def apply_model_rules(members, request, settings):
     changes = {}
     name = named_model(members, request, settings)
     if name:
+        model = real_name(name, request, settings)
         request.model = request.model or name
-        model = check_model(name, settings)
         if model != members.get("model"):
             changes["model"] = model
     if not settings.aliases:                # any model will do
@@ -4896,10 +4905,16 @@ def apply_model_rules(members, request, settings):
     for count, (path, name) in enumerate(find_other_models(members), 1):
         if count > MAX_MODELS:
             raise invalid_model("names more than %d models" % MAX_MODELS)
-        model = check_model(name, settings)
+        model = real_name(name, request, settings)
         if model != name:
             changes[path] = model
     return changes
+
+def real_name(name, request, settings):
+    """As check_model. Gemini's SDKs say the model in the path again, as models/NAME."""
+    is_again = request.model and name == "models/" + request.model
+    prefix = "models/" if is_again else ""
+    return prefix + check_model(name[len(prefix):], settings)
 
 def named_model(members, request, settings):
     """The member `model`, or the default one; "" where none is needed. ErrorResponse 400."""
@@ -4944,9 +4959,19 @@ def find_models(value, path, is_name):
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from find_models(item, path + (index,), is_name)
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and not is_function(value, path):
         for name, item in value.items():
-            yield from find_models(item, path + (name,), name.casefold() in MODEL_MEMBERS)
+            if name not in NOT_SEARCHED:
+                yield from find_models(item, path + (name,), names_models(name))
+
+def is_function(value, path):
+    """Is it a tool that the client runs? A `model` in its schema is one of its parameters."""
+    return "tools" in path and value.get("type") == "function"
+
+def names_models(name):
+    """Does a member of this name hold models, as `model` and `allowed_models` do?"""
+    low = name.casefold()
+    return low.endswith(("model", "models")) or low == "fallbacks"
 
 def invalid_model(rule):
     return ErrorResponse(400, "invalid_model", "The body %s." % rule, "model")
@@ -5020,7 +5045,7 @@ def read_part(body, start, end):
     if not disposition:
         raise invalid_form("a part needs a plain name: form-data; name=\"...\"")
     _, name, filename = disposition.groups()
-    if looks_like_model(name):
+    if looks_like_model(name):      # not as JSON, either, as `session` has it
         check_model_part(name, filename, headers)
     return name, head_end + 4, end
 

@@ -508,6 +508,8 @@ GOOD = make_form(MODEL + b"small", FILE)
 BAD_FORMS = {
     "another model": (make_form(MODEL + b"other", FILE), 403),
     "no model": (make_form(FILE), 400),
+    "JSON beside it": (
+        make_form(MODEL + b"small", MODEL.replace(b"model", b"session") + b"{}"), 400),
     "two models": (make_form(MODEL + b"small", MODEL + b"other"), 400),
     "one model twice": (make_form(MODEL + b"small", MODEL + b"small"), 400),
     "a blank behind": (make_form(MODEL + b"small "), 403),
@@ -633,3 +635,22 @@ def test_an_alias_below_a_name_of_another_script_is_replaced(upstream, relay, na
 
     assert running.ask("POST", CHAT, body).status == 200
     assert upstream.wait_for().body == body.replace(b"fast", b"m")
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/%63hat/completions", "/v1//chat/completions", "/v1/chat/completions/",
+    "/v1/Chat/Completions",
+])
+def test_without_a_provider_key_the_list_holds_however_the_path_is_spelled(upstream, relay, path):
+    running = relay(MODELS="small", OPEN=1)
+    assert running.ask("POST", path, b'{"model":"other"}').status == 403
+    assert not upstream.received
+    assert running.ask("POST", path, b'{"model":"small"}').status == 200
+    assert upstream.received[0].line == "POST %s HTTP/1.1" % path
+
+
+def test_a_path_with_an_empty_model_is_refused(upstream, relay):
+    running = relay(MODELS="small", KEY="sk-hidden-key", CLIENT_KEYS="ck-alice", PATHS="*")
+    path = "/openai/deployments/%2Fother/chat/completions"
+    assert running.ask("POST", path, b"{}", AUTH).status == 403
+    assert not upstream.received
