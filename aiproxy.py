@@ -3647,7 +3647,8 @@ def example_path(settings):
     paths = settings.upstream.provider.paths + INFERENCE_PATHS
     allowed = [path for path in paths
                if settings.paths is None or "POST" in allowed_methods(path, settings.paths)]
-    return (allowed or paths)[0]
+    chats = [path for path in allowed if path in ("/v1/chat/completions", "/v1/messages")]
+    return (chats or allowed or paths)[0]
 
 # ---- Another key header --------------------------------------------------------------------------
 # Does: sends the provider key in the field that AIPROXY_KEY_HEADER names.
@@ -4211,8 +4212,10 @@ def filter_error(exchange, settings):
 
 def escaped_pattern(secret):
     """What finds a secret, however JSON has it."""
-    letters = [br"(?:\\?%b|\\u(?i:%04x))" % (re.escape(secret[place:place + 1]), secret[place])
-               for place in range(len(secret))]
+    letters = []
+    for number in secret:
+        letter = re.escape(bytes([number]))
+        letters.append(br"(?:\\?%b|\\u(?i:%04x))" % (letter, number))
     return re.compile(b"".join(letters))
 
 
@@ -4304,7 +4307,8 @@ def map_location(location, asked, upstream):
         return None
     host = (parts.hostname or "").rstrip(".")
     path = parts.path or "/"
-    if (host, port) != (upstream.host.rstrip("."), upstream.port) or not is_plain_path(path):
+    is_same_host = host == upstream.host.rstrip(".")
+    if not is_same_host or port != upstream.port or not is_plain_path(path):
         return None
     if upstream.base and (path + "/").startswith(upstream.base + "/"):
         path = "/v1" + path[len(upstream.base):]
@@ -4922,8 +4926,6 @@ def named_model(members, request, settings):
         model = members["model"]
         if not isinstance(model, str) or not model:
             raise invalid_model("must hold `model` as a string that is not empty")
-        if request.model and model == "models/" + request.model:
-            return ""                       # Gemini's SDKs say it again
         return model
     if request.model:                       # it stands in the path
         return ""
@@ -5209,8 +5211,8 @@ def install_limits(service):
     paths = [path for path in paths if not path.endswith((*LIMITED_PATHS, *UNLIMITED_PATHS))]
     if paths:
         service.warnings.append(
-            "AIPROXY_MAX_TOKENS adds no limit on %s: there it only lowers one that a request names"
-            % ", ".join(paths))
+            "AIPROXY_MAX_TOKENS adds no limit on %s: there it only lowers one that stands at the "
+            "top of a request" % ", ".join(paths))
 
 def limit_body(members, request, settings):
     """The changes that the limits want. ErrorResponse 400."""
@@ -6304,8 +6306,9 @@ class TokenCounter:
 
     def observe(self, data):
         """Take note of the next bytes of the body."""
-        self.found = [part + data[:USAGE_BYTES] if len(part) < USAGE_BYTES else part
-                      for part in self.found]
+        for index, part in enumerate(self.found):
+            if len(part) < USAGE_BYTES:
+                self.found[index] = part + data[:USAGE_BYTES]
         window = self.tail + data
         if b'"usage"' in window:
             self.look(window)

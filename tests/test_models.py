@@ -382,6 +382,13 @@ def ask(everywhere, path, body, fields=(), method="POST"):
     (b'"tools":[{"parameters":{"properties":{"Models":{"type":"array"}}}}]', None),
     (b'"messages":[{"model":"x","models":["x"],"tools":[{"model":"x"}]}]', None),
     (b'"input":[{"model":"x"}],"metadata":{"model":"x"}', None),
+    (b'"tools":[{"type":"function","function":{"parameters":{"default":{"model":"Golf"}}}}]', None),
+    (b'"tools":[{"type":"function","parameters":{"examples":[{"model":"big"}]}}]', None),
+    (b'"tools":[{"input_schema":{"required":{"model":["a"]}},"input_examples":[{"model":"x"}]}]',
+     None),
+    (b'"tools":[{"functionDeclarations":[{"parameters":{"default":{"model":"Golf"}}}]}]', None),
+    (b'"session":{"model":"big"}', b'"session":{"model":"vendor/big-2"}'),
+    (b'"requests":[{"params":{"model":"small","messages":[{"model":"x"}]}}]', None),
 ], ids=ascii)
 def test_other_models_are_allowed_by_the_same_list(everywhere, members, sent):
     reply, received = ask(everywhere, CHAT, b'{"model":"small",%b}' % members)
@@ -410,6 +417,14 @@ def test_other_models_are_allowed_by_the_same_list(everywhere, members, sent):
     ('"tools":[{"properties":{"model":{"model":"other"}}}]', 403),
     ('"TOOLS":[{"model":"other"}]', 400),
     ('"plugins":[{"engine":{"model":"other"}}]', 403),
+    ('"plugins":[{"allowed_models":["other"]}]', 403),
+    ('"session":{"model":"other"}', 403),
+    ('"session":{"audio":{"input":0,"transcription":{"model":"other"}}}', 403),
+    ('"requests":[{"params":{"model":"other"}}]', 403),
+    ('"requests":[{"model":"models/other"}]', 403),
+    ('"compound_custom":{"models":{"reasoning_model":"other"}}', 403),
+    ('"models":[{"type":"function","model":"other"}]', 403),
+    ('"Session":{"model":"small"}', 400),
     ('"models":[%s]' % ",".join(['"small"'] * 101), 400),
 ])
 def test_no_other_model_gets_around_the_list(everywhere, members, status):
@@ -430,6 +445,9 @@ GEMINI = "/v1beta/models/%s:streamGenerateContent"
     (GEMINI % "small", b"{}", GEMINI % "small", None),
     (GEMINI % "small", b'{"model":"models/small"}', GEMINI % "small", None),
     (GEMINI % "big" + "?alt=sse", b"{}", GEMINI % "vendor%2Fbig-2" + "?alt=sse", None),
+    (GEMINI % "big", b'{"model":"models/big","requests":[{"model":"models/big"}]}',
+     GEMINI % "vendor%2Fbig-2",
+     b'{"model":"models/vendor/big-2","requests":[{"model":"models/vendor/big-2"}]}'),
 ])
 def test_a_model_in_the_path_needs_none_in_the_body(everywhere, path, body, sent_path, sent_body):
     reply, received = ask(everywhere, path, body)
@@ -442,6 +460,7 @@ def test_a_model_in_the_path_needs_none_in_the_body(everywhere, path, body, sent
     (AZURE % "other", b'{"model":"small"}', 403),
     (AZURE % "o%74her", b"{}", 403),
     (AZURE % "small%2Fother", b"{}", 404),
+    (AZURE % "" + "/x", b"{}", 404),
     (AZURE % "small", b'{"model":"other"}', 403),
     (AZURE % "small" + "?model=other", b"{}", 403),
     (AZURE % "other", b"", 403),
