@@ -4900,8 +4900,8 @@ def apply_model_rules(members, request, settings):
     changes = {}
     name = named_model(members, request, settings)
     if name:
-        model = real_name(name, request, settings)
         request.model = request.model or name
+        model = real_name(name, request, settings)
         if model != members.get("model"):
             changes["model"] = model
     if not settings.aliases:                # any model will do
@@ -6127,8 +6127,11 @@ LOG_LINE = (
     "first=%(first_byte)ss total=%(total)ss bytes=%(bytes)s "
     "tokens=%(prompt_tokens)s+%(completion_tokens)s id=%(request_id)s %(outcome)s")
 
+VISIBLE_ASCII = re.compile("[!-~]+")
+
 def text_line(values):
-    return LOG_LINE % {name: printable(value) for name, value in values.items()}
+    words = {name: printable(value) for name, value in values.items()}
+    return LOG_LINE % words
 
 LOG_FORMATS["text"] = text_line
 
@@ -6137,7 +6140,7 @@ def printable(value):
     if value is None or value == "":
         return "-"
     text = str(value)
-    if text.isascii() and text.isprintable() and " " not in text:
+    if VISIBLE_ASCII.fullmatch(text):
         return text
     return json.dumps(value).replace(" ", "\\u0020")
 
