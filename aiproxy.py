@@ -4826,6 +4826,9 @@ def install_model_rules(service):
     settings = service.settings
     if settings.models and settings.is_restricted:
         service.checks.append(check_named_model)
+    elif settings.models:
+        service.warnings.append("without AIPROXY_KEY the list of models holds for POST to %s only"
+                                % ", ".join(INFERENCE_PATHS))
     service.body_rules.append(apply_model_rules)
     service.check_form = apply_form_rules
     if settings.models or settings.default_model:
@@ -5626,6 +5629,13 @@ class UpstreamProxy(urllib.request.BaseHandler):
         request.fields += self.fields
         return request
 
+    def http_response(self, request, exchange):
+        """Called by the opener: a 407 is the proxy's own, and may repeat what was sent to it."""
+        if exchange.status == 407:
+            exchange.close()
+            raise connect_error(OSError("the proxy refused our credentials with status 407"))
+        return exchange
+
     def open_tunnel(self, connection, wait):
         """Ask for a way through, for TLS (RFC 9110 section 9.3.6). OSError if there is none."""
         fields = [(b"Host", self.target)] + self.fields
@@ -6373,6 +6383,11 @@ def install_websocket(service):
     service.prepare_request = prepare_websocket
     service.checks.insert(0, check_websocket)
     service.switch_protocols = relay_websocket
+    settings = service.settings
+    is_limited = settings.max_tokens or settings.max_chars
+    if is_limited and settings.paths and "GET" in allowed_methods("/v1/realtime", settings.paths):
+        service.warnings.append("AIPROXY_MAX_TOKENS and AIPROXY_MAX_CHARS do not hold in a "
+                                "WebSocket at /v1/realtime")
 
 def prepare_websocket(handler):
     """Let the fields of an upgrade go up, and none that carries a client key."""

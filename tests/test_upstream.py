@@ -536,6 +536,22 @@ def test_a_proxy_that_refuses_is_an_unreachable_upstream(relay, monkeypatch, con
         assert b"s3cret-word" not in reply.body
 
 
+@pytest.mark.parametrize("settings", [{}, {"KEY": "sk-hidden-key", "CLIENT_KEYS": "ck-alice"}],
+                         ids=["transparent", "provider key"])
+def test_what_a_proxy_says_of_its_own_credentials_stays_here(relay, monkeypatch, settings):
+    def answer(received):
+        received.send(b"HTTP/1.1 407 No\r\nContent-Length: %d\r\n\r\n%b"
+                      % (len(received.head), received.head))
+
+    with Proxy() as proxy:
+        proxy.answer = answer
+        monkeypatch.setenv("HTTP_PROXY", "http://me:s3cret-word@127.0.0.1:%d" % proxy.port)
+        reply = relay(UPSTREAM="http://provider.test", **settings).chat()
+
+    assert (reply.status, reply.code) == (502, "upstream_unreachable")
+    assert b"Basic" not in reply.body and b"407" in reply.body
+
+
 @pytest.mark.parametrize("name", ["provider.test", ".test", "*"])
 def test_no_proxy_is_honoured(upstream, relay, monkeypatch, resolves, name):
     resolves(upstream.port)
