@@ -259,12 +259,12 @@ def check_container(checks, upstream):
         assert environ["AIPROXY_HOST"] == "0.0.0.0" and PROGRAM in command
         with tempfile.TemporaryDirectory() as folder:
             with Front(folder, command, port, clean_environ(environ)):
-                for name in ("readinessProbe", "livenessProbe"):
-                    probe = container[name]["httpGet"]
-                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-                    connection.request("GET", probe["path"], headers={"Host": "10.1.2.3:8000"})
-                    assert (connection.getresponse().status, probe["port"]) == (200, 8000)
-                    connection.close()
+                probe = container["readinessProbe"]["httpGet"]
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                connection.request("GET", probe["path"], headers={"Host": "10.1.2.3:8000"})
+                assert (connection.getresponse().status, probe["port"]) == (200, 8000)
+                connection.close()
+                assert container["livenessProbe"]["tcpSocket"] == {"port": 8000}
     with checks("Kubernetes: the pod pauses before it is stopped, and may not write"):
         assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
