@@ -29,7 +29,7 @@ entered at one place, most of them through the hooks of `Service`.
                Start page . Demo
 
 Words. Client: whoever calls us. Upstream: the provider we call. Client key: one that we gave out.
-Provider key: the one that we hide. Origin: always CORS's term. Event: one block of a
+Provider key: the one that we hide. Origin: only in CORS's sense. Event: one block of a
 text/event-stream. Chunk: a piece of HTTP's chunked coding.
 
 Threads, and who owns which buffer when:
@@ -38,7 +38,7 @@ Threads, and who owns which buffer when:
     client thread  one for each connection: reads and checks the request, sends it up, reads the
                    head of the response; owns both sockets and their buffers meanwhile
     relay loop     moves the bodies of all responses and watches their clients; owns both sockets
-                   from `submit` until the job's `end_event`, and a lingering close for good
+                   from `submit` until the job's `end_event`, and a lingering close to its end
     log            one each for stdout and stderr, if the log is queued: writes what the others
                    put into its queue
 
@@ -117,7 +117,7 @@ __version__ = "1.0"
 
 # ==== Part one: the relay =========================================================================
 # Whoever takes out a section of part two takes out the lines that name it, `part two: NAME`. Where
-# such a line sets a name, the line before it is what then holds.
+# such a line changes a name, the line before it shows what holds without the section.
 
 # ---- Settings and limits -------------------------------------------------------------------------
 # What an operator may change. An environment variable of the same name overrides the constant, and
@@ -457,7 +457,7 @@ class Server(http.server.ThreadingHTTPServer):
         return self.idle.pop(handler.connection, None) is not None
 
     def evict(self, handler):
-        """Hang up on an idle client. False if it is none: its next request has just come."""
+        """Hang up on an idle client. False if it is not idle after all: it has just sent more."""
         if has_sent(handler.client) or not self.mark_busy(handler):
             return False
         with contextlib.suppress(OSError):      # it may leave by itself at any moment
@@ -512,6 +512,7 @@ def open_listener(settings):
         listener = socket.socket(*found[:3])
         if os.name == "posix":      # elsewhere it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            os.set_blocking(listener.fileno(), False)       # its client may be gone, or another's
         listener.bind(found[4])
         listener.listen(LISTEN_QUEUE)
         return listener
@@ -523,7 +524,7 @@ def open_listener(settings):
 
 def hang_up(sock):
     """End the connection of a socket that another thread is using."""
-    # Not the method of the class for TLS: that thread would go on in plain text.
+    # SSLSocket's own method would drop the TLS under that thread, which would go on in plain text.
     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 def is_loopback(address):
@@ -582,7 +583,7 @@ class Service:
         # Of its body.
         self.read_whole_body = lambda handler: None     # all of it, if it must be here first
         self.observe_request = lambda record: None      # what to call with each piece of others
-        self.on_body_gone = do_nothing          # (upload), perhaps twice: it went up, or is done
+        self.on_body_gone = do_nothing          # (upload), once it has gone up, and at the end
         # On the way up.
         self.edit_upstream_headers = lambda fields, settings: fields    # those that go up
         self.use_key = lambda send: send(0)     # calls it with the index of a provider key
@@ -889,7 +890,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Head and first bytes in one write: two would wait for each other's acknowledgement."""
         self.record.status = status
         self.record.first_byte = time.monotonic() - self.record.began
-        self.head_sent = True
         self.is_whole = False               # until whoever sends the body knows better
         self.ends_by_close = length is None and self.request.is_http10
         if self.ends_by_close:
@@ -899,10 +899,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.will_close = self.must_close()        # asked again at the end: it may change
         headers += framing_headers(status, length, is_chunked, self.will_close)
         first_line = b"HTTP/1.1 %d %b" % (status, reason)
+        self.head_sent = True
         self.send_to_client(render_head(first_line, headers) + first_bytes)
 
     def set_reset(self, is_on):
-        """Will our end of the connection, even by a crash, be a reset?"""
+        """From now on the end of the connection, even by a crash, is a reset, or is none."""
         linger = struct.pack("ii", is_on, 0)
         with contextlib.suppress(OSError):      # macOS, where the client has left already
             self.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -1009,8 +1010,7 @@ def rejected_key():
                           "credentials. Its operator must fix AIPROXY_KEY.", [NO_RETRY])
 
 # ---- The checks ----------------------------------------------------------------------------------
-# Functions of a request and the settings, in the order in which they are made. Each returns, or
-# raises what the client gets.
+# Functions of a request and the settings, in their order. Each raises what the client gets.
 
 def check_duplicates(headers):
     """400 for a second field of a name that may appear once: two servers could read two things."""
@@ -2142,8 +2142,8 @@ def skip_empty_lines(connection, read_more):
             return
         connection.buffer = connection.buffer[2:]
 
-def read_head(connection, first_line, read_more):
-    """The groups of the first line and the Headers at the front of the buffer.
+def read_head(connection, pattern, read_more):
+    """The groups of the first line, by `pattern`, and the Headers at the front of the buffer.
 
     `read_more()` fills the buffer. ProtocolError as soon as a head is ruled out, so that nobody
     waits for an end that may never come.
@@ -2155,31 +2155,31 @@ def read_head(connection, first_line, read_more):
         end = connection.buffer.find(b"\r\n\r\n", searched)
         head = connection.buffer[:end] if end >= 0 else connection.buffer
         if end < 0 or end > MAX_LINE:       # not all here, or large
-            check_beginning(head, searched, first_line)
+            check_beginning(head, searched, pattern)
         if end >= 0:
-            parsed = parse_head(head, first_line)
+            parsed = parse_head(head, pattern)
             connection.buffer = connection.buffer[end + 4:]
             return parsed
         searched = max(0, len(connection.buffer) - 3)       # the end may have begun
         read_more()
 
-def check_beginning(head, searched, first_line):
+def check_beginning(head, searched, pattern):
     """Only what is new since `searched` is looked at: a slow head must not cost quadratic time."""
     line_end = head.find(b"\r\n")
     if line_end > MAX_LINE or (line_end < 0 and len(head) > MAX_LINE):
         raise ProtocolError("The first line is longer than %d bytes." % MAX_LINE, status=414)
-    if line_end >= searched and not first_line.fullmatch(head, 0, line_end):
+    if line_end >= searched and not pattern.fullmatch(head, 0, line_end):
         raise ProtocolError("The first line is malformed.")
     if len(head) > MAX_HEAD:
         raise ProtocolError("The head is larger than %d bytes." % MAX_HEAD, status=431)
     if BARE_LF.search(head, max(0, searched - 1)):
         raise ProtocolError("A line ends in a bare LF.")
 
-def parse_head(head, first_line):
+def parse_head(head, pattern):
     """The groups of the first line and the Headers of a head, without its last empty line."""
     lines = head.count(b"\r\n")
     line_end = head.find(b"\r\n") if lines else len(head)
-    start = first_line.fullmatch(head, 0, line_end)
+    start = pattern.fullmatch(head, 0, line_end)
     if not start:
         raise ProtocolError("The first line is malformed.")
     if lines > MAX_FIELDS:
@@ -2742,7 +2742,7 @@ OPTIONS = (         # those of part one; each section of part two adds its own
     Option("AIPROXY_LOG", AIPROXY_LOG, matching("text|json|off", "text, json or off"),
            "one line per request on stdout: text, json or off"),
 )
-OTHER_VARIABLES = {     # by option: where else it may be set; here, where platforms name the port
+OTHER_VARIABLES = {     # by option: the other variables that set it; here those of platforms
     "AIPROXY_PORT": ("PORT", "FC_SERVER_PORT", "FC_CUSTOM_LISTEN_PORT")}
 SEPARATORS = {}     # by option: what stands between the items of its list, if not a comma
 # Steps by which sections of part two read more: (settings), may raise SettingError.
@@ -4262,7 +4262,8 @@ class SecretFilter:
 
     def find_beginning(self, data):
         """Where the end of `data` could be the beginning of a secret; its length if nowhere."""
-        for match in self.beginning.finditer(data, max(0, len(data) - self.longest + 1)):
+        start = max(0, len(data) - self.longest + 1)
+        for match in self.beginning.finditer(data, start):
             rest = data[match.start():]
             text = unescape(PART_OF_ESCAPE.sub(b"", rest))
             if any(secret.startswith((rest, text)) for secret in self.secrets):
@@ -4433,7 +4434,9 @@ def install_trusted_proxies(service):
     @functools.lru_cache(1024)      # there are few proxies
     def is_trusted_proxy(address):
         plain = plain_address(address)
-        return bool(plain) and any(ipaddress.ip_address(plain) in one for one in networks)
+        if not plain:
+            return False
+        return any(ipaddress.ip_address(plain) in one for one in networks)
 
     service.is_trusted_proxy = is_trusted_proxy
     service.find_client = functools.partial(find_client, is_trusted_proxy)
@@ -4539,7 +4542,8 @@ class BodyBudget:
         for piece in read_pieces(upload, upload.wait_for_client, math.inf):
             with self.lock:
                 size = self.sizes.get(upload, 0) + len(piece)
-                if self.held + len(piece) > most and size > most * SMALL_BODY:
+                is_full = self.held + len(piece) > most
+                if is_full and size > most * SMALL_BODY:
                     raise ErrorResponse(503, "server_busy", "The proxy holds as many large "
                                         "requests as it can. Try again.",
                                         headers=[(b"Retry-After", b"1")])
@@ -4843,7 +4847,7 @@ def check_named_model(handler):
     settings = handler.settings
     if request.method != "POST" and handler.upload.done:
         return
-    for name, value in urllib.parse.parse_qsl(request.query[1:]) if request.query else ():
+    for name, value in urllib.parse.parse_qsl(request.query[1:]):
         if name.casefold() in QUERY_MODELS:
             check_model(value, settings)
 
@@ -6916,9 +6920,6 @@ class Crew:
             reader.begin(settings)
         self.count = settings.workers
         self.listener = open_listener(settings)
-        # Who comes second must not wait for the next client. (Python need not know: it would not
-        # wait for the first one either.)
-        os.set_blocking(self.listener.fileno(), False)
         # How many clients each worker has, in memory that all of them share.
         shared = mmap.mmap(-1, 4 * self.count)
         self.client_numbers = memoryview(shared).cast("I")
@@ -7142,18 +7143,22 @@ def tune_malloc():
 # Touches: the process's limit.
 # Entered: `raise_file_limit` in Server.
 
+WINDOWS_SOCKETS = 512       # that CPython's select takes there
+
 def raise_file_limit(wanted):
     """Raise the limit of open files as far as it goes. Returns how many of `wanted` clients fit.
 
     Each client needs two: its own connection and its upstream's.
     """
     try:
-        import resource             # not on Windows
+        import resource
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        return wanted
-    if hard == resource.RLIM_INFINITY:
+        if hard == resource.RLIM_INFINITY:
+            return wanted
+    except ImportError:
+        hard = WINDOWS_SOCKETS
+    except (ValueError, OSError):
         return wanted
     return max(1, min(wanted, (hard - SPARE_FILES) // 2))
 
