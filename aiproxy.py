@@ -5969,8 +5969,8 @@ class EventStream:
 class LastEvent:
     """The beginning of the last event of a stream, kept as it passes."""
 
-    FINAL = re.compile(br'(?:event: ?[^\n]*\n)?data: ?'
-                       br'(?:\[DONE\]|\{"type": ?"(?:message_stop|response\.completed)")')
+    FINAL = re.compile(br'(?:(?:event|id|retry):[^\n]*\n)*data: ?(?:\[DONE\]|\{"type": ?'
+                       br'"(?:message_stop|response\.(?:completed|incomplete|failed))")')
 
     def __init__(self):
         self.event = b""

@@ -16,6 +16,9 @@ DELTA = b'data: {"delta":"hello"}\n\n'
 LONG = b'"response":{"text":"' + b"x" * 70000 + b'"}}\n\n'
 
 FINAL_EVENTS = {
+    "[DONE] with an id": b"id: 7\nevent: end\ndata: [DONE]\n\n",
+    "response.incomplete": b'event: response.incomplete\ndata: {"type":"response.incomplete"}\n\n',
+    "response.failed": b'data: {"type": "response.failed"}\n\n',
     "[DONE]": b"data: [DONE]\n\n",
     "[DONE] with CRLF": b"data:[DONE]\r\n\r\n",
     "message_stop": b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
