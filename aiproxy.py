@@ -7286,8 +7286,8 @@ class ResponseEvents:
         self.send = send        # called with each event and its name
         self.id = call.id
         self.count = 0          # of the events
-        self.texts = {}         # the pieces of each item's text, by its kind or the call's number
-        self.places = {}        # where it is
+        self.open = {}          # items and the pieces of their text, by kind or the call's number
+        self.places = {}        # where each is
         self.response = {
             "id": "resp_" + call.id, "object": "response", "created_at": call.created,
             "status": "in_progress", "model": call.model, "output": [], "usage": None,
@@ -7317,36 +7317,41 @@ class ResponseEvents:
     def write(self, key, kind, text, **members):
         """Add text to an item, which may be a new one."""
         empty, events, part = RESPONSE_ITEMS[kind]
-        if key not in self.texts:
-            number = len(self.texts)
+        if key not in self.open:
+            for other in RESPONSE_ITEMS.keys() & self.open:     # only calls come in turns
+                self.close(other, "completed")
+            number = len(self.response["output"])
             ident = "%s_%s_%d" % (kind, self.id, number)
             item = dict(empty, id=ident, type=kind, status="in_progress", **members)
             self.response["output"].append(item)
-            self.texts[key] = []
+            self.open[key] = item, []
             self.places[key] = {"output_index": number, "content_index": 0, "item_id": ident}
             self.event("response.output_item.added", key, item=item)
             if part:
                 self.event("response.content_part.added", key, part=part)
         if text:
-            self.texts[key].append(text)
+            self.open[key][1].append(text)
             self.event(events + ".delta", key, delta=text)
+
+    def close(self, key, status):
+        item, pieces = self.open.pop(key)
+        _, events, part = RESPONSE_ITEMS[item["type"]]
+        item["status"] = status
+        text = "".join(pieces)
+        if part:
+            item["content"] = [dict(part, text=text)]
+            self.event(events + ".done", key, text=text)
+            self.event("response.content_part.done", key, part=item["content"][0])
+        else:
+            item["arguments"] = text
+            self.event(events + ".done", key, arguments=text)
+        self.event("response.output_item.done", key, item=item)
 
     def conclude(self, usage):
         """Send what closes the response; `usage` is chat's."""
         status = "incomplete" if self.response["incomplete_details"] else "completed"
-        for key, item in zip(self.texts, self.response["output"]):
-            _, events, part = RESPONSE_ITEMS[item["type"]]
-            text = "".join(self.texts[key])
-            is_last = item is self.response["output"][-1]
-            item["status"] = status if is_last else "completed"
-            if part:
-                item["content"] = [dict(part, text=text)]
-                self.event(events + ".done", key, text=text)
-                self.event("response.content_part.done", key, part=item["content"][0])
-            else:
-                item["arguments"] = text
-                self.event(events + ".done", key, arguments=text)
-            self.event("response.output_item.done", key, item=item)
+        while self.open:
+            self.close(next(iter(self.open)), status if len(self.open) == 1 else "completed")
         if usage:
             counts = {"input_tokens_details": {"cached_tokens": 0},
                       "output_tokens_details": {"reasoning_tokens": 0}}

@@ -1228,6 +1228,71 @@ def test_every_stream_becomes_the_events_of_a_response(events, message, finish, 
     assert calls == message.get("tool_calls", [])
 
 
+def chunk_of(delta, finish=None):
+    one = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    return b"data: " + json.dumps(one).encode() + b"\n\n"
+
+
+def call_delta(name, arguments, index=0):
+    function = {"name": name, "arguments": arguments}
+    return {"tool_calls": [{"index": index, "id": name, "type": "function", "function": function}]}
+
+
+def test_a_text_is_done_when_a_call_begins():
+    """LangChain takes what is done behind a call for another text behind it."""
+    made = responses_stream(chunk_of({"content": "Let me look."}) + chunk_of(call_delta("f", "{}"))
+                            + chunk_of(call_delta("g", "{}", 1)) + chunk_of({}, "tool_calls"))
+    events = [json.loads(data) for _, data in made]
+    assert [(event["type"][9:], event["output_index"]) for event in events
+            if event["type"].startswith("response.output_item")] == [
+        ("output_item.added", 0), ("output_item.done", 0), ("output_item.added", 1),
+        ("output_item.added", 2), ("output_item.done", 1), ("output_item.done", 2)]
+    assert events[-1]["response"]["output"] == rebuilt(events)
+
+
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+def test_a_streamed_call_without_arguments_gets_an_empty_object(kind):
+    translator = StreamTranslator(call(kind))
+    made = read_sse(translator.feed(
+        chunk_of(call_delta("f", "")) + chunk_of(call_delta("g", "", 1))
+        + chunk_of({"tool_calls": [{"index": 1, "function": {"arguments": '{"a":1}'}}]})
+        + chunk_of({}, "tool_calls") + b"data: [DONE]\n\n") + translator.end())
+    events = [json.loads(data) for _, data in made if data != "[DONE]"]
+    if kind == "responses":
+        found = [item["arguments"] for item in events[-1]["response"]["output"]]
+    else:
+        found = ["", ""]
+        for event in events:
+            for one in event["choices"][0]["delta"].get("tool_calls", ()):
+                found[one["index"]] += one["function"]["arguments"]
+    assert found == ["{}", '{"a":1}']
+
+
+@pytest.mark.parametrize("path,name", [
+    ("/v1/chat/completions", "messages"), ("/v1/responses", "input")])
+def test_the_role_developer_is_system(path, name):
+    body = {"model": "a", name: [{"role": "developer", "content": "x", "refusal": None}]}
+    messages = json.loads(request(body, path).body)["messages"]
+    assert messages == [{"role": "system", "content": "x"}]
+
+
+@pytest.mark.parametrize("tool,nested", [
+    ({"type": "function", "name": "f", "strict": None, "parameters": {}},
+     {"type": "function", "function": {"name": "f", "parameters": {}}}),
+    ({"type": "function", "function": {"name": "f"}},
+     {"type": "function", "function": {"name": "f"}}),
+])
+def test_a_tool_of_a_response_is_nested_once_and_without_nulls(tool, nested):
+    body = {"model": "a", "input": "x", "tools": [tool]}
+    assert json.loads(request(body, "/v1/responses").body)["tools"] == [nested]
+
+
+def test_an_unknown_item_is_named_though_it_has_no_id():
+    body = {"model": "a", "input": [{"type": "custom_tool_call"}]}
+    error = raised(request, body, "/v1/responses")
+    assert error.status == 400 and "custom_tool_call" in error.message
+
+
 def test_a_response_delta_goes_down_when_it_arrives():
     translator = StreamTranslator(call("responses"))
     seen = [[json.loads(data)["type"].replace("response.", "")
