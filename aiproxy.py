@@ -7236,17 +7236,16 @@ def read_choices(given):
 
 def nest(value, name):
     """What has members beside its type, as a chat has it: inside a member of this name."""
-    if isinstance(value, str):          # a tool_choice such as `auto`
+    if isinstance(value, str) or name in value:     # a tool_choice such as `auto`; a chat's own
         return value
-    inner = {key: item for key, item in value.items() if key != "type"}
+    inner = {key: item for key, item in value.items() if key != "type" and item is not None}
     return {"type": value["type"], name: inner} if inner else value
 
 def add_item(messages, item):
     """Add an item to the messages of a chat."""
     kind = item.get("type", "message")
     if kind == "message":
-        role = "system" if item["role"] == "developer" else item["role"]
-        messages.append({"role": role, "content": chat_content(item["content"])})
+        messages.append({"role": item["role"], "content": chat_content(item["content"])})
     elif kind == "function_call":
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
@@ -7257,7 +7256,7 @@ def add_item(messages, item):
         messages.append({"role": "tool", "tool_call_id": item["call_id"],
                          "content": chat_content(item["output"])})
     # No model wants its old thoughts; the AI SDK refers to them by our ids.
-    elif kind != "reasoning" and not item["id"].startswith("reasoning_"):
+    elif kind != "reasoning" and not item.get("id", "").startswith("reasoning_"):
         raise unknown_type(kind)
 
 def chat_content(content):
@@ -7391,7 +7390,7 @@ BROKEN_OFF = "The upstream broke off in the middle of this response."
 WORKERS_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "text",
                  "/v1/embeddings": "embeddings"}
 # These mean `off` elsewhere (SillyTavern#1823), and are left out. No schema forbids others [O].
-MEANINGLESS = (("top_k", 0), ("top_k", -1))
+MEANINGLESS = (("top_k", 0), ("top_k", -1), ("response_format", {"type": "text"}))
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 SMALL = re.compile(r"-[27]b\b|lora|llama-2|phi-2|tinyllama|qwen1\.5")   # windows of 2,000 to 8,000
 BARE_SCHEMA = re.compile(r"/meta/|deepseek-r1|deepseek-coder|hermes-2")     # json-mode.mdx [O]
@@ -7517,6 +7516,8 @@ def fit_chat(chat, model):
     schema = as_dict(as_dict(chat.get("response_format")).get("json_schema")).get("schema")
     if schema is not None and BARE_SCHEMA.search(model):
         chat["response_format"] = dict(chat["response_format"], json_schema=schema)
+    if chat.get("max_completion_tokens"):       # LangChain's only one; older schemas lack it
+        chat.setdefault("max_tokens", chat["max_completion_tokens"])
     return {name: value for name, value in chat.items() if (name, value) not in MEANINGLESS}
 
 def fit_message(message, model):
@@ -7532,8 +7533,10 @@ def fit_message(message, model):
                                     "only data: send it as data:image/...;base64,...")
     if isinstance(content, list) and all(as_dict(part).get("type") == "text" for part in content):
         content = "\n".join(as_text(part.get("text")) for part in content)     # as vLLM does
-    content = "" if content is None else content
-    return message if content is message.get("content") else dict(message, content=content)
+    fitted = dict(message, content="" if content is None else content)
+    if message.get("role") == "developer":      # Qwen's template passes over it
+        fitted["role"] = "system"
+    return {name: value for name, value in fitted.items() if value is not None}
 
 # -- responses: every shape into one form, and that into OpenAI's objects
 
@@ -7579,7 +7582,7 @@ def read_choice(choice, position, beside):
     if finish == "error":
         raise unreadable("The model broke off with an error.")
     content = message.get("content") or choice.get("text") or beside.get("response")
-    members = {
+    members = {     # empty ones are left out later
         # gemma-4 uses the short name
         "reasoning_content": as_text(message.get("reasoning_content") or message.get("reasoning")),
         "refusal": as_text(message.get("refusal")), "content": as_text(content),
@@ -7623,6 +7626,7 @@ class Choice:
         self.forced = call.forced   # as long as its call may come as text,
         self.unsure = bytearray()   # which is held back
         self.numbers = {}       # of tool calls, by Cloudflare's id and `index`, the last by None
+        self.bare = set()       # those without arguments so far
         self.finish_reason = None
 
     def feed(self, message, reason=None):
@@ -7670,8 +7674,9 @@ class Choice:
             delta["tool_calls"] = [{"name": self.forced["name"], "arguments": arguments}]
         self.forced = None
 
-    def number_calls(self, calls, empty):
+    def number_calls(self, calls, is_last):
         """OpenAI's deltas of tool calls: id and name once, after that only arguments."""
+        empty = "{}" if is_last else ""     # nobody can parse no arguments at all
         for call in calls:
             function = call.get("function") or call     # llama-3.3's are flat
             ident = call.get("id")
@@ -7686,10 +7691,16 @@ class Choice:
                 # Kimi gives the same ids in every turn (cloudflare/ai#526); Mistral's template
                 # looks at the last nine characters, which must be letters and digits.
                 function = {"name": name, "arguments": decode_twice(arguments) or empty}
+                if not function["arguments"]:
+                    self.bare.add(number)
                 yield {"index": number, "id": "call_%s%02d" % (self.id, number),
                        "type": "function", "function": function}
             elif arguments:
-                yield {"index": self.numbers.get(key, 0), "function": {"arguments": arguments}}
+                number = self.numbers.get(key, 0)
+                self.bare.discard(number)
+                yield {"index": number, "function": {"arguments": arguments}}
+        for number in sorted(self.bare) if is_last else ():
+            yield {"index": number, "function": {"arguments": empty}}
 
 def leaked_arguments(text, function):
     """The arguments in text that is nothing but a call of this function; None if in doubt."""

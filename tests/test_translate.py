@@ -72,11 +72,14 @@ MESSAGES = '"messages":[{"role":"user","content":"h\\u00e9 \\ud83d"}]'
      ('{"model":"a",' + MESSAGES + ',"x":1e2 }',
       '{"max_tokens": 4096, "model":"@cf/real/model",' + MESSAGES + ',"x":1e2 }'),
      ('{' + MESSAGES + '}', '{"model": "@cf/real/model", "max_tokens": 4096, ' + MESSAGES + '}'),
-     ('{"model":"@cf\\/real/model",' + MESSAGES + ',"max_completion_tokens":9}',
-      '{"model":"@cf\\/real/model",' + MESSAGES + ',"max_completion_tokens":9}'),
+     ('{"model":"@cf\\/real/model","max_tokens":3,' + MESSAGES + ',"max_completion_tokens":9}',
+      '{"model":"@cf\\/real/model","max_tokens":3,' + MESSAGES + ',"max_completion_tokens":9}'),
+     ('{"model":"a",' + MESSAGES + ',"max_completion_tokens":9}',
+      '{"max_tokens": 9, "model":"@cf/real/model",' + MESSAGES + ',"max_completion_tokens":9}'),
      ('{"max_tokens": null,"model":"@cf/real/model",' + MESSAGES + '}',
       '{"max_tokens": 4096,"model":"@cf/real/model",' + MESSAGES + '}')],
-    ids=["the model only", "max_tokens too", "no model", "nothing at all", "null is absent"])
+    ids=["the model only", "max_tokens too", "no model", "nothing at all", "the newer name",
+         "null is absent"])
 def test_a_chat_body_goes_up_as_it_came_but_for_the_model_and_a_missing_max_tokens(sent, goes_up):
     made = request(sent)
     assert made.body.decode("utf-8", "surrogatepass") == goes_up

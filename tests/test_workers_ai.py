@@ -140,7 +140,7 @@ def test_the_head_that_goes_up_has_our_token_and_nothing_of_the_clients_key(clou
             {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 3}),
         (
             CHAT, {"max_completion_tokens": 9}, "/ai/v1/chat/completions",
-            {"messages": HELLO, "max_completion_tokens": 9}),
+            {"messages": HELLO, "max_completion_tokens": 9, "max_tokens": 9}),
         ("/v1/embeddings", {"input": "Once"}, "/ai/v1/embeddings", {"input": "Once"}),
         (
             "/v1/responses", {"input": "Once"}, "/ai/v1/chat/completions",
