@@ -7494,11 +7494,9 @@ def edit_body(body, values, wanted):
 
 def add_limit(chat, window):
     """Add max_tokens, which counts against the model's window; Cloudflare's own fits small ones."""
-    limits = [WORKERS_MAX_TOKENS, chat.get("max_tokens") or WORKERS_MAX_TOKENS]
-    if window:
-        limits.append(window // WINDOW_SHARE)
+    most = min(WORKERS_MAX_TOKENS, window // WINDOW_SHARE if window else WORKERS_MAX_TOKENS)
     if window or not SMALL.search(chat["model"]):
-        chat["max_tokens"] = min(limits)
+        chat["max_tokens"] = min(chat.get("max_tokens") or most, most)
 
 def chat_of_prompt(given):
     """The members of a chat request that asks for what a completion does. Else 400."""
@@ -7588,8 +7586,7 @@ def read_choice(choice, position, beside):
         "refusal": as_text(message.get("refusal")), "content": as_text(content),
         "tool_calls": dicts(message.get("tool_calls") or beside.get("tool_calls")),
     }
-    message = {name: value for name, value in members.items() if value}
-    return {"index": choice.get("index", position), "message": message,
+    return {"index": choice.get("index", position), "message": members,
             "logprobs": choice.get("logprobs"), "finish_reason": finish}
 
 def as_text(value):
@@ -7633,14 +7630,13 @@ class Choice:
         """What is new: a delta that may be empty, and the finish_reason if this is the last."""
         is_last = bool(reason) and not self.finish_reason
         delta = dict(message)
-        if "reasoning_content" in message:
+        if message.get("reasoning_content"):
             self.is_thinking = False        # Cloudflare has split it
         if self.is_thinking:
             self.split_thoughts(delta, is_last, reason)
         if self.forced:
             self.find_forced_call(delta, is_last)
-        calls = self.number_calls(delta.pop("tool_calls", ()), "{}" if is_last else "")
-        delta["tool_calls"] = list(calls)
+        delta["tool_calls"] = list(self.number_calls(delta.get("tool_calls", ()), is_last))
         if is_last:         # agents look for tool_calls; some models end with `stop` after one
             default = "tool_calls" if self.numbers else "stop"
             self.finish_reason = FINISH_REASONS.get(reason, default)
@@ -7664,7 +7660,7 @@ class Choice:
     def find_forced_call(self, delta, is_last):
         """Hold text back until it cannot be a forced call any more, or surely is one."""
         self.unsure += delta.pop("content", "").encode("utf-8", "surrogatepass")
-        is_text = "tool_calls" in delta or not MAY_BE_CALL.match(self.unsure)
+        is_text = delta.get("tool_calls") or not MAY_BE_CALL.match(self.unsure)
         if not (is_text or is_last or len(self.unsure) > MAX_CALL_TEXT):
             return
         arguments = leaked_arguments(self.unsure, self.forced) if is_last and not is_text else None
@@ -7803,17 +7799,14 @@ class StreamTranslator:
                     self.finish()
                 elif not self.done:
                     self.translate(data.encode())
-        except ErrorResponse as error_response:
-            self.fail(error_response)
-        except WRONG_SHAPE:
-            self.fail(unreadable())
+        except (ErrorResponse,) + WRONG_SHAPE as error:
+            self.fail(error if isinstance(error, ErrorResponse) else unreadable())
         return self.take_out()
 
     def end(self, reason=None):
         """The last bytes, at the end of the upstream's body; `reason` is what broke it, if any."""
-        out = b""
-        if not (reason or self.is_complete()):
-            out = self.feed(b"\n\n")        # a last event may lack its blank line
+        # A last event may lack its blank line.
+        out = b"" if reason or self.is_complete() else self.feed(b"\n\n")
         if not self.done and self.is_complete():
             self.finish()
         if not self.done:
@@ -7876,13 +7869,12 @@ class ChatEvents:
     def __init__(self, call, send):
         self.call = call
         self.send = send        # called with each event
-        self.is_chat = call.kind == "chat"
 
     def begin(self, index):
         self.add(index, {"role": "assistant", "content": "", "refusal": None})
 
     def add(self, index, delta, finish=None, logprobs=None):
-        if delta.get("content") or delta and self.is_chat:
+        if delta.get("content") or delta and self.call.kind == "chat":
             self.chunk(index, delta, None, logprobs)
         if finish:
             self.chunk(index, {}, finish)
@@ -7970,8 +7962,7 @@ def translate_catalogue(items, today, names, only_names):
     """OpenAI's models out of the items of all pages: `names` first, aliases ahead, then others."""
     # Pages may overlap. Cloudflare's `id` is a uuid.
     models = {item.get("name"): model_object(item, today) for item in items}
-    shown = {name: model for name, model in names.items() if name != model}
-    shown.update(names)
+    shown = dict(sorted(names.items(), key=lambda pair: pair[0] == pair[1]))
     for model in names.values() if only_names else ():
         models.setdefault(model, plain_model(model))    # Cloudflare may serve what it does not list
     shown.update(() if only_names else zip(models, models))
@@ -8081,7 +8072,7 @@ class Catalogue:
         if self.last is not None:
             return self.last
         if not (self.only_names or self.failure.code in NOT_ALLOWED):
-            raise self.failure
+            raise self.failure.with_traceback(None)
         return translate_catalogue((), "", self.names, True)
 
     def refresh(self, read, warn):
@@ -8096,10 +8087,8 @@ class Catalogue:
 
     def window(self, model):
         """How many tokens a model can hold; 0 if the list does not say."""
-        for item in self.last or ():
-            if item["root"] == model:
-                return int(item["metadata"]["context_window"] or 0)
-        return 0
+        windows = {item["root"]: item["metadata"]["context_window"] for item in self.last or ()}
+        return int(windows.get(model) or 0)
 
 
 class WorkersHandler(Handler):
@@ -8118,8 +8107,7 @@ class WorkersHandler(Handler):
         for check in self.service.checks:       # the list may cost a call
             check(self)
         hold_body(self)         # one that comes with it is not for Cloudflare, nor for others
-        catalogue = self.settings.catalogue
-        send_models(self, catalogue.items(self.read_catalogue, self.server.log.warn))
+        send_models(self, self.settings.catalogue.items(self.read_catalogue, self.server.log.warn))
         return True
 
     def read_catalogue(self):
