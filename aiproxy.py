@@ -3696,9 +3696,11 @@ def has_key_in_query(query, client_keys):
         name, _, value = part.partition("=")
         if urllib.parse.unquote(name).casefold() in KEY_PARAMETERS:
             return True
-        words = {word.encode() for half in (name, value)
-                 for word in urllib.parse.unquote_plus(half).split()}
-        if words & values:
+        words = []
+        for half in (name, value):          # a `+` may be one, or a space
+            words += urllib.parse.unquote(half).split()
+            words += urllib.parse.unquote_plus(half).split()
+        if values.intersection(map(str.encode, words)):
             return True
     return False
 

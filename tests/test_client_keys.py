@@ -184,3 +184,11 @@ def test_a_browser_may_send_its_client_key_as_a_websocket_subprotocol(upstream, 
     assert received.field("sec-websocket-protocol") == "realtime"
     assert received.field("authorization") == "Bearer sk-hidden-key"
     assert b"ck-alice" not in upstream.all_bytes
+
+
+@pytest.mark.parametrize("query", ["?token=a+B/c==", "?token=a%2BB%2Fc%3D%3D"])
+def test_a_key_with_a_plus_is_found_in_the_query(upstream, relay, query):
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="one=a+B/c==")
+    reply = running.ask("POST", CHAT + query, BODY, [("Authorization", "Bearer a+B/c==")])
+    assert (reply.status, reply.code) == (400, "key_in_query")
+    assert not upstream.received
