@@ -4808,7 +4808,8 @@ def as_tree(changes):
 # and what has a model of its own: tools, a realtime session, the requests of a batch, Groq's
 # compound systems. Not searched is what a model has written, and what describes a function.
 MODEL_LISTS = ("models", "fallbacks")
-MODEL_HOLDERS = MODEL_LISTS + ("tools", "plugins", "session", "requests", "compound_custom")
+MODEL_HOLDERS = MODEL_LISTS + ("tools", "plugins", "session", "requests", "compound_custom",
+                               "input_audio_transcription", "providerOptions")
 MODEL_SPELLINGS = {name: name for name in ("model",) + MODEL_HOLDERS}
 NOT_SEARCHED = ("messages", "input", "contents", "input_schema", "input_examples",
                 "functionDeclarations", "function_declarations")
@@ -4972,7 +4973,7 @@ def find_models(value, path, is_name):
             yield from find_models(item, path + (index,), is_name)
     elif isinstance(value, dict) and not is_function(value, path):
         for name, item in value.items():
-            if name not in NOT_SEARCHED:
+            if name not in NOT_SEARCHED or path[-1] == "audio":      # session.audio.input
                 yield from find_models(item, path + (name,), names_models(name))
 
 def is_function(value, path):

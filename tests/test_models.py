@@ -388,6 +388,8 @@ def ask(everywhere, path, body, fields=(), method="POST"):
      None),
     (b'"tools":[{"functionDeclarations":[{"parameters":{"default":{"model":"Golf"}}}]}]', None),
     (b'"session":{"model":"big"}', b'"session":{"model":"vendor/big-2"}'),
+    (b'"input_audio_transcription":{"model":"big"}',
+     b'"input_audio_transcription":{"model":"vendor/big-2"}'),
     (b'"requests":[{"params":{"model":"small","messages":[{"model":"x"}]}}]', None),
 ], ids=ascii)
 def test_other_models_are_allowed_by_the_same_list(everywhere, members, sent):
@@ -419,7 +421,9 @@ def test_other_models_are_allowed_by_the_same_list(everywhere, members, sent):
     ('"plugins":[{"engine":{"model":"other"}}]', 403),
     ('"plugins":[{"allowed_models":["other"]}]', 403),
     ('"session":{"model":"other"}', 403),
-    ('"session":{"audio":{"input":0,"transcription":{"model":"other"}}}', 403),
+    ('"session":{"audio":{"input":{"transcription":{"model":"other"}}}}', 403),
+    ('"input_audio_transcription":{"model":"other"}', 403),
+    ('"providerOptions":{"gateway":{"models":["other"]}}', 403),
     ('"requests":[{"params":{"model":"other"}}]', 403),
     ('"requests":[{"model":"models/other"}]', 403),
     ('"compound_custom":{"models":{"reasoning_model":"other"}}', 403),
