@@ -4821,11 +4821,12 @@ QUERY_MODELS = ("model", "deployment")
 
 # RFC 7578, read strictly: a boundary that needs no escapes, names and file names in plain quotes or
 # bare, values as they are.
-FORM_TYPE = re.compile(br"multipart/form-data[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'+_.-]{1,70})\1",
-                       re.I)
+FORM_CHARSET = br'(?:[ \t]*;[ \t]*charset="?(?:utf-8|us-ascii|iso-8859-1)"?)?'
+FORM_TYPE = re.compile(br"multipart/form-data" + FORM_CHARSET + br"[ \t]*;[ \t]*"
+                       br"boundary=(\"?)([0-9A-Za-z'+_.-]{1,70})\1" + FORM_CHARSET, re.I)
 FORM_FIELD = re.compile(br'form-data;[ \t]*name=("?)([\w.\[\]-]+)\1'
-                        br'(;[ \t]*filename=(?:"[^"\\;]*"|[\w.-]+))?', re.I)
-FORM_PLAIN = re.compile(br"text/plain(?:;[ \t]*charset=\"?(?:utf-8|us-ascii)\"?)?", re.I)
+                        br'((?:;[ \t]*filename\*?=(?:"[^"\\;]*"|[\w.%\'-]+)){0,2})', re.I)
+FORM_PLAIN = re.compile(br"text/plain" + FORM_CHARSET, re.I)
 FORM_CODINGS = (b"binary", b"8bit", b"7bit")
 MAX_PARTS = 1000
 

@@ -519,7 +519,9 @@ def make_form(*parts, end=b"--\r\n"):
      make_form(FILE, MODEL + b"vendor/big-2", end=b"--")),
     (make_form(FILE, b"content-disposition: Form-Data;name=model\r\nContent-Type: text/plain; "
                      b"charset=utf-8\r\nContent-Length: 5\r\n\r\nsmall"), None),
-], ids=["first", "an alias", "bare name"])
+    (make_form(MODEL + b"small", FILE.replace(b"%22.wav\"", b".wav\"; filename*=utf-8''%C3%A9")),
+     None),
+], ids=["first", "an alias", "bare name", "the file's name twice, as .NET has it"])
 def test_a_form_passes_verbatim_but_for_an_alias(everywhere, body, sent):
     reply, received = ask(everywhere, TRANSCRIBE, body, FORM)
     assert reply.status == 200
@@ -541,7 +543,8 @@ BAD_FORMS = {
     "models": (make_form(MODEL + b"small", MODEL.replace(b"model", b"models") + b"other"), 400),
     "a charset for all": (make_form(MODEL + b"small", MODEL.replace(b"model", b"_charset_")), 400),
     "a file": (make_form(MODEL.replace(b"\r\n\r\n", b'; filename="x"\r\n\r\n') + b"small"), 400),
-    "filename*": (make_form(MODEL + b"small", FILE.replace(b"filename=", b"filename*=")), 400),
+    "a model with filename*": (
+        make_form(MODEL.replace(b"\r\n\r\n", b"; filename*=utf-8''x\r\n\r\n") + b"small"), 400),
     "name*": (make_form(MODEL + b"small", MODEL.replace(b"name=", b"name*=") + b"x"), 400),
     "single quotes": (make_form(MODEL.replace(b'"', b"'") + b"other", MODEL + b"small"), 400),
     "escaped quote": (make_form(MODEL + b"small", FILE.replace(b"%22", b'\\"')), 400),
@@ -578,7 +581,7 @@ def test_a_form_that_can_be_read_in_two_ways_is_refused(everywhere, body, status
     "multipart/form-data",
     "multipart/form-data; boundary=b-1; boundary=c",
     "multipart/form-data; boundary=\"b-1",
-    "multipart/form-data; charset=x; boundary=b-1",
+    "multipart/form-data; charset=utf-16; boundary=b-1",
     "multipart/form-data; boundary*=utf-8''b-1",
     "multipart/mixed; boundary=b-1",
 ])
@@ -677,3 +680,53 @@ def test_a_path_with_an_empty_model_is_refused(upstream, relay):
     path = "/openai/deployments/%2Fother/chat/completions"
     assert running.ask("POST", path, b"{}", AUTH).status == 403
     assert not upstream.received
+
+
+@pytest.mark.parametrize("kind", [
+    "multipart/form-data;boundary=b-1;charset=UTF-8",
+    "multipart/form-data; charset=ISO-8859-1; boundary=\"b-1\"",
+])
+def test_a_form_may_name_a_charset_in_which_all_read_the_same(everywhere, kind):
+    reply, received = ask(everywhere, TRANSCRIBE, GOOD, [("Content-Type", kind)])
+    assert reply.status == 200
+    assert received.body == GOOD
+
+
+@pytest.mark.parametrize("body,status", [
+    (b'{"models":["small"]}', 200),
+    (b'{"models":["other"]}', 403),
+    (b'{"session":{"model":"small"}}', 200),
+    (b'{"session":{"model":""}}', 400),
+    (b'{"session":[]}', 400),
+    (b'{"requests":[{"params":{"model":"small"}},{"model":"small"}]}', 200),
+    (b'{"requests":[{"params":{"model":"small"}},{"params":{}}]}', 400),
+    (b'{"requests":[{"params":7}]}', 400),
+    (b'{"requests":[]}', 400),
+    (b'{"requests":"x"}', 400),
+    (b"{}", 400),
+], ids=ascii)
+def test_a_model_is_missing_only_if_nothing_else_names_one(everywhere, body, status):
+    reply, received = ask(everywhere, CHAT, body)
+    assert reply.status == status
+    assert received is None or received.body == body
+
+
+def test_the_default_model_is_not_put_in_front_of_a_list(upstream, relay):
+    body = b'{"models":["a","b"]}'
+    assert relay(DEFAULT_MODEL="z").ask("POST", CHAT, body).status == 200
+    assert upstream.received[0].body == body
+
+
+def test_a_model_that_fits_a_pattern_is_looked_up_at_the_upstream(upstream, relay):
+    running = relay(KEY="sk-hidden-key", CLIENT_KEYS="ck-alice", MODELS="small,gpt-4o*")
+    assert running.ask("GET", "/v1/models/gpt-4o-mini", fields=AUTH).status == 200
+    assert upstream.received[0].line == "GET /v1/models/gpt-4o-mini HTTP/1.1"
+    assert running.ask("GET", "/v1/models/small", fields=AUTH).json["id"] == "small"
+    assert running.ask("GET", "/v1/models/other", fields=AUTH).status == 404
+    assert len(running.ask("GET", "/v1/models", fields=AUTH).json["data"]) == 1
+    assert len(upstream.received) == 1
+
+
+def test_the_example_names_no_pattern(relay):
+    command = aiproxy.curl_command(relay(MODELS="gpt-4o*", DEFAULT_MODEL="gpt-4o-mini").server)
+    assert '"model": "gpt-4o-mini"' in command
