@@ -4940,11 +4940,31 @@ def named_model(members, request, settings):
         return model
     if request.model:                       # it stands in the path
         return ""
+    if names_elsewhere(members):
+        return ""
     if settings.default_model and is_inference(request):
         return settings.default_model
     if settings.aliases:
         raise missing_model()
     return ""
+
+def names_elsewhere(members):
+    """Does it name its model in a list, in a session, or in each request of a batch?"""
+    if members.get("models"):
+        return True
+    session = members.get("session")
+    holders = [session] if session else members.get("requests")
+    if not isinstance(holders, list) or not holders:
+        return False
+    for holder in holders:
+        if not isinstance(holder, dict):
+            return False
+        parameters = holder.get("params")
+        if not isinstance(parameters, dict):
+            parameters = holder
+        if not parameters.get("model"):
+            return False
+    return True
 
 def find_other_models(members):
     """Pairs of a path and a name: the models of a request besides `model`."""
