@@ -5157,11 +5157,15 @@ def install_model_list(service):
 def answer_model_list(handler):
     if not is_model_list(handler.request):
         return False
+    name = urllib.parse.unquote(handler.request.path[len("/v1/models/"):])
+    if name and any(fits(name, parts) for parts in handler.settings.model_patterns):
+        return False                    # whether there is one, the upstream knows
     send_models(handler, list_models(handler.service))
     return True
 
 def send_models(handler, items):
-    content = json.dumps(find_model(handler.request.path, items)).encode()
+    found = find_model(handler.request.path, items)
+    content = json.dumps(found).encode()
     handler.send_response(200, [JSON_TYPE], content)
 
 def list_models(service):
@@ -6754,8 +6758,9 @@ def curl_command(server):
     """A command to paste that asks this server for something."""
     settings = server.settings
     path = example_path(settings)
-    default = settings.environ.get("AIPROXY_DEFAULT_MODEL", "MODEL")
-    model = (settings.models_shown or list(settings.aliases) or [default])[0]
+    default = settings.environ.get("AIPROXY_DEFAULT_MODEL") or "MODEL"
+    aliases = [name for name in settings.aliases if "*" not in name]
+    model = (settings.models_shown or aliases or [default])[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
     fields = ["Content-Type: application/json"]
     key_field = "Authorization: Bearer YOUR_KEY"
