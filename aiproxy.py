@@ -5274,11 +5274,19 @@ def limit_tokens(members, path, settings):
                 continue
             if not 0 < tokens <= each:      # 0 and negative numbers mean unlimited to some
                 changes[(place, name) if place else name] = each
+    changes.update(limit_thinking(members, each))
     added = missing_limit(members, path, settings.upstream.server_name)
     if added:
         wanted = whole_number(members, "max_completion_tokens") or each     # the newer name
         changes[added] = wanted if 0 < wanted < each else each
     return changes
+
+def limit_thinking(members, most):
+    """What Anthropic wants: fewer tokens for thoughts than in all, but no fewer than 1024."""
+    thinking = members.get("thinking")
+    if not isinstance(thinking, dict) or (whole_number(thinking, "budget_tokens") or 0) < most:
+        return {}
+    return {("thinking", "budget_tokens"): max(1024, most // 2)}
 
 def missing_limit(members, path, host):
     """The name under which a limit must be added, so that this upstream keeps it; "" for none."""

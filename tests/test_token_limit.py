@@ -188,6 +188,33 @@ def test_two_names_of_the_limit_are_not_sent_to_those_who_refuse_that():
     assert aiproxy.limit_tokens({"max_tokens": 101}, CHAT, settings) == {"max_tokens": 100}
 
 
+def test_a_newer_name_alone_is_enough_for_github():
+    settings = aiproxy.Settings({"AIPROXY_UPSTREAM": "github", "AIPROXY_MAX_TOKENS": "100"})
+    members = {"max_completion_tokens": 101}
+    assert aiproxy.limit_tokens(members, CHAT, settings) == {"max_completion_tokens": 100}
+
+
+@pytest.mark.parametrize("most,budget,sent", [
+    (8192, 31999, 4096), (8192, 8192, 4096), (8192, 8191, 8191), (1500, 1024, 1024),
+    (1500, 1500, 1024)])
+def test_thoughts_get_less_than_the_limit(upstream, relay, most, budget, sent):
+    body = b'{"max_tokens":%d,"thinking":{"type":"enabled","budget_tokens":%d}}'
+    relay(MAX_TOKENS=most).ask("POST", MESSAGES, body % (32000, budget))
+    assert upstream.received[0].body == body % (most, sent)
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/chat/completions/", "/v1/chat/completion%73", "/v1//messages"])
+def test_a_limit_is_added_however_the_path_is_spelled(upstream, relay, path):
+    relay(MAX_TOKENS=100).ask("POST", path, b"{}")
+    assert upstream.received[0].body == b'{"max_tokens": 100}'
+
+
+def test_the_banner_says_which_paths_are_limited_without_a_key(relay):
+    warnings = list(aiproxy.warnings(relay(MAX_TOKENS="9").server))
+    assert "without AIPROXY_KEY the rules for bodies hold for POST to" in "".join(warnings)
+
+
 @pytest.mark.parametrize("paths,named", [
     (CHAT + ",/openai/deployments/*/chat/completions,/v1/embeddings,GET /v1/files", None),
     (CHAT + ",/v1beta/models/*", "/v1beta/models/*"),
