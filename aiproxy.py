@@ -5214,6 +5214,9 @@ UNLIMITED_PATHS = ("/embeddings", "/count_tokens")      # nothing is written the
 NEW_NAME_HOSTS = re.compile(
     r"(.+\.)?(api\.openai\.com|(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn))", re.I)
 
+# GitHub's other models may know max_tokens alone.
+EITHER_NAME_HOSTS = re.compile(r"models\.github\.ai|models\.inference\.ai\.azure\.com", re.I)
+
 # What of a request is not for the model, and which strings inside are no text: short ones of these
 # names, and media of those.
 NOT_PROMPT = frozenset((
@@ -5296,7 +5299,9 @@ def missing_limit(members, path, host):
     else:
         return ""
     given = [name for name in names if members.get(name) is not None]
-    if NEW_NAME_HOSTS.fullmatch(host):      # they know all names, and refuse two of them
+    if EITHER_NAME_HOSTS.fullmatch(host) and given:     # they know all names, and refuse two
+        return ""
+    if NEW_NAME_HOSTS.fullmatch(host):
         return "" if given else names[-1]
     return "" if names[0] in given else names[0]
 
@@ -5360,7 +5365,7 @@ def text_parts(value, names_count, all_counts):
     for item in value:
         if isinstance(item, (str, list, dict)):
             yield item, False, all_counts
-        elif type(item) is int:
+        elif type(item) in (int, float):        # some take 7.0 for 7
             yield ONE_TOKEN, False, False
 
 def text_members(members, names_count, all_counts):

@@ -164,6 +164,7 @@ def test_a_request_without_a_limit_gets_one_and_no_other_byte_changes(
     ("openai", RESPONSES, "max_output_tokens"),
     ("https://api.openai.com/v1", CHAT, "max_completion_tokens"),
     ("deepseek", CHAT, "max_tokens"),
+    ("github", CHAT, "max_tokens"),
     ("anthropic", MESSAGES, "max_tokens"),
     ("ollama", CHAT, "max_tokens"),
     ("https://x.openai.azure.com", "/openai/deployments/m/chat/completions",
