@@ -6340,6 +6340,7 @@ class ModelFinder:
 USAGE_OBJECT = re.compile(br'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 USAGE_BYTES = 4096      # of a response, kept from where a `usage` begins
 MAX_USAGE_DEPTH = 100   # objects and arrays in it: a parser recurses, and a stack is small
+CACHE_TOKENS = ("cache_creation_input_tokens", "cache_read_input_tokens")
 USAGE_NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
 def install_token_counts(service):
@@ -6350,6 +6351,10 @@ def observe_tokens(record):
     counter = TokenCounter()
     record.count_tokens = counter.counts
     return counter.observe
+
+
+def is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class TokenCounter:
@@ -6386,8 +6391,13 @@ class TokenCounter:
             usage = self.parse(part)
             for name, other in USAGE_NAMES:
                 count = usage.get(name, usage.get(other))
-                if isinstance(count, int) and not isinstance(count, bool):
+                if is_count(count):
                     counts[name] = count
+            # Anthropic's input_tokens are what no cache had, or took.
+            for name in CACHE_TOKENS:
+                count = usage.get(name)
+                if is_count(count) and "prompt_tokens" in counts:
+                    counts["prompt_tokens"] += count
         return counts.get("prompt_tokens"), counts.get("completion_tokens")
 
     def parse(self, part):

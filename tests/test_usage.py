@@ -343,3 +343,11 @@ def test_a_response_full_of_usage_objects_is_not_copied_for_each(upstream, hidde
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_what_anthropics_cache_had_or_took_is_input_as_well(upstream, hidden):
+    usage = {"input_tokens": 4, "cache_creation_input_tokens": 1200,
+             "cache_read_input_tokens": 51000, "output_tokens": 7}
+    body = encode({"type": "message", "usage": usage})
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+    assert used(upstream, hidden, lambda received: received.send(head + body), body) == (52204, 7)
