@@ -7056,6 +7056,9 @@ class Crew:
 
     def fork_undisturbed(self, index):
         del self.due[index]
+        for reader in self.readers:         # a certificate may be newer than the settings
+            with contextlib.suppress(Exception):
+                self.settings = reader.read_watched(self.settings)[0]
         try:
             process = os.fork()
         except OSError as error:

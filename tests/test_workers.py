@@ -4,7 +4,9 @@ The parent serves nobody. It passes signals on and ends when all workers have en
 """
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,8 +17,8 @@ import pytest
 import aiproxy
 from byhand import ByHand
 from support import (
-    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, Program, children, chunk, clean_environ, event,
-    process_state, sockets_of)
+    CHAT, EVENT_HEAD, PATIENCE, PROGRAM, Client, Program, children, chunk, clean_environ,
+    client_tls, event, make_certificate, process_state, sockets_of)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks into /proc")
 
@@ -163,6 +165,31 @@ def test_a_worker_is_started_again_where_SIGCHLD_was_ignored(by_hand, workers):
     running.program.wait_for_line(running.program.errors, r"worker 1 has ended \(signal 9\)")
     wait_until(lambda: len(children(running.process)) == 2, "no worker has come in its place")
     assert running.program.stop(signal.SIGTERM) == 0
+
+
+def test_a_worker_that_is_started_again_has_the_newest_certificate(by_hand, workers, tmp_path):
+    paths = [str(tmp_path / name) for name in ("cert.pem", "key.pem")]
+    pairs = [make_certificate(str(tmp_path), key=name) for name in ("old", "new")]
+
+    def put(pair):
+        for path, source in zip(paths, pair):
+            shutil.copy(source, path)
+
+    def served():
+        with client_tls().wrap_socket(socket.create_connection(running.program.address)) as sock:
+            return sock.getpeercert(True)
+
+    put(pairs[0])
+    running = workers(by_hand, TLS_CERT=paths[0], TLS_KEY=paths[1])
+    old = served()
+    put(pairs[1])
+    os.kill(running.pids[0], signal.SIGKILL)
+    os.kill(running.pids[1], signal.SIGSTOP)        # the other one looks at its files in a minute
+    try:
+        wait_until(lambda: len(children(running.process)) == 2, "no worker has come in its place")
+        assert served() != old
+    finally:
+        os.kill(running.pids[1], signal.SIGCONT)
 
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["the parent", "everybody"])
