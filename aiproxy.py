@@ -3239,6 +3239,13 @@ def show_settings(settings):
 
 MORE_SETTINGS.append(show_settings)
 
+def hide_misplaced_key(settings):
+    """A key may stand in AIPROXY_HOST by mistake."""
+    if LIKE_KEY.search(settings.host):
+        settings.shown["AIPROXY_HOST"] = "***"
+
+MORE_SETTINGS.append(hide_misplaced_key)
+
 def review_settings(settings):
     """SettingError for what is set and cannot be meant."""
     check_names(settings.environ)
@@ -3655,6 +3662,8 @@ def example_path(settings):
 # Touches: nothing else.
 # Entered: its setting, in Settings.derive_keys.
 
+NOT_FOR_KEYS = frozenset((b"host", b"content-length", b"content-type", b"accept-encoding"))
+
 def parse_key_header(text):
     takes = "a header field's name, such as x-api-key"
     if LIKE_KEY.search(text):
@@ -3665,6 +3674,9 @@ def check_key_header(settings):
     if settings.key_header.encode() in settings.log_secrets:
         raise SettingError("AIPROXY_KEY_HEADER holds a key; it takes the name of the field for "
                            "it")
+    if settings.key_header.lower().encode() in HOP_BY_HOP | NOT_FOR_KEYS:
+        raise SettingError("AIPROXY_KEY_HEADER: got %r, which says something else; it takes the "
+                           "field for a key, such as x-api-key" % settings.key_header)
 
 MORE_SETTINGS.append(check_key_header)
 SECRET_PARSERS.append(parse_key_header)
@@ -3722,6 +3734,15 @@ def fits_pattern(path, pattern):
     return len(segments) == len(wanted) and all(
         want == segment or (want == "*" and is_plain(segment, SEGMENT))
         for segment, want in zip(segments, wanted))
+
+def check_patterns(settings):
+    """SettingError for a pattern that would fit nothing."""
+    for _, path in settings.paths or ():
+        if path != "*" and re.search(r"[^/]\*|\*[^/]", path):
+            raise SettingError("AIPROXY_PATHS: got %r; a * in a path takes the place of a whole "
+                               "segment, as in /v1/files/*/content" % path)
+
+MORE_SETTINGS.append(check_patterns)
 
 def is_plain(text, pattern):
     """Is it plain when decoded once? (`check_target` has refused dot segments already.)"""

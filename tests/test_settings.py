@@ -1002,3 +1002,30 @@ def test_a_misspelt_constant_in_the_file_stops_the_start(monkeypatch):
 
     with pytest.raises(aiproxy.SettingError, match="AIPROXY_MODEL .*did you mean AIPROXY_MODELS"):
         aiproxy.Settings({"AIPROXY_KEY": "sk-1"})
+
+
+@pytest.mark.parametrize("variable,value,words", [
+    ("AIPROXY_PATHS", "/v1/**", "whole segment"),
+    ("AIPROXY_PATHS", "/v1/audio/tr*", "whole segment"),
+    ("AIPROXY_PATHS", "GET /v1/x,/v1/*y/z", "whole segment"),
+    ("AIPROXY_KEY_HEADER", "Content-Length", "x-api-key"),
+    ("AIPROXY_KEY_HEADER", "transfer-encoding", "x-api-key"),
+    ("AIPROXY_KEY_HEADER", "Host", "x-api-key"),
+])
+def test_what_could_do_nothing_good_does_not_start(variable, value, words):
+    with pytest.raises(aiproxy.SettingError, match=variable + ".*" + words):
+        aiproxy.Settings({variable: value, "AIPROXY_KEY": "k-1"})
+
+
+def test_a_key_in_the_wrong_place_is_not_shown():
+    settings = aiproxy.Settings({"AIPROXY_HOST": "sk-proj-s3cret"})
+    assert settings.shown["AIPROXY_HOST"] == "***"
+
+
+def test_a_key_full_of_underscores_is_read_at_once():
+    key = "a_" * 2000 + "b"
+    assert aiproxy.Settings({"AIPROXY_KEY": key}).provider_keys == [key.encode()]
+
+
+def test_the_demo_has_an_upstream_of_its_own():
+    assert run_program("--demo", "--upstream", "http://127.0.0.1:9").returncode == 2
