@@ -3141,7 +3141,8 @@ def read_env_files(paths, environ):
 # Sample values, of our README and of others', and variables that nobody has filled in.
 PLACEHOLDER = re.compile(
     r"<.*>|\[.*\]|\{.*\}|\$\w+|\$\{.*\}|%\w+%|.*(你的|自己编).*|.*(\.{3}|…)"
-    r"|(\w+[-_])*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*|(sk-)?your(api)?key.*"
+    r"|([^\W_]+[-_]+)*(x{3,}|\*{3,})|.*long[-_ ]random.*|(.*[-_ ])?your[-_ ].*"
+    r"|(sk-)?your(api)?key.*"
     r"|.*[-_ ]here|(insert|enter|paste|put|change|replace|fill)[-_ ]?(in[-_ ])?(me|this|it)"
     r"|((my|the|some)[-_ ]?)?((api|secret|client|provider|access|openai)[-_ ]?)?(key|token|secret)"
     r"|placeholder|todo|password", re.I)
