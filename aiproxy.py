@@ -8684,6 +8684,8 @@ def start_demo(options, environ):
     """Start the provider as the upstream in `environ`. Returns what to call once we serve."""
     if not options.demo:
         return []
+    if options.upstream:
+        raise SettingError("--demo has an upstream of its own; leave out --upstream")
     provider = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoProvider)
     provider.provider_key = "demo-" + os.urandom(16).hex()
     threading.Thread(target=provider.serve_forever, daemon=True).start()
@@ -8708,7 +8710,11 @@ def show_demo(server):
     delay = 0
     connection = connect_to(server)
     connection.request("POST", "/v1/chat/completions", json.dumps(request), headers)
-    for line in connection.getresponse():
+    response = connection.getresponse()
+    if response.status != 200:
+        show("refused, with status %d: %s\n\n" % (response.status, response.read().decode()))
+        return
+    for line in response:
         if line.startswith(b"data: {"):
             delay = delay or time.monotonic() - begin
             for choice in json.loads(line[len("data: "):])["choices"]:
