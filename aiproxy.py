@@ -3058,8 +3058,10 @@ def read_environment(options, environ):
 
 def check(options, settings):
     """Print the settings in force. Returns the exit status."""
-    write_all(sys.stdout, "".join("%s=%s\n" % pair for pair in settings.shown.items()))
-    write_all(sys.stderr, "".join("aiproxy: %s\n" % note for note in options.notes))
+    lines = ["%s=%s\n" % pair for pair in settings.shown.items()]
+    write_all(sys.stdout, "".join(lines))
+    notes = ["aiproxy: %s\n" % note for note in options.notes]
+    write_all(sys.stderr, "".join(notes))
     status = 0
     status = check_live(options, settings)          # part two: A live check
     return status
@@ -3227,7 +3229,8 @@ def show_settings(settings):
     shown.update(settings.shown)
     if settings.provider_keys:
         lengths = ["%d characters" % len(key) for key in settings.provider_keys]
-        shown[settings.upstream.provider.key_variable] = ", ".join(lengths)
+        variable = settings.upstream.provider.key_variable
+        shown[variable] = ", ".join(lengths)
     if settings.client_keys:
         names = ["%s=***" % name for name, _ in settings.client_keys]
         shown["AIPROXY_CLIENT_KEYS"] = ", ".join(names)
@@ -3450,7 +3453,8 @@ def file_stamps(paths):
     for path in paths:
         try:
             found = os.stat(path)
-            stamps.append((path, found.st_mtime_ns, found.st_ino, found.st_size))
+            stamp = (path, found.st_mtime_ns, found.st_ino, found.st_size)
+            stamps.append(stamp)
         except OSError:
             stamps.append((path,))
     return stamps
@@ -3535,7 +3539,8 @@ def begin_tls(handler):
         raise ClientGone()
     if not speaks_tls:
         # What it sends is read, and what it gets is sent, on the connection below the TLS.
-        handler.client = BufferedSocket(socket.socket(fileno=client.sock.detach()))
+        plain = socket.socket(fileno=client.sock.detach())
+        handler.client = BufferedSocket(plain)
         raise ErrorResponse(400, "https_required", "This port speaks HTTPS, and this was plain "
                             "HTTP: the URL must begin with https://.")
 
@@ -3632,7 +3637,8 @@ def send_health(handler):
     return send_json(handler, health)
 
 def send_json(handler, value, status=200):
-    handler.send_response(status, [JSON_TYPE], json.dumps(value).encode())
+    content = json.dumps(value).encode()
+    handler.send_response(status, [JSON_TYPE], content)
 
 def is_working(loop):
     """False too if it has done nothing but fail for a while. A busy one only takes longer."""
@@ -3872,7 +3878,8 @@ def is_origin_allowed(headers, settings):
     if is_listed_origin(origin, settings):
         return True
     host = headers.get(b"host", b"")        # our own start page, on this machine
-    return origin == b"%b://%b" % (settings.scheme.encode(), host) and is_loopback_host(host)
+    own = b"%b://%b" % (settings.scheme.encode(), host)
+    return origin == own and is_loopback_host(host)
 
 def is_listed_origin(origin, settings):
     """Does it fit one that AIPROXY_ORIGINS names?"""
@@ -3943,7 +3950,8 @@ def parse_origin(text):
             host = str(ipaddress.IPv4Address(host))
     except ValueError:
         raise ValueError(takes)
-    end = ":*" if any_port else ":%d" % int(port or DEFAULT_PORTS[scheme.partition(":")[0]])
+    default = DEFAULT_PORTS[scheme.partition(":")[0]]
+    end = ":*" if any_port else ":%d" % int(port or default)
     return canonical_origin(scheme + host + end)
 
 def encode_host(match):
@@ -4048,7 +4056,8 @@ class Room:
         """
         for handler, since in self.server.idle.copy().values():
             is_meant = address in (None, self.addresses.get(handler.connection))
-            is_new = handler.is_first_request and time.monotonic() - since < NEW_SECONDS
+            waited = time.monotonic() - since
+            is_new = handler.is_first_request and waited < NEW_SECONDS
             if is_meant and not is_new and self.server.evict(handler):
                 return True
         return False
@@ -4136,7 +4145,8 @@ class LingeringClose(Job):
 
     def on_tick(self):
         silence = self.loop.now - self.heard
-        if silence > LINGER_SILENCE or self.loop.now - self.began > LINGER_SECONDS:
+        lingered = self.loop.now - self.began
+        if silence > LINGER_SILENCE or lingered > LINGER_SECONDS:
             self.finish("timeout")
 
     def finish(self, outcome):
@@ -4253,7 +4263,9 @@ class SecretFilter:
     """Looks for secrets, as they are and as URLs or JSON may have them, in bytes as they pass."""
 
     def __init__(self, secrets):
-        self.secrets = list(itertools.chain.from_iterable(map(spellings, secrets)))
+        self.secrets = []
+        for secret in secrets:
+            self.secrets += spellings(secret)
         self.longest = 6 * max(map(len, self.secrets))  # `\\u0061` is six bytes
         first = b"|".join(re.escape(secret[:1]) for secret in self.secrets)
         # A look ahead: what begins in the middle of another is not passed over.
@@ -4309,7 +4321,8 @@ def check_location(handler, exchange):
     if b"location" not in exchange.headers:
         return
     upload = handler.upload
-    may_lead_elsewhere = exchange.status // 100 != 3 or (upload.done and not upload.received)
+    has_no_body = upload.done and not upload.received
+    may_lead_elsewhere = exchange.status // 100 != 3 or has_no_body
     fields = []
     for name, value in exchange.headers.fields:
         if name.lower() == b"location":
@@ -4326,7 +4339,8 @@ def check_location(handler, exchange):
 def map_location(location, asked, upstream):
     """The path of ours for a Location in the answer to `asked`; None if it leads elsewhere."""
     try:
-        parts = urllib.parse.urlsplit(urllib.parse.urljoin(asked, location.decode("latin-1")))
+        target = urllib.parse.urljoin(asked, location.decode("latin-1"))
+        parts = urllib.parse.urlsplit(target)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
     except (ValueError, KeyError):
         return None
@@ -4337,7 +4351,8 @@ def map_location(location, asked, upstream):
         return None
     if upstream.base and (path + "/").startswith(upstream.base + "/"):
         path = "/v1" + path[len(upstream.base):]
-    return urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment)).encode("latin-1")
+    location = urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment))
+    return location.encode("latin-1")
 
 # ---- Rates ---------------------------------------------------------------------------------------
 # Does: holds each client to AIPROXY_RATE, with token buckets.
@@ -4370,7 +4385,8 @@ class RateLimiter:
     def check(self, handler):
         """429 once the client has used up its rate; the fields are OpenAI's."""
         # The name of a client key, or an address.
-        refused = self.take(network_of(handler.record.client), time.monotonic())
+        client = network_of(handler.record.client)
+        refused = self.take(client, time.monotonic())
         if not refused:
             return
         until_next, until_full, count = refused
@@ -4389,14 +4405,19 @@ class RateLimiter:
         """None if a token was there, else the seconds until one and until all are back; `count`."""
         with self.lock:
             tokens, since = self.buckets.pop(client, (self.count, now))
-            tokens = min(self.count, tokens + (now - since) * self.speed)
+            earned = (now - since) * self.speed
+            tokens = min(self.count, tokens + earned)
             is_allowed = tokens >= 1
-            self.buckets[client] = (tokens - 1 if is_allowed else tokens, now)
+            if is_allowed:
+                tokens -= 1
+            self.buckets[client] = (tokens, now)
             if len(self.buckets) > MAX_BUCKETS:
                 self.buckets.popitem(last=False)
         if is_allowed:
             return None
-        return (1 - tokens) / self.speed, (self.count - tokens) / self.speed, self.count
+        until_next = (1 - tokens) / self.speed
+        until_full = (self.count - tokens) / self.speed
+        return until_next, until_full, self.count
 
 def format_duration(seconds):
     """As OpenAI writes it in x-ratelimit-reset-...: 20ms, 1s, 6m0s, 1h0m0s."""
@@ -4416,7 +4437,8 @@ def parse_rate(text):
         return None
     match = match_all(r"([1-9][0-9]{0,8})\s*/\s*(s|sec|min|m|h|hour|d|day)", text,
                       "a rate such as 20/s, 60/min, 100/h or 1000/day")
-    return int(match.group(1)), {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)[0]]
+    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    return int(match.group(1)), seconds[match.group(2)[0]]
 
 def derive_rate(settings):
     """Whoever serves anybody gets a rate."""
@@ -4619,7 +4641,8 @@ def is_inference(request):
     return path in INFERENCE_PATHS or plain_spelling(path) in INFERENCE_PATHS
 
 def plain_spelling(path):
-    return re.sub("//+", "/", urllib.parse.unquote(path)).rstrip("/").casefold()
+    path = re.sub("//+", "/", urllib.parse.unquote(path))
+    return path.rstrip("/").casefold()
 
 def is_form(headers):
     return headers.get(b"content-type", b"").lower().startswith(b"multipart/")
@@ -4797,7 +4820,8 @@ def edit_members(body, changes):
     copied = inside                         # up to here, `edited` has the text
     edited = []
     for key, start, end in find_values(text, inside - 1, as_tree(changes)):
-        edited += [text[copied:start], json.dumps(added.pop(key))]
+        value = added.pop(key)
+        edited += [text[copied:start], json.dumps(value)]
         copied = end
         if not added:
             break
@@ -4856,9 +4880,6 @@ def install_model_rules(service):
     settings = service.settings
     if settings.models and settings.is_restricted:
         service.checks.append(check_named_model)
-    elif settings.models:
-        service.warnings.append("without AIPROXY_KEY the list of models holds for POST to %s only"
-                                % ", ".join(INFERENCE_PATHS))
     service.body_rules.append(apply_model_rules)
     service.check_form = apply_form_rules
     if settings.models or settings.default_model:
@@ -4923,7 +4944,8 @@ def fits(name, parts):
         if found < 0:
             return False
         position = found + len(part)
-    return name.endswith(last) and position + len(last) <= len(name)
+    end = position + len(last)
+    return name.endswith(last) and end <= len(name)
 
 # -- in JSON
 
@@ -5265,6 +5287,9 @@ def install_limits(service):
     settings = service.settings
     if settings.max_tokens or settings.max_chars:
         service.inspects_bodies = True
+    if service.inspects_bodies and not settings.is_restricted:
+        service.warnings.append("without AIPROXY_KEY the rules for bodies hold for POST to %s only"
+                                % ", ".join(INFERENCE_PATHS))
     if not settings.max_tokens or settings.paths is None:
         return
     paths = [path for method, path in settings.paths if method in ("POST", "PUT", "PATCH", "*")]
@@ -5277,7 +5302,7 @@ def install_limits(service):
 def limit_body(members, request, settings):
     """The changes that the limits want. ErrorResponse 400."""
     check_prompt_length(members, settings.max_chars)
-    return limit_tokens(members, request.path, settings)
+    return limit_tokens(members, plain_spelling(request.path), settings)
 
 def limit_tokens(members, path, settings):
     """What AIPROXY_MAX_TOKENS changes in a request: a dict of changes.
@@ -5341,8 +5366,9 @@ def count_answers(members, holders, most):
                 count = number
                 param = name
     prompts = members.get("prompt")
-    if isinstance(prompts, list) and not all(isinstance(item, int) for item in prompts):
-        count *= len(prompts)               # else it is one prompt, in tokens
+    if isinstance(prompts, list):
+        is_tokens = all(isinstance(item, int) for item in prompts)
+        count *= 1 if is_tokens else len(prompts)       # tokens are one prompt
     if count > most:
         raise ErrorResponse(400, "invalid_parameter", "`%s` asks for more answers than "
                             "AIPROXY_MAX_TOKENS allows tokens." % param, param=param)
@@ -5497,7 +5523,8 @@ class KeyRotation:
             seconds = REJECTED_COOLDOWN
         with self.lock:
             was_ready = self.cooldowns[index] <= now
-            self.cooldowns[index] = max(self.cooldowns[index], now + seconds)
+            until = self.cooldowns[index]
+            self.cooldowns[index] = max(until, now + seconds)
         if status == 401 and was_ready:
             self.warn("the upstream rejected key %d of %d (401); it is set aside for %d minutes"
                       % (index + 1, len(self.cooldowns), seconds // 60))
@@ -5580,7 +5607,8 @@ class Pool:
 
     def release(self, connection, headers):
         """Keep a connection whose last response had these headers."""
-        self.idle.append((connection, time.monotonic() + idle_seconds(headers)))
+        until = time.monotonic() + idle_seconds(headers)
+        self.idle.append((connection, until))
         with contextlib.suppress(IndexError):       # other threads take some, too
             while len(self.idle) > self.size:
                 self.idle.popleft()[0].close()
@@ -5603,7 +5631,9 @@ def idle_seconds(headers):
     """How long to keep the connection: a second less than the upstream says that it does."""
     says = headers.get(b"keep-alive")
     timeout = says and re.search(br"timeout *= *([0-9]{1,9})", says, re.I)
-    return min(POOL_SECONDS, int(timeout.group(1)) - 1) if timeout else POOL_SECONDS
+    if not timeout:
+        return POOL_SECONDS
+    return min(POOL_SECONDS, int(timeout.group(1)) - 1)
 
 def is_silent(connection):
     """Has nothing come while it was idle: no hang-up, and no bytes that nobody asked for?"""
@@ -6046,7 +6076,8 @@ class LastEvent:
 
     def is_final(self):
         """Is it whole, and the API's own end? OpenAI's and Anthropic's are known."""
-        return self.event.endswith(b"\n\n") and self.FINAL.match(self.event) is not None
+        is_whole = self.event.endswith(b"\n\n")
+        return is_whole and self.FINAL.match(self.event) is not None
 
 # -- events out of bytes, for a stream that is translated
 
@@ -6069,7 +6100,8 @@ class EventReader:
         events = []
         begin = 0
         for blank_line in BLANK_LINE.finditer(self.buffer, position):
-            events.append(read_event(self.buffer[begin:blank_line.start()]))
+            block = self.buffer[begin:blank_line.start()]
+            events.append(read_event(block))
             begin = blank_line.end()
         del self.buffer[:begin]
         if len(self.buffer) > MAX_EVENT:
@@ -6079,7 +6111,8 @@ class EventReader:
 def read_event(block):
     """The data of one event. The first may begin with a byte order mark."""
     lines = block.decode("utf-8-sig", "replace").split("\n")
-    return "\n".join(line[len("data:"):].strip() for line in lines if line.startswith("data:"))
+    data = [line[len("data:"):].strip() for line in lines if line.startswith("data:")]
+    return "\n".join(data)
 
 # ---- Errors in the form of other APIs ------------------------------------------------------------
 # Does: gives our errors the form of the API that was called, so that its SDK can show them.
@@ -6169,7 +6202,8 @@ def send_heartbeat(seconds, job):
     """Called by the relay loop twice a second."""
     if not job.events or not job.events.is_between_events():
         return
-    if job.loop.now - max(job.heard, job.last_taken) >= seconds:
+    last_move = max(job.heard, job.last_taken)
+    if job.loop.now - last_move >= seconds:
         job.bytes += len(HEARTBEAT)
         job.send(encode_chunk(HEARTBEAT, job.is_chunked))
 
@@ -6709,8 +6743,11 @@ def find_provider(netloc):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
     rows = [row for row in PROVIDERS.values()
             if urllib.parse.urlsplit(row.base_url).netloc == netloc]
-    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(netloc.partition(":")[0])]
-    return Provider(netloc, rows[0].key_header, rows[0].paths) if rows else None
+    name = netloc.partition(":")[0]
+    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(name)]
+    if not rows:
+        return None
+    return Provider(netloc, rows[0].key_header, rows[0].paths)
 
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.
@@ -6747,7 +6784,8 @@ def print_banner(server):
             server.processes, server.processes * server.capacity, all_rates(server)))
     lines += ["warning: " + warning for warning in warnings(server)]
     lines.append("try          " + curl_command(server))
-    server.log.put(sys.stderr, "\n".join("  " + line for line in lines))
+    text = "\n".join("  " + line for line in lines)
+    server.log.put(sys.stderr, text)
 
 def describe_upstream(server):
     settings = server.settings
@@ -6765,8 +6803,11 @@ def describe_upstream(server):
 
 def all_rates(server):
     """The rate of all processes together, each of which counts for itself."""
-    number, _, unit = server.settings.shown.get("AIPROXY_RATE", "").partition("/")
-    return " and %d/%s" % (server.processes * int(number), unit) if unit else ""
+    rate = server.settings.shown.get("AIPROXY_RATE", "")
+    number, _, unit = rate.partition("/")
+    if not unit:
+        return ""
+    return " and %d/%s" % (server.processes * int(number), unit)
 
 def warnings(server):
     settings = server.settings
@@ -7095,7 +7136,8 @@ class Crew:
             signal.signal(number, handler)
         if self.cpus:
             with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, {self.cpus[index % len(self.cpus)]})
+                cpu = self.cpus[index % len(self.cpus)]
+                os.sched_setaffinity(0, {cpu})
         return True
 
     def reap(self):
@@ -7715,6 +7757,8 @@ class Choice:
             self.find_forced_call(delta, is_last)
         delta["tool_calls"] = list(self.number_calls(delta.get("tool_calls", ()), is_last))
         if is_last:         # agents look for tool_calls; some models end with `stop` after one
+            delta["tool_calls"] += [{"index": number, "function": {"arguments": "{}"}}
+                                    for number in sorted(self.bare)]
             default = "tool_calls" if self.numbers else "stop"
             self.finish_reason = FINISH_REASONS.get(reason, default)
         delta = {name: value for name, value in delta.items() if value}
@@ -7772,8 +7816,6 @@ class Choice:
                 number = self.numbers.get(key, 0)
                 self.bare.discard(number)
                 yield {"index": number, "function": {"arguments": arguments}}
-        for number in sorted(self.bare) if is_last else ():
-            yield {"index": number, "function": {"arguments": empty}}
 
 def leaked_arguments(text, function):
     """The arguments in text that is nothing but a call of this function; None if in doubt."""
@@ -8588,7 +8630,8 @@ def start_page(request):
     prefers_chinese = request.headers.get(b"accept-language", b"").lower().startswith(b"zh")
     words = dict(CHINESE if prefers_chinese else {}, NONCE=nonce)
     content = re.sub("{{(.+?)}}", lambda match: words.get(match[1], match[1]), PAGE)
-    return [(name.encode(), value.encode()) for name, value in headers], content.encode()
+    fields = [(name.encode(), value.encode()) for name, value in headers]
+    return fields, content.encode()
 
 # ---- Demo ----------------------------------------------------------------------------------------
 # Does: starts a small OpenAI-style provider inside, and sends it one chat request by the relay.
