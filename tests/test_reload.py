@@ -245,6 +245,15 @@ def copy(pair, folder):
     return {"TLS_CERT": str(paths[0]), "TLS_KEY": str(paths[1])}
 
 
+def make_pairs(folder):
+    """The texts of two certificates, each with its key."""
+    pairs = []
+    for name in ("one", "two"):
+        paths = make_certificate(str(folder), key=name)
+        pairs.append([open(path).read() for path in paths])
+    return pairs
+
+
 def served_certificate(address):
     with client_tls().wrap_socket(socket.create_connection(address)) as sock:
         return sock.getpeercert(True)
@@ -253,10 +262,7 @@ def served_certificate(address):
 def test_a_renewed_certificate_is_served_without_a_dropped_connection(
     reloadable, upstream, tmp_path, monkeypatch
 ):
-    pairs = []
-    for name in ("one", "two"):
-        paths = make_certificate(str(tmp_path), key=name)
-        pairs.append([open(path).read() for path in paths])
+    pairs = make_pairs(tmp_path)
     running = reloadable(UPSTREAM=upstream.url, **copy(pairs[0], tmp_path))
     relay = running.relay
     first = served_certificate(relay.address)
@@ -281,10 +287,7 @@ def test_a_renewed_certificate_puts_nothing_else_in_force(
     """Whoever edits a key's file says when it is ready. Until then all workers have the old one."""
     keys = tmp_path / "keys"
     keys.write_text("one=%s\n" % OLD)
-    pairs = []
-    for name in ("one", "two"):
-        paths = make_certificate(str(tmp_path), key=name)
-        pairs.append([open(path).read() for path in paths])
+    pairs = make_pairs(tmp_path)
     files = copy(pairs[0], tmp_path)
     running = reloadable(
         UPSTREAM=upstream.url, KEY="sk-hidden-0123", CLIENT_KEYS_FILE=keys, **files)
@@ -303,10 +306,7 @@ def test_a_renewed_certificate_puts_nothing_else_in_force(
 def test_a_certificate_that_could_not_be_read_is_read_at_the_next_look(
     reloadable, upstream, tmp_path, monkeypatch
 ):
-    pairs = []
-    for name in ("one", "two"):
-        paths = make_certificate(str(tmp_path), key=name)
-        pairs.append([open(path).read() for path in paths])
+    pairs = make_pairs(tmp_path)
     running = reloadable(UPSTREAM=upstream.url, **copy(pairs[0], tmp_path))
     first = served_certificate(running.relay.address)
     copy(pairs[1], tmp_path)
