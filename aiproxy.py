@@ -6449,11 +6449,10 @@ class TokenCounter:
                 count = usage.get(name, usage.get(other))
                 if is_count(count):
                     counts[name] = count
-            # Anthropic's input_tokens are what no cache had, or took.
-            for name in CACHE_TOKENS:
-                count = usage.get(name)
-                if is_count(count) and "prompt_tokens" in counts:
-                    counts["prompt_tokens"] += count
+            # Anthropic's input_tokens are what no cache had, or took. Prompt_tokens are all.
+            if is_count(usage.get("input_tokens")) and "prompt_tokens" not in usage:
+                cached = map(usage.get, CACHE_TOKENS)
+                counts["prompt_tokens"] += sum(filter(is_count, cached))
         return counts.get("prompt_tokens"), counts.get("completion_tokens")
 
     def parse(self, part):

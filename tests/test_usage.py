@@ -351,3 +351,19 @@ def test_what_anthropics_cache_had_or_took_is_input_as_well(upstream, hidden):
     body = encode({"type": "message", "usage": usage})
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
     assert used(upstream, hidden, lambda received: received.send(head + body), body) == (52204, 7)
+
+
+@pytest.mark.parametrize("usages,counted", [
+    # The last event says the cache again, without the rest of the input.
+    ([{"input_tokens": 4, "cache_read_input_tokens": 50, "output_tokens": 1},
+      {"cache_read_input_tokens": 50, "output_tokens": 7}], (54, 7)),
+    ([{"input_tokens": 4, "cache_read_input_tokens": 50, "output_tokens": 1},
+      {"input_tokens": 4, "cache_read_input_tokens": 50, "output_tokens": 7}], (54, 7)),
+    # Gateways that speak OpenAI's format have it in prompt_tokens.
+    ([{"prompt_tokens": 54, "cache_read_input_tokens": 50, "completion_tokens": 7}], (54, 7)),
+])
+def test_what_a_cache_had_is_counted_once(upstream, hidden, usages, counted):
+    body = events(*[{"usage": usage} for usage in usages])
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n"
+    response = head % len(body) + body
+    assert used(upstream, hidden, lambda received: received.send(response), body) == counted
