@@ -5334,9 +5334,13 @@ def limit_tokens(members, path, settings):
 def limit_thinking(members, most):
     """What Anthropic wants: fewer tokens for thoughts than in all, but no fewer than 1024."""
     thinking = members.get("thinking")
-    if not isinstance(thinking, dict) or (whole_number(thinking, "budget_tokens") or 0) < most:
+    if not isinstance(thinking, dict):
         return {}
-    return {("thinking", "budget_tokens"): max(1024, most // 2)}
+    budget = whole_number(thinking, "budget_tokens") or 0
+    lowered = max(1024, most // 2)
+    if budget < most or budget <= lowered:
+        return {}
+    return {("thinking", "budget_tokens"): lowered}
 
 def missing_limit(members, path, host):
     """The name under which a limit must be added, so that this upstream keeps it; "" for none."""

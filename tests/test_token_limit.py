@@ -197,7 +197,7 @@ def test_a_newer_name_alone_is_enough_for_github():
 
 @pytest.mark.parametrize("most,budget,sent", [
     (8192, 31999, 4096), (8192, 8192, 4096), (8192, 8191, 8191), (1500, 1024, 1024),
-    (1500, 1500, 1024)])
+    (1500, 1500, 1024), (100, 500, 500)])
 def test_thoughts_get_less_than_the_limit(upstream, relay, most, budget, sent):
     body = b'{"max_tokens":%d,"thinking":{"type":"enabled","budget_tokens":%d}}'
     relay(MAX_TOKENS=most).ask("POST", MESSAGES, body % (32000, budget))
