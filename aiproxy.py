@@ -512,7 +512,7 @@ def open_listener(settings):
         listener = socket.socket(*found[:3])
         if os.name == "posix":      # elsewhere it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            os.set_blocking(listener.fileno(), False)       # its client may be gone, or another's
+            os.set_blocking(listener.fileno(), False)       # accept() must not wait
         listener.bind(found[4])
         listener.listen(LISTEN_QUEUE)
         return listener
@@ -597,7 +597,7 @@ class Service:
         self.observe_response = lambda record: None     # what to call with each piece of it
         self.follow_events = lambda job, handler: None  # its EventStream, if it is one
         self.on_silence = do_nothing            # (job): called while the upstream is silent
-        # Header fields to add to any response: pairs of bytes. `present`: those there, by low name.
+        # Header fields to add to any response: pairs of bytes. `present`: by lower-case name.
         self.stream_headers = lambda present, is_open_ended: []
         self.cors_headers = lambda request, settings, present: []
         # (path, error, request_id): what the body of an error in the API there is the JSON of
@@ -1991,7 +1991,7 @@ class BufferedSocket:
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.buffer = b""
         self.ended = False                  # the peer has ended its sending side
-        self.was_reset = False              # a send was told so, and then no read is
+        self.was_reset = False              # a send was told of it: then no read is
 
     def fileno(self):
         return self.sock.fileno()

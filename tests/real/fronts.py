@@ -148,7 +148,7 @@ class Connection(http.client.HTTPConnection):
         self.address = address
 
     def connect(self):
-        """Connect; with TLS again and again, for Caddy listens before it has made its certificate."""
+        """Connect; with TLS again and again: Caddy listens before it has its certificate."""
         deadline = time.monotonic() + PATIENCE
         while True:
             plain = socket.create_connection((self.address, self.port), PATIENCE)
