@@ -68,6 +68,7 @@ GRACE = 4                   # AIPROXY_GRACE
 END_SLACK = 2               # seconds after it: one for cut responses to be seen cut, one for us
 RELOAD_SECONDS = 5          # --chaos: between two reloads, every second time with a killed worker
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # for SO_LINGER: close() sends a reset
+LISTENING = "0A"            # a state in /proc/net/tcp
 
 # Constants of aiproxy.py that no setting reaches, and their values here, in seconds.
 LIMITS = {
@@ -374,6 +375,7 @@ class Relay:
         self.workers = settings.get("WORKERS", 1)
         self.errors = []                            # lines of its stderr
         self.outcomes = collections.Counter()       # of the requests in its log
+        self.failed = {}                            # by request id, those that are not "ok"
         self.peak = 0                               # bytes of memory
         self.untrimmed = 0                          # bytes of memory before SIGUSR1
         self.blocks = 0                             # what it said at the last SIGUSR1
@@ -389,6 +391,7 @@ class Relay:
         if self.workers > 1:
             self.wait_for_workers()
             self.pid = self.worker_pids()[spared]
+            self.wait_until_it_serves()
 
     def start(self, real_limits, settings):
         settings = dict(settings, PORT=0, LOG="json", GRACE=GRACE)
@@ -425,10 +428,12 @@ class Relay:
     def read_log(self):
         for line in self.process.stdout:
             try:
-                outcome = json.loads(line)["outcome"]
+                fields = json.loads(line)
             except ValueError:
-                outcome = "a damaged line"
-            self.outcomes[outcome] += 1
+                fields = {"request_id": "", "outcome": "a damaged line"}
+            self.outcomes[fields["outcome"]] += 1
+            if fields["outcome"] != "ok":
+                self.failed[fields["request_id"]] = line.strip()
 
     def worker_pids(self):
         """The oldest first."""
@@ -451,6 +456,24 @@ class Relay:
         while len(self.worker_pids()) < self.workers:
             assert time.monotonic() < deadline, "%s: a worker is missing" % self.name
             time.sleep(0.02)
+
+    def wait_until_it_serves(self):
+        """Until the measured worker has opened all that it needs: it has had a client then."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.takes_a_client():
+            assert time.monotonic() < deadline, "%s: a worker takes nobody" % self.name
+        while ports_of_clients(self, self.pid):
+            assert time.monotonic() < deadline, "%s: a worker keeps a client" % self.name
+            time.sleep(0.02)
+
+    def takes_a_client(self):
+        """Has the measured worker taken a new client soon? Else another one may have."""
+        with socket.create_connection(self.address, PATIENCE) as client:
+            for _ in range(10):
+                if client.getsockname()[1] in ports_of_clients(self, self.pid):
+                    return True
+                time.sleep(0.02)
+        return False
 
     def usage(self, pid=None):
         """What it uses now; None where there is no /proc."""
@@ -675,9 +698,12 @@ class Visitor(threading.Thread):
     def check_response(self, response, task):
         right = response.body == right_body(task)
         right = right and response.status == 200 and response.complete
-        message = "%s: a wrong answer to %r: %d wrong, %d bytes, complete: %s, begins %r" % (
+        if not right:
+            time.sleep(1)               # for the log to be read
+        logged = self.relay.failed.get(response.get("x-request-id"))
+        message = "%s: a wrong answer to %r: %d, %d bytes, complete: %s, begins %r; the log: %s" % (
             self.relay.name, task, response.status, len(response.body), response.complete,
-            response.body[:60])
+            response.body[:20], logged)
         self.report.check(right, message)
         self.check_provider_key(response)
         self.report.count("good answers, " + self.kind)
@@ -957,7 +983,8 @@ def ports_of_clients(relay, pid):
     for _ in range(5):                  # the table changes while it is read
         with open("/proc/net/tcp") as file:
             for words in map(str.split, file):
-                if words[1].endswith(own_port) and words[9] in inodes:
+                is_ours = words[1].endswith(own_port) and words[9] in inodes
+                if is_ours and words[3] != LISTENING:
                     ports.add(int(words[2].rpartition(":")[2], 16))
     return ports
 
