@@ -113,6 +113,11 @@ import traceback
 import urllib.parse
 import urllib.request
 
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
 __version__ = "1.0"
 
 # ==== Part one: the relay =========================================================================
@@ -458,9 +463,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def evict(self, handler):
         """Hang up on an idle client. False if it is not idle after all: it has just sent more."""
-        if has_sent(handler.client) or not self.mark_busy(handler):
-            return False
-        with contextlib.suppress(OSError):      # it may leave by itself at any moment
+        # It may leave by itself at any moment; but nobody else gets its descriptor meanwhile.
+        with self.client_ended, contextlib.suppress(OSError):
+            if not self.service.may_evict(handler) or not self.mark_busy(handler):
+                return False
             hang_up(handler.client.sock)        # this wakes its thread
         return True
 
@@ -570,6 +576,7 @@ class Service:
         self.may_linger = lambda: True          # may one that was refused linger?
         self.linger = do_nothing                # (socket, address): it has an answer, and may send
         self.forget_client = do_nothing         # (socket): it has gone
+        self.may_evict = lambda handler: not has_sent(handler.client)   # is it only waiting?
         # Of a request. Of free_answers and own_answers, who has answered it returns True.
         self.find_client = lambda address, headers: address     # whose request is it?
         self.normalize_path = lambda path, rules: path          # the path that the client meant
@@ -3991,17 +3998,39 @@ OPTIONS += (
 # Entered: `install_room` in install_features sets `make_room` and what belongs to it.
 
 NEW_SECONDS = 1         # that the first request of a client may take to come: it gives up no place
+SIOCOUTQNSD = 0x894B    # Linux' linux/sockios.h: the bytes that it has not sent yet
 
 def install_room(service):
     room = find_room(service.server)
     service.make_room = room.make_room
     service.forget_client = room.forget
     service.may_linger = lambda: not room.is_crowded()
+    service.may_evict = may_evict
     service.is_trusted_proxy = is_loopback      # (address): may it have many connections?
 
 def find_room(server):
     """The Room of a server, whatever its service."""
     return server.shared.setdefault("room", Room(server))
+
+
+def may_evict(handler):
+    """Is a client idle that neither sends nor still takes its last response?
+
+    If we had hung up on it, and it then sent the next request, a reset would eat the rest of the
+    response (RFC 9112, 9.6). One that takes nothing has STALL_SECONDS.
+    """
+    _, since = handler.server.idle.get(handler.connection, (None, 0))
+    may_be_taking = time.monotonic() - since < STALL_SECONDS
+    if may_be_taking and unsent_bytes(handler.connection):
+        return False
+    return not has_sent(handler.client)
+
+def unsent_bytes(sock):
+    """What the system has not sent yet of what we gave it; 0 where it does not tell."""
+    with contextlib.suppress(AttributeError, OSError):      # on Windows, on other systems
+        answer = fcntl.ioctl(sock.fileno(), SIOCOUTQNSD, bytes(4))
+        return int.from_bytes(answer, sys.byteorder)
+    return 0
 
 
 class Room:

@@ -539,6 +539,75 @@ def test_the_longest_idle_client_makes_room_for_a_new_one(by_hand, relay, monkey
                 assert client.read_reply().status == 200
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
+def test_a_client_that_still_takes_its_response_is_not_idle(by_hand, relay, monkeypatch):
+    """Hung up on, it would lose the rest to a reset as soon as it sent its next request."""
+    running = relay(UPSTREAM=by_hand.url, MAX_CONNECTIONS=1)
+    idle = watch(monkeypatch, running.server, "mark_idle")
+    body = b"x" * 300000
+    with running.client(receive_buffer=4096) as client:
+        assert idle()
+        client.request()
+        peer = by_hand.accept()
+        peer.read_request_head()
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert idle()
+        with running.client() as newcomer:
+            assert newcomer.read_reply().status == 503
+
+        client.request("GET", "/health")
+        assert client.read_reply().body == body
+        assert client.read_reply().status == 200
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
+def test_a_client_that_never_takes_its_response_makes_room(by_hand, relay, monkeypatch, limit):
+    running = relay(UPSTREAM=by_hand.url, MAX_CONNECTIONS=1)
+    idle = watch(monkeypatch, running.server, "mark_idle")
+    with running.client(receive_buffer=4096) as client:
+        assert idle()
+        client.request()
+        peer = by_hand.accept()
+        peer.read_request_head()
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300000)
+        assert idle()
+        limit(STALL_SECONDS=0)
+        with running.client() as newcomer:
+            newcomer.request("GET", "/health")
+            assert newcomer.read_reply().status == 200
+
+
+def test_nobody_has_the_descriptor_of_a_client_that_is_hung_up_on(relay, monkeypatch):
+    """Else the end of one client could be that of another, whose socket has its number."""
+    running = relay(MAX_CONNECTIONS=1)
+    monkeypatch.setattr(aiproxy, "NEW_SECONDS", 0)
+    idle = watch(monkeypatch, running.server, "mark_idle")
+    leaving = threading.Event()
+    is_open = []
+    shutdown_request = running.server.shutdown_request
+    hang_up = aiproxy.hang_up
+
+    def tell(sock):
+        leaving.set()
+        shutdown_request(sock)
+
+    def leave_first(sock):
+        client.sock.close()
+        assert leaving.wait(PATIENCE)       # its thread has seen that, and is about to close it
+        time.sleep(0.1)
+        is_open.append(sock.fileno() >= 0)
+        hang_up(sock)
+
+    monkeypatch.setattr(running.server, "shutdown_request", tell)
+    monkeypatch.setattr(aiproxy, "hang_up", leave_first)
+    client = running.client()
+    assert idle()
+    with running.client() as newcomer:
+        newcomer.request("GET", "/health")
+        assert newcomer.read_reply().status == 200
+    assert is_open == [True]
+
+
 def test_a_client_whose_first_request_is_on_its_way_gives_up_no_place(relay, monkeypatch):
     """Else at the limit each new client would cost the one before it, and none be served."""
     running = relay(MAX_CONNECTIONS=1)
