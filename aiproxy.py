@@ -438,8 +438,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, sock):
         """The end of every connection that process_request let in. One that lingers is detached."""
-        sock.close()
         with self.client_ended:
+            sock.close()
             self.idle.pop(sock, None)
             self.clients.discard(sock)
             self.service.forget_client(sock)
@@ -4097,11 +4097,14 @@ class Room:
         return number >= self.server.capacity + SPARE_FILES // 2
 
     def evict_lingering(self):
-        """Hang up on the client that lingers longest, if there is one."""
-        with contextlib.suppress(IndexError, OSError):
+        """Hang up on the client that lingers longest, if there is one.
+
+        The loop sees its end and closes it, but no sooner: to forget it, it waits for the lock.
+        """
+        with self.lock, contextlib.suppress(IndexError, OSError):
             job = list(self.lingering)[0]
             self.forget(job)
-            hang_up(job.client.sock)        # the loop sees its end, and closes it
+            hang_up(job.client.sock)
 
 
 @functools.lru_cache(1024)          # clients come again

@@ -105,6 +105,23 @@ def test_clients_spread_over_the_workers(by_hand, workers):
     assert min(owners.count(process) for process in running.pids) >= 10
 
 
+def test_a_full_worker_leaves_new_clients_to_one_that_has_become_empty(by_hand, workers):
+    crew = workers(by_hand, MAX_CONNECTIONS="4")
+    full, empty = crew.pids
+    clients = []
+    while [owner for _, owner in clients].count(full) < 4:
+        client = crew.ask()
+        clients.append((client, *workers_of([client], crew.pids)))
+    for client, owner in clients:
+        if owner == empty:
+            client.sock.close()
+    time.sleep(0.5)             # in which it tells the others twice or more
+    for _ in range(4):
+        assert crew.ask()       # 200
+    for client, _ in clients:
+        client.sock.close()
+
+
 def test_each_worker_stays_on_a_cpu_of_its_own(by_hand, workers):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one CPU")
