@@ -710,12 +710,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_first:                        # from connecting on
             self.head_deadline = self.record.began + HEAD_SECONDS
             self.service.begin_client(self)                 # 400
-        begun = self.client.buffer.strip(b"\r\n")       # some send an empty line behind a body
-        if not begun:
+        while self.client.buffer in (b"", b"\r\n"):     # some send an empty line behind a body
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
-            self.wait_idle(limit, is_first)     # a silent new client: 408 in read_more_head
-            if not read_from_client(self.client):
-                raise ClientGone("idle")
+            self.wait_idle(limit, is_first)
+            self.read_more_head()               # 408 for a silent new client
         self.is_first_request = False
         self.record.began = time.monotonic()
         if not is_first:
@@ -5132,7 +5130,8 @@ def read_form(body, headers):
         position = body.find(delimiter, start)
         if position < 0:
             break
-        if body[start:start + 2] != b"\r\n" or body[position - 2:position] != b"\r\n":
+        is_line = body.startswith(b"\r\n", start) and body.endswith(b"\r\n", start, position)
+        if not is_line:
             raise invalid_form("a line with its boundary holds more than that")
         fields.append(read_part(body, start, position - 2))
     if body[start:] not in (b"--", b"--\r\n"):

@@ -103,8 +103,22 @@ def test_empty_lines_do_not_extend_the_deadline(relay, limit):
         client.request()
         assert client.read_reply().status == 200
         limit(HEAD_SECONDS=SHORT)
-        client.send(b"\r\n")
+        client.send(b"\r\n" * 2)
         assert client.read_reply().status == 408
+
+
+def test_an_empty_line_that_comes_late_behind_a_body_begins_no_request(relay, limit):
+    limit(IDLE_SECONDS=LONG)
+    running = relay()
+    with running.client() as client:
+        client.request()
+        assert client.read_reply().status == 200
+        limit(HEAD_SECONDS=SHORT)
+        client.send(b"\r\n")
+        let_time_pass(running)
+
+        client.request()
+        assert client.read_reply().status == 200
 
 
 def test_a_keep_alive_client_may_be_idle_for_longer_than_a_head_may_take(relay, limit):
