@@ -7050,6 +7050,10 @@ class Worker(Server):
         os.read(lifeline, 1)
         self.end()
 
+    def handle_timeout(self):
+        """Called each tenth of a second in which nobody comes: the others see who has left."""
+        self.client_numbers[self.index] = len(self.clients)
+
     def get_request(self):
         self.client_numbers[self.index] = len(self.clients)
         lead = len(self.clients) - min(self.client_numbers)
