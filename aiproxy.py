@@ -4198,7 +4198,10 @@ def install_busy_refusals(service):
     def refuse(sock, record):
         if room.is_crowded():               # too many linger already
             return service.server.send_busy(sock, record)
-        own_socket = service.wrap_client(socket.socket(fileno=sock.detach()))
+        try:
+            own_socket = service.wrap_client(socket.socket(fileno=sock.detach()))
+        except OSError:                     # it has reset its connection
+            return None
         job = RefusedClient(own_socket, record, service.server.send_busy)
         return room.take_over(job, record.client)
     service.refuse = refuse
