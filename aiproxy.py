@@ -4671,7 +4671,10 @@ def is_inference(request):
     if request.method != "POST":
         return False
     path = request.path
-    return path in INFERENCE_PATHS or plain_spelling(path) in INFERENCE_PATHS
+    if path in INFERENCE_PATHS:
+        return True
+    path = plain_spelling(path)
+    return path in INFERENCE_PATHS or "/v1" + path in INFERENCE_PATHS   # DeepSeek knows both
 
 def plain_spelling(path):
     path = re.sub("//+", "/", urllib.parse.unquote(path))
@@ -4888,7 +4891,7 @@ def as_tree(changes):
 # compound systems. Not searched is what a model has written, and what describes a function.
 MODEL_LISTS = ("models", "fallbacks")
 MODEL_HOLDERS = MODEL_LISTS + ("tools", "plugins", "session", "requests", "compound_custom",
-                               "input_audio_transcription", "providerOptions")
+                               "input_audio_transcription", "providerOptions", "extra_body")
 MODEL_SPELLINGS = {name: name for name in ("model",) + MODEL_HOLDERS}
 NOT_SEARCHED = ("messages", "input", "contents", "input_schema", "input_examples",
                 "functionDeclarations", "function_declarations")
@@ -4899,12 +4902,13 @@ BEFORE_MODEL = re.compile("/(deployments|models|tunedmodels)/", re.I)
 QUERY_MODELS = ("model", "deployment")
 
 # RFC 7578, read strictly: a boundary that needs no escapes, names and file names in plain quotes or
-# bare, values as they are.
+# bare, values as they are. Behind a `;` inside the quotes stands no `=`: it might be a name again.
 FORM_CHARSET = br'(?:[ \t]*;[ \t]*charset="?(?:utf-8|us-ascii|iso-8859-1)"?)?'
 FORM_TYPE = re.compile(br"multipart/form-data" + FORM_CHARSET + br"[ \t]*;[ \t]*"
                        br"boundary=(\"?)([0-9A-Za-z'+_.-]{1,70})\1" + FORM_CHARSET, re.I)
+FILE_NAME = br'filename\*?=(?:"[^"\\;]*(?:;[^"\\;=]*)*"|[\w.%\'-]+)'
 FORM_FIELD = re.compile(br'form-data;[ \t]*name=("?)([\w.\[\]-]+)\1'
-                        br'((?:;[ \t]*filename\*?=(?:"[^"\\;]*"|[\w.%\'-]+)){0,2})', re.I)
+                        br'((?:;[ \t]*' + FILE_NAME + br'){0,2})', re.I)
 FORM_PLAIN = re.compile(br"text/plain" + FORM_CHARSET, re.I)
 FORM_CODINGS = (b"binary", b"8bit", b"7bit")
 MAX_PARTS = 1000
@@ -4927,9 +4931,8 @@ def check_named_model(handler):
     settings = handler.settings
     if request.method != "POST" and handler.upload.done:
         return
-    for name, value in urllib.parse.parse_qsl(request.query[1:]):
-        if name.casefold() in QUERY_MODELS:
-            check_model(value, settings)
+    for value in models_in_query(request):
+        replace_in_query(request, check_model(value, settings))
 
     path = urllib.parse.unquote(request.path)
     before, name, after = find_path_model(path)
@@ -4942,6 +4945,19 @@ def check_named_model(handler):
         before = urllib.parse.quote(before, "/:@")
         after = urllib.parse.quote(after, "/:@")
         request.path = before + urllib.parse.quote(model, "@") + after
+
+def models_in_query(request):
+    return [value for name, value in urllib.parse.parse_qsl(request.query[1:])
+            if name.casefold() in QUERY_MODELS]
+
+def replace_in_query(request, model):
+    parts = request.query[1:].split("&")
+    for index, part in enumerate(parts):
+        name, equals, _ = part.partition("=")
+        name = urllib.parse.unquote_plus(name).casefold()
+        if equals and name in QUERY_MODELS:
+            parts[index] = "%s=%s" % (name, urllib.parse.quote(model, ""))
+    request.query = "?" + "&".join(parts)
 
 def find_path_model(path):
     """The model that a decoded path names, or None, between what stands before and behind it."""
@@ -5003,21 +5019,20 @@ def apply_model_rules(members, request, settings):
     return changes
 
 def real_name(name, request, settings):
-    """As check_model. Gemini's SDKs say the model in the path again, as models/NAME."""
-    is_again = request.model and name == "models/" + request.model
-    prefix = "models/" if is_again else ""
+    """As check_model. Gemini's SDKs repeat the path's model in the body, as models/NAME."""
+    repeats_path = request.model and name == "models/" + request.model
+    prefix = "models/" if repeats_path else ""
     return prefix + check_model(name[len(prefix):], settings)
 
 def named_model(members, request, settings):
     """The member `model`, or the default one; "" where none is needed. ErrorResponse 400."""
-    if "model" in members:
-        model = members["model"]
-        if not isinstance(model, str) or not model:
-            raise invalid_model("must hold `model` as a string that is not empty")
+    model = members.get("model")
+    if isinstance(model, str) and model:
         return model
-    if request.model:                       # it stands in the path
-        return ""
-    if names_elsewhere(members):
+    if model is not None:
+        raise invalid_model("must hold `model` as a string that is not empty")
+    # null is none: LangChain sends it to Azure, whose paths name the model.
+    if request.model or names_elsewhere(members, request):
         return ""
     if settings.default_model and is_inference(request):
         return settings.default_model
@@ -5025,23 +5040,27 @@ def named_model(members, request, settings):
         raise missing_model()
     return ""
 
-def names_elsewhere(members):
-    """Does it name its model in a list, in a session, or in each request of a batch?"""
-    if members.get("models"):
+def names_elsewhere(members, request):
+    """Does it need no `model`? A list names some, or the session does, or all requests of a batch.
+
+    Where answers are asked for, only the list does: what else is there, an upstream passes over.
+    """
+    if any(find_models(members.get("models"), ("models",), True)):
         return True
-    session = members.get("session")
-    holders = [session] if session else members.get("requests")
-    if not isinstance(holders, list) or not holders:
+    if is_inference(request):
         return False
-    for holder in holders:
-        if not isinstance(holder, dict):
-            return False
-        parameters = holder.get("params")
-        if not isinstance(parameters, dict):
-            parameters = holder
-        if not parameters.get("model"):
-            return False
-    return True
+    if "session" in members:
+        return names_its_model(members["session"])
+    requests = members.get("requests")
+    return isinstance(requests, list) and requests and all(map(names_its_model, requests))
+
+def names_its_model(holder):
+    """Does a session, or a request of a batch (Anthropic's has `params`), name its model?"""
+    if not isinstance(holder, dict):
+        return False
+    parameters = holder.get("params", holder)
+    name = parameters.get("model") if isinstance(parameters, dict) else None
+    return isinstance(name, str) and name
 
 def find_other_models(members):
     """Pairs of a path and a name: the models of a request besides `model`."""
@@ -5154,7 +5173,8 @@ def read_part(body, start, end):
 
     disposition = FORM_FIELD.fullmatch(headers.get(b"content-disposition", b""))
     if not disposition:
-        raise invalid_form("a part needs a plain name: form-data; name=\"...\"")
+        raise invalid_form("a part needs a plain name, and a plain file name if it has one: "
+                           "form-data; name=\"...\"; filename=\"...\"")
     _, name, filename = disposition.groups()
     if looks_like_model(name):      # not as JSON, either, as `session` has it
         check_model_part(name, filename, headers)
@@ -5272,11 +5292,15 @@ def find_model(path, items):
 # Needs: Body rules.
 
 # The names of a token limit, and of the objects that may hold one: OpenAI's, Anthropic's,
-# llama.cpp's, Ollama's, Hugging Face's, SGLang's, and Gemini's in both of its spellings.
+# llama.cpp's, Ollama's, Hugging Face's, SGLang's, LiteLLM's, and Gemini's in both spellings.
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict",
                 "num_predict", "max_new_tokens", "maxOutputTokens")
 LIMIT_HOLDERS = ("options", "parameters", "sampling_params", "generationConfig",
-                 "generation_config")
+                 "generation_config", "extra_body")
+# Of these, 0 and negative numbers mean none: DashScope's and SiliconFlow's thoughts, vLLM's least.
+LOWERED_ONLY = ("thinking_budget", "min_tokens")
+# Budgets for thoughts that are a part of the limit, and must be smaller: Anthropic's, OpenRouter's.
+THOUGHTS = (("thinking", "budget_tokens"), ("reasoning", "max_tokens"))
 ANSWER_COUNTS = ("n", "best_of", "candidateCount", "candidate_count")
 LIMIT_SPELLINGS = {name.casefold(): name
                    for name in TOKEN_LIMITS + LIMIT_HOLDERS + ANSWER_COUNTS}
@@ -6587,8 +6611,7 @@ def check_websocket(handler):
     if reads_frames and request.path != "/v1/realtime":
         raise ErrorResponse(403, "websocket_not_allowed", "AIPROXY_MODELS, AIPROXY_MAX_TOKENS "
                             "and AIPROXY_MAX_CHARS cannot hold in a WebSocket here.")
-    pairs = urllib.parse.parse_qsl(request.query[1:])
-    models = [value for name, value in pairs if name.casefold() in QUERY_MODELS]
+    models = models_in_query(request)
     request.model = ",".join(models)
     handler.record.model = request.model
     if not settings.models:
@@ -6596,17 +6619,7 @@ def check_websocket(handler):
     if len(models) != 1:
         code = "invalid_model" if models else "missing_model"
         raise ErrorResponse(400, code, "The query must hold `model` once.", param="model")
-    model = check_model(request.model, settings)
-    request.query = "?" + "&".join(
-        replace_model(part, model) for part in request.query[1:].split("&"))
-
-def replace_model(part, model):
-    """One part of a query, with the real name of the model."""
-    name, equals, _ = part.partition("=")
-    name = urllib.parse.unquote_plus(name).casefold()
-    if equals and name in QUERY_MODELS:
-        return "%s=%s" % (name, urllib.parse.quote(model, ""))
-    return part
+    replace_in_query(request, check_model(request.model, settings))
 
 def relay_websocket(handler, exchange):
     """The relay loop moves bytes both ways."""

@@ -41,9 +41,10 @@ def test_only_the_bytes_of_an_alias_are_changed(upstream, relay, body, sent):
 @pytest.mark.parametrize("body,sent", [
     (b'{"messages":[]}', b'{"model": "small", "messages":[]}'),
     (b"{}", b'{"model": "small"}'),
+    (b'{"a":1, "model" : null}', b'{"a":1, "model" : "small"}'),
     (b' { } ', b' {"model": "small" } '),
     (b'{"model":"other-1"}', b'{"model":"other-1"}'),
-], ids=["members", "empty", "spaces", "with a model"])
+], ids=["members", "empty", "null", "spaces", "with a model"])
 def test_the_default_model_is_for_requests_that_name_none(upstream, relay, models, body, sent):
     running = relay(DEFAULT_MODEL="small", MODELS=models, KEY="k-1", CLIENT_KEYS="ck-alice")
     reply = running.chat(body)
@@ -74,7 +75,7 @@ INVALID_BODIES = [
     pytest.param(b"{}", "missing_model", id="none"),
     pytest.param(b'{"model":""}', "invalid_model", id="empty"),
     pytest.param(b'{"model":["small"]}', "invalid_model", id="list"),
-    pytest.param(b'{"model":null}', "invalid_model", id="null"),
+    pytest.param(b'{"model":null}', "missing_model", id="null"),
     pytest.param(b'{"model":1}', "invalid_model", id="number"),
     pytest.param(b'{"model":"small","model":"secret"}', "invalid_model", id="duplicate"),
     pytest.param(
@@ -345,8 +346,9 @@ EVERYWHERE = dict(
     MODELS="small,big=vendor/big-2,name/*",
     PATHS="/v1/chat/completions,/v1/responses,/openai/deployments/*/chat/completions,"
           "/v1beta/models/*,/v1/audio/transcriptions,POST /v1/responses/*/cancel,"
-          "* /v1/files/*",
+          "* /v1/files/*,/v1/messages/batches,/v1/audio/speech",
 )
+BATCHES = "/v1/messages/batches"
 AUTH = [("Authorization", "Bearer ck-alice")]
 
 
@@ -426,6 +428,7 @@ def test_other_models_are_allowed_by_the_same_list(everywhere, members, sent):
     ('"providerOptions":{"gateway":{"models":["other"]}}', 403),
     ('"requests":[{"params":{"model":"other"}}]', 403),
     ('"requests":[{"model":"models/other"}]', 403),
+    ('"extra_body":{"model":"other"}', 403),
     ('"compound_custom":{"models":{"reasoning_model":"other"}}', 403),
     ('"models":[{"type":"function","model":"other"}]', 403),
     ('"Session":{"model":"small"}', 400),
@@ -444,6 +447,7 @@ GEMINI = "/v1beta/models/%s:streamGenerateContent"
 @pytest.mark.parametrize("path,body,sent_path,sent_body", [
     (AZURE % "small", b'{"x": 1.50}', AZURE % "small", None),
     (AZURE % "big" + "?api-version=1", b"{}", AZURE % "vendor%2Fbig-2" + "?api-version=1", None),
+    (AZURE % "small", b'{"model":null}', AZURE % "small", None),
     (AZURE % "b%69g", b"{}", AZURE % "vendor%2Fbig-2", None),
     (AZURE % "small", b'{"model":"big"}', AZURE % "small", b'{"model":"vendor/big-2"}'),
     (GEMINI % "small", b"{}", GEMINI % "small", None),
@@ -521,7 +525,8 @@ def make_form(*parts, end=b"--\r\n"):
                      b"charset=utf-8\r\nContent-Length: 5\r\n\r\nsmall"), None),
     (make_form(MODEL + b"small", FILE.replace(b"%22.wav\"", b".wav\"; filename*=utf-8''%C3%A9")),
      None),
-], ids=["first", "an alias", "bare name", "the file's name twice, as .NET has it"])
+    (make_form(MODEL + b"small", FILE.replace(b"%22", b"; b;")), None),
+], ids=["first", "an alias", "bare name", "the file's name twice, as .NET has it", "semicolons"])
 def test_a_form_passes_verbatim_but_for_an_alias(everywhere, body, sent):
     reply, received = ask(everywhere, TRANSCRIBE, body, FORM)
     assert reply.status == 200
@@ -548,6 +553,8 @@ BAD_FORMS = {
     "name*": (make_form(MODEL + b"small", MODEL.replace(b"name=", b"name*=") + b"x"), 400),
     "single quotes": (make_form(MODEL.replace(b'"', b"'") + b"other", MODEL + b"small"), 400),
     "escaped quote": (make_form(MODEL + b"small", FILE.replace(b"%22", b'\\"')), 400),
+    "a name behind a semicolon": (
+        make_form(MODEL + b"small", FILE.replace(b"%22", b"; name=model")), 400),
     "a second name": (make_form(MODEL.replace(b"\r\n", b'; name="x"\r\n', 1) + b"small"), 400),
     "another coding": (
         make_form(b"Content-Transfer-Encoding: base64\r\n" + MODEL + b"small"), 400),
@@ -695,9 +702,12 @@ def test_a_form_may_name_a_charset_in_which_all_read_the_same(everywhere, kind):
 @pytest.mark.parametrize("body,status", [
     (b'{"models":["small"]}', 200),
     (b'{"models":["other"]}', 403),
+    (b'{"models":[null]}', 400),
     (b'{"session":{"model":"small"}}', 200),
     (b'{"session":{"model":""}}', 400),
+    (b'{"session":{"model":[0]}}', 400),
     (b'{"session":[]}', 400),
+    (b'{"session":null,"requests":[{"model":"small"}]}', 400),
     (b'{"requests":[{"params":{"model":"small"}},{"model":"small"}]}', 200),
     (b'{"requests":[{"params":{"model":"small"}},{"params":{}}]}', 400),
     (b'{"requests":[{"params":7}]}', 400),
@@ -706,9 +716,28 @@ def test_a_form_may_name_a_charset_in_which_all_read_the_same(everywhere, kind):
     (b"{}", 400),
 ], ids=ascii)
 def test_a_model_is_missing_only_if_nothing_else_names_one(everywhere, body, status):
-    reply, received = ask(everywhere, CHAT, body)
+    reply, received = ask(everywhere, BATCHES, body)
     assert reply.status == status
     assert received is None or received.body == body
+
+
+@pytest.mark.parametrize("body", [
+    b'{"session":{"model":"small"}}', b'{"requests":[{"model":"small"}]}'], ids=ascii)
+def test_where_answers_are_asked_for_a_session_names_no_model(everywhere, body):
+    """An upstream passes over it there, and takes its own default."""
+    reply, received = ask(everywhere, CHAT, body)
+    assert (reply.status, reply.code) == (400, "missing_model")
+
+
+@pytest.mark.parametrize("path,query,sent", [
+    ("/v1/audio/speech", "?model=big&a=1", "?model=vendor%2Fbig-2&a=1"),
+    ("/v1/audio/speech", "?a=1&mo%64el=big", "?a=1&model=vendor%2Fbig-2"),
+    ("/v1/audio/speech", "?model=small", "?model=small"),
+])
+def test_an_alias_in_the_query_is_replaced(everywhere, path, query, sent):
+    reply, received = ask(everywhere, path + query, b'{"model":"small"}')
+    assert reply.status == 200
+    assert received.line == "POST %s%s HTTP/1.1" % (path, sent)
 
 
 def test_the_default_model_is_not_put_in_front_of_a_list(upstream, relay):

@@ -204,8 +204,21 @@ def test_thoughts_get_less_than_the_limit(upstream, relay, most, budget, sent):
     assert upstream.received[0].body == body % (most, sent)
 
 
+@pytest.mark.parametrize("members,sent", [
+    (b'"thinking_budget":38000,"min_tokens":5000', b'"thinking_budget":2000,"min_tokens":2000'),
+    (b'"thinking_budget":-1,"min_tokens":0', b'"thinking_budget":-1,"min_tokens":0'),
+    (b'"extra_body":{"max_tokens":99999,"a":1}', b'"extra_body":{"max_tokens":2000,"a":1}'),
+    (b'"reasoning":{"max_tokens":32000}', b'"reasoning":{"max_tokens":1024}'),
+    (b'"reasoning":{"max_tokens":1500}', b'"reasoning":{"max_tokens":1500}'),
+    (b'"reasoning":{"effort":"high"}', b'"reasoning":{"effort":"high"}'),
+], ids=ascii)
+def test_other_limits_are_lowered_too_and_never_raised(upstream, relay, members, sent):
+    relay(MAX_TOKENS=2000).ask("POST", CHAT, b'{"max_tokens":2000,%b}' % members)
+    assert upstream.received[0].body == b'{"max_tokens":2000,%b}' % sent
+
+
 @pytest.mark.parametrize("path", [
-    "/v1/chat/completions/", "/v1/chat/completion%73", "/v1//messages"])
+    "/v1/chat/completions/", "/v1/chat/completion%73", "/v1//messages", "/chat/completions"])
 def test_a_limit_is_added_however_the_path_is_spelled(upstream, relay, path):
     relay(MAX_TOKENS=100).ask("POST", path, b"{}")
     assert upstream.received[0].body == b'{"max_tokens": 100}'
