@@ -5316,6 +5316,9 @@ UNLIMITED_PATHS = ("/embeddings", "/count_tokens")      # nothing is written the
 NEW_NAME_HOSTS = re.compile(
     r"(.+\.)?(api\.openai\.com|(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn))", re.I)
 
+# And so do these behind every gateway.
+NEW_NAME_MODELS = re.compile(r"(.*/)?(gpt-5|o[1-9])([.-].*)?", re.I)
+
 # GitHub's other models may know max_tokens alone.
 EITHER_NAME_HOSTS = re.compile(r"models\.github\.ai|models\.inference\.ai\.azure\.com", re.I)
 
@@ -5333,8 +5336,9 @@ MAX_NOT_TEXT = 256      # characters
 MEDIA = frozenset((
     "url", "image_url", "file_url", "file_uri", "fileUri", "image", "data", "file_data",
     "encrypted_content", "signature", "thoughtSignature"))
+TEXT_TYPE = r"text/|application/[\w.+-]*(?:json|xml|yaml|script|csv|sql)"
 MEDIA_DATA = re.compile(        # a URL, or base64; without re.I, which would be slow
-    r"(?i:[a-z]{1,20})://\S*|(?i:data:(?!text/|[,;]))\S*|[A-Za-z0-9+/=_\r\n-]*")
+    r"(?i:[a-z]{1,20})://\S*|(?i:data:(?!%s|[,;]))\S*|[A-Za-z0-9+/=_\r\n-]*" % TEXT_TYPE)
 # The names in these objects are a tool's own; in those everything is.
 NAMED_BY_TOOL = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 WRITTEN_FOR_TOOL = frozenset(("input", "args", "arguments", "response"))
@@ -5360,9 +5364,10 @@ def install_limits(service):
 def limit_body(members, request, settings):
     """The changes that the limits want. ErrorResponse 400."""
     check_prompt_length(members, settings.max_chars)
-    return limit_tokens(members, plain_spelling(request.path), settings)
+    model = settings.aliases.get(request.model, request.model)
+    return limit_tokens(members, plain_spelling(request.path), model, settings)
 
-def limit_tokens(members, path, settings):
+def limit_tokens(members, path, model, settings):
     """What AIPROXY_MAX_TOKENS changes in a request: a dict of changes.
 
     It holds for all answers together. 400 if they are too many, or if a limit is no number.
@@ -5376,31 +5381,38 @@ def limit_tokens(members, path, settings):
     each = most // count_answers(members, holders, most)
     changes = {}
     for place, holder in holders.items():
-        for name in TOKEN_LIMITS:
-            tokens = whole_number(holder, name)
-            if tokens is None:
-                continue
-            if not 0 < tokens <= each:      # 0 and negative numbers mean unlimited to some
-                changes[(place, name) if place else name] = each
+        for name in names_above(holder, each):
+            changes[(place, name) if place else name] = each
     changes.update(limit_thinking(members, each))
-    added = missing_limit(members, path, settings.upstream.server_name)
+    added = missing_limit(members, path, model, settings.upstream.server_name)
     if added:
         wanted = whole_number(members, "max_completion_tokens") or each     # the newer name
         changes[added] = wanted if 0 < wanted < each else each
     return changes
 
-def limit_thinking(members, most):
-    """What Anthropic wants: fewer tokens for thoughts than in all, but no fewer than 1024."""
-    thinking = members.get("thinking")
-    if not isinstance(thinking, dict):
-        return {}
-    budget = whole_number(thinking, "budget_tokens") or 0
-    lowered = max(1024, most // 2)
-    if budget < most or budget <= lowered:
-        return {}
-    return {("thinking", "budget_tokens"): lowered}
+def names_above(holder, most):
+    """The names of the limits in an object that are above `most`."""
+    for name in TOKEN_LIMITS:
+        tokens = whole_number(holder, name)
+        if tokens is not None and not 0 < tokens <= most:   # to some, others mean unlimited
+            yield name
+    for name in LOWERED_ONLY:
+        tokens = whole_number(holder, name)
+        if tokens is not None and tokens > most:
+            yield name
 
-def missing_limit(members, path, host):
+def limit_thinking(members, most):
+    """A budget for thoughts must be smaller than the limit; Anthropic wants no fewer than 1024."""
+    changes = {}
+    lowered = max(1024, most // 2)
+    for place, name in THOUGHTS:
+        holder = members.get(place)
+        budget = isinstance(holder, dict) and whole_number(holder, name) or 0
+        if budget >= most and budget > lowered:
+            changes[place, name] = lowered
+    return changes
+
+def missing_limit(members, path, model, host):
     """The name under which a limit must be added, so that this upstream keeps it; "" for none."""
     for suffix, names in LIMITED_PATHS.items():
         if path.endswith(suffix):
@@ -5410,7 +5422,7 @@ def missing_limit(members, path, host):
     given = [name for name in names if members.get(name) is not None]
     if EITHER_NAME_HOSTS.fullmatch(host) and given:     # they know all names, and refuse two
         return ""
-    if NEW_NAME_HOSTS.fullmatch(host):
+    if NEW_NAME_HOSTS.fullmatch(host) or NEW_NAME_MODELS.fullmatch(model):
         return "" if given else names[-1]
     return "" if names[0] in given else names[0]
 
@@ -5498,7 +5510,7 @@ def is_text(name, value, siblings):
     if name not in MEDIA or siblings.get("type") == "text":
         return True
     for media_type in MEDIA_TYPES:
-        if str(siblings.get(media_type)).lower().startswith("text/"):
+        if re.match(TEXT_TYPE, str(siblings.get(media_type)), re.I):
             return True
     return not MEDIA_DATA.fullmatch(value)
 

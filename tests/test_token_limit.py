@@ -180,19 +180,34 @@ def test_a_request_without_a_limit_gets_one_and_no_other_byte_changes(
 ])
 def test_the_limit_is_added_under_the_name_that_the_provider_takes(provider, path, name):
     settings = aiproxy.Settings({"AIPROXY_UPSTREAM": provider, "AIPROXY_MAX_TOKENS": "100"})
-    assert aiproxy.limit_tokens({}, path, settings) == ({name: 100} if name else {})
+    assert aiproxy.limit_tokens({}, path, "m", settings) == ({name: 100} if name else {})
+
+
+@pytest.mark.parametrize("model,name", [
+    ("gpt-5", "max_completion_tokens"), ("gpt-5.1-mini", "max_completion_tokens"),
+    ("openai/o3-pro", "max_completion_tokens"), ("o1", "max_completion_tokens"),
+    ("gpt-4o", "max_tokens"), ("gpt-50", "max_tokens"), ("foo1", "max_tokens"),
+    ("alias", "max_completion_tokens"),
+])
+def test_behind_a_gateway_the_model_decides_about_the_name_of_the_limit(
+        upstream, relay, model, name):
+    running = relay(MAX_TOKENS="100", MODELS="*,alias=gpt-5")
+    assert running.ask("POST", CHAT, json.dumps({"model": model}).encode()).status == 200
+    members = json.loads(upstream.received[0].body)
+    del members["model"]
+    assert members == {name: 100}
 
 
 def test_two_names_of_the_limit_are_not_sent_to_those_who_refuse_that():
     settings = aiproxy.Settings({"AIPROXY_MAX_TOKENS": "100"})
-    assert aiproxy.limit_tokens({"max_tokens": 7}, CHAT, settings) == {}
-    assert aiproxy.limit_tokens({"max_tokens": 101}, CHAT, settings) == {"max_tokens": 100}
+    assert aiproxy.limit_tokens({"max_tokens": 7}, CHAT, "m", settings) == {}
+    assert aiproxy.limit_tokens({"max_tokens": 101}, CHAT, "m", settings) == {"max_tokens": 100}
 
 
 def test_a_newer_name_alone_is_enough_for_github():
     settings = aiproxy.Settings({"AIPROXY_UPSTREAM": "github", "AIPROXY_MAX_TOKENS": "100"})
     members = {"max_completion_tokens": 101}
-    assert aiproxy.limit_tokens(members, CHAT, settings) == {"max_completion_tokens": 100}
+    assert aiproxy.limit_tokens(members, CHAT, "m", settings) == {"max_completion_tokens": 100}
 
 
 @pytest.mark.parametrize("most,budget,sent", [

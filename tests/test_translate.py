@@ -381,9 +381,9 @@ def test_a_completion_takes_one_prompt(members, param):
             {"text": "123"}, {"inlineData": {"mimeType": "image/png", "data": "QUJD"}}]}],
           "systemInstruction": {"parts": [{"text": "45"}]}}, 5),
         ({"documents": ["12"], "template": "3", "model": "m", "metadata": {"a": "b"}}, 3)],
-    ids=["strings", "parts", "tools", "prompt", "inputs", "responses", "tokens", "lists of tokens",
-         "properties", "a text document", "an image", "an encoded document", "a file",
-         "arguments of a tool", "a long role", "Gemini", "other members"])
+    ids=["strings", "parts", "JSON as a URL", "tools", "prompt", "inputs", "responses", "tokens",
+         "lists of tokens", "properties", "a text document", "an image", "an encoded document",
+         "a file", "arguments of a tool", "a long role", "Gemini", "other members"])
 def test_all_text_counts_together_and_images_do_not(members, characters):
     assert aiproxy.count_characters(members) == characters
     if characters < 2:

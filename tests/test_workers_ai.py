@@ -614,6 +614,30 @@ def test_heartbeats_do_not_prolong_the_upstreams_silence(cloudflare, workers):
     assert events_of(reply)[-1]["error"]["code"] == "upstream_timeout" and not reply.complete
 
 
+def test_heartbeats_come_while_the_upstream_sends_what_leads_to_nothing(cloudflare, workers):
+    def answer(received):
+        received.send(EVENT_HEAD + chunk(sse(delta(content="Hel"))))
+        for _ in range(40):
+            received.send(chunk(b": a comment\n\n"))
+            time.sleep(0.02)
+        received.send(chunk(sse(delta(content="lo"))) + b"0\r\n\r\n")
+
+    cloudflare.answer = answer
+    body = post(workers(HEARTBEAT=0.2), stream=True).body
+    assert body.index(b"Hel") < body.index(b": keep-alive") < body.index(b'"lo"')
+
+
+@pytest.mark.parametrize("path,members", [
+    (CHAT, {}), ("/v1/responses", {"input": "x"})])
+@pytest.mark.parametrize("given,sent", [({}, 16000), ({"max_tokens": 20000}, 16000)])
+def test_a_limit_of_the_settings_takes_the_place_of_our_own(
+        cloudflare, workers, path, members, given, sent):
+    if path != CHAT:
+        given = {name.replace("max_", "max_output_"): value for name, value in given.items()}
+    assert post(workers(MAX_TOKENS=16000), path, **members, **given).status == 200
+    assert json.loads(cloudflare.received[-1].body)["max_tokens"] == sent
+
+
 @pytest.mark.parametrize(
     "form,code",
     [
