@@ -2573,7 +2573,7 @@ class Upstream:
         self.netloc = netloc.encode()
         self.url = "%s://%s" % (self.scheme, netloc)
         known = provider
-        known = provider or find_provider(netloc)       # part two: More providers
+        known = provider or find_provider(self)         # part two: More providers
         self.provider = known or Provider(self.shown)
         self.wants_key = bool(self.provider.key_header) and not self.is_loopback
         self.surely_wants_key = self.wants_key and known is not None
@@ -3300,6 +3300,8 @@ def check_upstream(settings):
     for endpoint in ENDPOINTS:
         if url.lower().endswith(endpoint) and not takes:
             takes = "a base URL, to which clients add %s: %s" % (endpoint, url[:-len(endpoint)])
+    if url.lower().endswith("/anthropic"):
+        takes = "the base URL with /v1, in whose place it stands: %s/v1" % url
     if settings.port == settings.upstream.port and is_own_address(settings.upstream.host):
         takes = "a server other than this proxy: that is its own address and AIPROXY_PORT"
     if takes:
@@ -6800,16 +6802,56 @@ PROVIDERS.update({
 AZURE_HOST = re.compile(
     r"[a-z0-9.-]+\.(?:openai|cognitiveservices|services\.ai)\.azure\.(?:com|us|cn)")
 PROVIDER_HOSTS = [(AZURE_HOST, Provider("", "api-key"))]
+GOOGLE_HOST = "generativelanguage.googleapis.com"
 
-def find_provider(netloc):
+def find_provider(upstream):
     """For a base URL on a known host a Provider with that row's key header and paths, or None."""
-    rows = [row for row in PROVIDERS.values()
-            if urllib.parse.urlsplit(row.base_url).netloc == netloc]
-    name = netloc.partition(":")[0]
-    rows += [row for host, row in PROVIDER_HOSTS if host.fullmatch(name)]
-    if not rows:
-        return None
-    return Provider(netloc, rows[0].key_header, rows[0].paths)
+    for row in PROVIDERS.values():
+        parts = urllib.parse.urlsplit(row.base_url)
+        port = parts.port or DEFAULT_PORTS[upstream.scheme]
+        if (parts.hostname, port) == (upstream.server_name, upstream.port):
+            return describe_provider(upstream, row)
+    for host, row in PROVIDER_HOSTS:
+        if host.fullmatch(upstream.server_name):
+            return describe_provider(upstream, row)
+    return None
+
+def describe_provider(upstream, row):
+    """What a row says of a base URL on its host, which may lead to another of its APIs."""
+    key_header, paths = row.key_header, row.paths
+    if upstream.base.endswith("/anthropic/v1"):         # DeepSeek, Moonshot, Zhipu, DashScope
+        paths = ANTHROPIC_PATHS
+    if upstream.server_name == GOOGLE_HOST and not upstream.base.endswith("/openai"):
+        key_header = "x-goog-api-key"                   # Gemini's own API
+    return Provider(upstream.shown, key_header, paths)
+
+# ---- Keys that Google does not know --------------------------------------------------------------
+# Does: takes Google's 400 for a wrong key for the 401 that others say.
+# Touches: the status of an exchange, before anybody else sees it.
+# Entered: `install_google_refusals` in install_features.
+# Needs: More providers.
+
+def install_google_refusals(service):
+    if service.settings.upstream.server_name == GOOGLE_HOST:
+        service.opener.add_handler(GoogleRefusals())
+
+
+class GoogleRefusals(urllib.request.BaseHandler):
+    """Called by the opener with each exchange."""
+
+    def https_response(self, request, exchange):
+        if exchange.status != 400:
+            return exchange
+        try:
+            exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
+        except ClientGone:
+            exchange.close()
+            raise
+        if b"API_KEY_INVALID" in exchange.prefetched:
+            exchange.status = 401
+        return exchange
+
+    http_response = https_response
 
 # ---- Banner --------------------------------------------------------------------------------------
 # Does: tells the operator what is in force, with keys masked, and a command to try.

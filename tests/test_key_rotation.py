@@ -359,3 +359,38 @@ def test_no_provider_key_reaches_a_client(upstream, rotating):
 
     assert reply.status == 502
     assert not any(key.encode() in reply.raw_head + reply.body for key in KEYS)
+
+
+GOOGLE_REFUSAL = (b'{"error":{"code":400,"message":"API key not valid. Please pass a valid API key.",'
+                  b'"status":"INVALID_ARGUMENT","details":[{"reason":"API_KEY_INVALID"}]}}')
+
+
+@pytest.mark.parametrize("keys,status,code", [
+    ("key-1,key-2", 200, None), ("key-1", 502, "upstream_credentials_rejected")])
+def test_a_key_that_google_does_not_know_is_a_rejected_one(
+        upstream, relay, monkeypatch, keys, status, code):
+    """It says so with a 400, which the client would take for its own fault."""
+    monkeypatch.setattr(aiproxy, "GOOGLE_HOST", "127.0.0.1")
+
+    def answer(received):
+        body = b"{}"
+        status_line = b"HTTP/1.1 200 OK"
+        if key_of(received) == "key-1":
+            body, status_line = GOOGLE_REFUSAL, b"HTTP/1.1 400 No"
+        received.send(status_line + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    upstream.answer = answer
+    running = relay(KEY=keys, CLIENT_KEYS="ck-alice", UPSTREAM=upstream.url + "/openai")
+    for _ in range(4):
+        reply = running.chat()
+        assert reply.status == status
+        assert code is None or reply.code == code
+
+
+def test_another_400_of_google_comes_down_whole(upstream, relay, monkeypatch):
+    monkeypatch.setattr(aiproxy, "GOOGLE_HOST", "127.0.0.1")
+    body = b'{"error":"%b"}' % (b"x" * 200000)
+    upstream.answer = b"HTTP/1.1 400 No\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    running = relay(KEY="key-1", CLIENT_KEYS="ck-alice", UPSTREAM=upstream.url + "/openai")
+    reply = running.chat()
+    assert (reply.status, reply.body) == (400, body)

@@ -541,6 +541,27 @@ def test_a_base_url_with_an_endpoint_is_an_error_that_shows_the_right_one(base, 
     assert str(raised.value).endswith(": " + base)
 
 
+def test_a_base_url_for_anthropics_sdk_is_an_error_that_shows_the_right_one():
+    with pytest.raises(aiproxy.SettingError) as raised:
+        aiproxy.Settings({"AIPROXY_UPSTREAM": "https://api.deepseek.com/anthropic/"})
+    assert str(raised.value).endswith(": https://api.deepseek.com/anthropic/v1")
+
+
+@pytest.mark.parametrize("base,header,path", [
+    ("https://api.deepseek.com/anthropic/v1", b"Authorization", "/v1/messages"),
+    ("https://api.deepseek.com/v1", b"Authorization", CHAT),
+    ("https://api.anthropic.com:443", b"x-api-key", "/v1/messages"),
+    ("https://API.anthropic.com", b"x-api-key", "/v1/messages"),
+    ("https://generativelanguage.googleapis.com", b"x-goog-api-key", CHAT),
+    ("https://generativelanguage.googleapis.com/v1beta/openai", b"Authorization", CHAT),
+])
+def test_a_base_url_gets_the_key_where_its_api_looks_for_it(base, header, path):
+    settings = aiproxy.Settings({**KEY, "AIPROXY_UPSTREAM": base})
+    assert settings.key_fields[0][0] == header
+    assert ("POST", path) in settings.paths
+    assert settings.upstream.surely_wants_key
+
+
 NOT_OURS = ["203.0.113.9", "203.0.113.9:4711", "[2001:db8::1]:4711", "10.0.0.1", "unknown"]
 BY_TUNNELS = ["CF-Connecting-IP", "True-Client-IP", "X-Client-IP"]
 OURS = ["127.0.0.1", "127.0.0.1:4711", "::1", "[::1]:4711", "::ffff:127.0.0.1", "localhost", ""]
@@ -561,7 +582,7 @@ def test_a_resource_of_azure_is_known_by_its_host(netloc):
 
 @pytest.mark.parametrize("host", ["openai.azure.com", "openai.azure.com.example", "azure.com"])
 def test_no_other_host_is_taken_for_a_resource_of_azure(host):
-    assert aiproxy.find_provider(host) is None
+    assert not aiproxy.Upstream("https://" + host).surely_wants_key
 
 
 @pytest.mark.parametrize("name", sorted(aiproxy.PROVIDERS))
