@@ -1621,7 +1621,7 @@ class Exchange:
         with contextlib.suppress(OSError, ProtocolError):       # TimedOut is one, too
             for piece in read_pieces(self.body, self.wait, enough, seconds):
                 pieces.append(piece)
-        self.prefetched = b"".join(pieces)
+        self.prefetched += b"".join(pieces)
 
     def close(self):
         """Give the connection back after a clean end, else close it: the upstream stops working.
@@ -2950,6 +2950,7 @@ def install_features(service):
     install_event_streams(service)          # part two: Event streams
     install_error_forms(service)            # part two: Errors in the form of other APIs
     install_heartbeats(service)             # part two: Heartbeats
+    install_google_refusals(service)        # part two: Keys that Google does not know
     install_model_names(service)            # part two: Model names for the log
     install_token_counts(service)           # part two: Token counts
     install_early_hints(service)            # part two: Early hints
