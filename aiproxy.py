@@ -6285,17 +6285,24 @@ def send_heartbeat(seconds, job):
         job.send(encode_chunk(HEARTBEAT, job.is_chunked))
 
 def wait_with_heartbeats(seconds, wait, send):
-    """A `wait(connection, mask, seconds)` that calls `send` with a heartbeat every so often."""
+    """A `wait(connection, mask, seconds)` that calls `send` with a heartbeat every so often.
+
+    From now on, and not from the beginning of each wait: what comes may lead to nothing to send.
+    """
+    due = time.monotonic() + seconds
+
     def wait_in_parts(connection, mask, patience):
+        nonlocal due
         deadline = time.monotonic() + patience
         while True:
-            left = deadline - time.monotonic()
+            until = min(deadline, due)
             try:
-                return wait(connection, mask, min(left, seconds))
+                return wait(connection, mask, until - time.monotonic())
             except TimedOut:
-                if left <= seconds:
+                if until == deadline:
                     raise
                 send(HEARTBEAT)
+                due = time.monotonic() + seconds
     return wait_in_parts
 
 OPTIONS += (
@@ -8459,6 +8466,7 @@ class WorkersHandler(Handler):
                 events = translator.end(upstream_error(code, BROKEN_OFF))
             if events:
                 send(events)
+                exchange.request.wait = self.service.add_heartbeats(wait, send)
         exchange.request.wait = wait
         self.record.outcome = translator.failed or "ok"
         if translator.failed:
