@@ -2615,8 +2615,8 @@ def numeric_host(host):
 # -- parsers: text to value. Their ValueError says what a setting takes, and never what it got
 
 # What keys look like: shown in no message, wherever one was put by mistake.
-LIKE_KEY = re.compile(
-    r"\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[A-Za-z0-9]{32}", re.I)
+LIKE_KEY = re.compile(r"(?i)\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|r8)[-_]\w|AIza|[a-z0-9]{32}|"
+                      r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}")
 VISIBLE = r"[\x21-\x7e]*"
 
 def clean(text):
@@ -3212,6 +3212,8 @@ def value_lines(variable, data):
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise SettingError("%s: the file holds no value" % variable)
+    if OWN_VARIABLE.match(lines[0]) and "=" in lines[0]:
+        raise SettingError("%s: the file holds NAME=value; it takes the value alone" % variable)
     return lines
 
 # ---- Review of the settings ----------------------------------------------------------------------
@@ -3251,7 +3253,8 @@ MORE_SETTINGS.append(show_settings)
 
 def hide_misplaced_key(settings):
     """A key may stand in AIPROXY_HOST by mistake."""
-    if LIKE_KEY.search(settings.host):
+    is_one = settings.host.encode() in settings.log_secrets
+    if is_one or LIKE_KEY.search(settings.host):
         settings.shown["AIPROXY_HOST"] = "***"
 
 MORE_SETTINGS.append(hide_misplaced_key)
@@ -3291,8 +3294,8 @@ def check_keys(settings):
     if settings.client_keys and not settings.provider_keys and settings.upstream.wants_key:
         raise SettingError(
             "AIPROXY_CLIENT_KEYS is set but AIPROXY_KEY is not: clients could present only one "
-            "key, and it would be ours. Set AIPROXY_KEY to the provider key, or leave "
-            "AIPROXY_CLIENT_KEYS empty")
+            "key, and it would be ours. Set AIPROXY_KEY to the provider key (any word, if the "
+            "upstream wants none), or leave AIPROXY_CLIENT_KEYS empty")
 
 def check_upstream(settings):
     """SettingError for a base URL that goes too far, or comes back to us."""
@@ -5203,10 +5206,10 @@ def invalid_form(reason):
 
 def parse_model(text):
     """The name of a model, of whatever script. A Chinese comma would make one name of two."""
-    takes = "a model's name: printable characters but commas, '=' and white space"
+    takes = "a model's name: printable characters but commas, ';', '=' and white space"
     if not text.isprintable():
         raise ValueError(takes)
-    return match_all("[^\\s=,，、]*", text, takes).group()
+    return match_all("[^\\s=,，、;；]*", text, takes).group()
 
 def parse_models(text):
     """Names and aliases, each with the model behind it, in the order of the list."""
@@ -5839,9 +5842,10 @@ class UpstreamProxy(urllib.request.BaseHandler):
 RESERVED_FIELDS = HOP_BY_HOP | frozenset(
     b"host content-length content-type content-encoding expect accept-encoding "
     b"idempotency-key".split())
-KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization"}
+KEY_FIELDS = frozenset(API_KEY_FIELDS) | {b"authorization", b"ocp-apim-subscription-key"}  # Azure's
 # A shorter value is looked for nowhere: it would be found in half of all texts.
 MIN_HIDDEN = 8
+MEDIA_TYPE = re.compile(br"(?:application|text|audio|image)/[\w.+*-]+", re.I)
 CREDENTIAL = re.compile(br"(?:(?:bearer|basic|token) +)?(.+)", re.I)
 
 def install_upstream_fields(service):
@@ -5896,7 +5900,8 @@ def hide_upstream_values(settings):
     # What a client could send as well is no secret.
     values = [CREDENTIAL.fullmatch(value).group(1) for name, value in fields
               if plain_name(name) not in ALLOWED_REQUEST_FIELDS]
-    values = [value for value in values if len(value) >= MIN_HIDDEN]
+    values = [value for value in values
+              if len(value) >= MIN_HIDDEN and not MEDIA_TYPE.fullmatch(value)]
     settings.masked_values = values
     settings.log_secrets = settings.log_secrets + values
     settings.field_secrets = settings.field_secrets + values

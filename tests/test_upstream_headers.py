@@ -93,6 +93,7 @@ KEYS = [
     ({}, "x-api-key"),
     ({}, "api_key"),
     ({}, "X-Goog-Api-Key"),
+    ({}, "Ocp-Apim-Subscription-Key"),
     ({"AIPROXY_KEY": "sk-hidden-key"}, "Authorization"),
     ({"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_KEY_HEADER": "X-Custom"}, "x_custom"),
     ({"AIPROXY_KEY": "sk-hidden-key", "AIPROXY_UPSTREAM": "anthropic"}, "x-api-key"),
@@ -233,8 +234,8 @@ def test_a_value_that_comes_in_two_pieces_is_masked(upstream, relay, cut):
 
 
 def test_answers_and_short_or_common_values_are_left_alone(upstream, relay):
-    running = relay(UPSTREAM_HEADERS="X-Title: my-app; Accept: application/json; X-Org: "
-                    + ORGANIZATION)
+    running = relay(UPSTREAM_HEADERS="X-Title: my-app; Accept: application/json; X-Form: "
+                    "application/json; X-Org: " + ORGANIZATION)
     fields = b"Content-Type: application/json\r\nX-Short: my-app\r\n"
     for status, text in ((200, ORGANIZATION), (400, "my-app wants application/json")):
         upstream.answer = answer(status, error_of(text), fields)

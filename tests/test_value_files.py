@@ -83,6 +83,7 @@ UNUSABLE = {
     "UTF-16": ("s3cret-1".encode("utf-16"), "the file is no text in UTF-8"),
     "UTF-16 without a mark": ("s3cret-1".encode("utf-16-le"), "the file is no text in UTF-8"),
     "a NUL": (b"s3cret-1\0", "the file is no text in UTF-8"),
+    "a line of an env file": (b"AIPROXY_KEY=s3cret-1\n", "it takes the value alone"),
     "a space in a key": (b"s3cret 1", "visible ASCII"),
     "a placeholder": (b"your-api-key-here", "placeholder"),
     "too large": (b"s3cret-1\n" * 200000, "the file is larger than 1048576 bytes"),

@@ -1241,6 +1241,19 @@ def test_every_account_is_called_with_its_own_token(cloudflare, workers):
         (ACCOUNT, TOKEN), (ACCOUNT, TOKEN), (OTHER, OTHER_TOKEN), (OTHER, OTHER_TOKEN)]
 
 
+@pytest.mark.parametrize("status", [400, 403, 500])
+def test_a_daily_quota_that_is_used_up_is_one_whatever_the_status(cloudflare, workers, status):
+    def answer(received):
+        if OTHER in received.line:
+            return cloudflare.reply(received, QWEN_3)
+        return cloudflare.reply(received, error_envelope(4006), status)
+    cloudflare.answer = answer
+    running = workers(CLOUDFLARE_ACCOUNT_ID=ACCOUNT + "," + OTHER,
+                      CLOUDFLARE_API_TOKEN=TOKEN + "," + OTHER_TOKEN)
+    for _ in range(4):
+        assert post(running).status == 200
+
+
 @pytest.mark.parametrize("number,rests", [(4006, True), (3036, True), (3021, False)])
 def test_a_daily_quota_that_is_used_up_rests_until_midnight_utc(cloudflare, workers, clock, number,
                                                                 rests):
