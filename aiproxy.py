@@ -4279,7 +4279,8 @@ def filter_error(exchange, settings):
                              "not be searched for the proxy's key." % exchange.status)
     secret_filter = SecretFilter(settings.upstream_secrets)
     exchange.prefetch(PREFETCH_BYTES, PREFETCH_SECONDS)
-    if secret_filter.find(exchange.prefetched) >= 0:
+    is_found = secret_filter.find(exchange.prefetched) >= 0
+    if is_found or holds_secret(exchange.prefetched, settings.upstream_secrets):
         raise rejected_key()
     return secret_filter
 
