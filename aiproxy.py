@@ -7466,7 +7466,7 @@ def read_choices(given):
     tools = [tool for tool in given.get("tools") or () if tool["type"] == "function"]
     if tools:
         chat["tools"] = [nest(tool, "function") for tool in tools]
-        chat["tool_choice"] = nest(given.get("tool_choice") or "auto", "function")
+        chat["tool_choice"] = nest(chat_choice(given.get("tool_choice") or "auto"), "function")
     text_format = (given.get("text") or {}).get("format") or {"type": "text"}
     if text_format["type"] != "text":
         chat["response_format"] = nest(text_format, "json_schema")
@@ -7474,6 +7474,11 @@ def read_choices(given):
     if effort:
         chat["reasoning_effort"] = effort
     return chat
+
+def chat_choice(choice):
+    """A choice of tools. Of `allowed_tools` only the mode is left, of OpenAI's own nothing."""
+    is_other = isinstance(choice, dict) and choice.get("type") != "function"
+    return choice.get("mode", "auto") if is_other else choice
 
 def nest(value, name):
     """What has members beside its type, as a chat has it: inside a member of this name."""
@@ -7486,7 +7491,7 @@ def add_item(messages, item):
     """Add an item to the messages of a chat."""
     kind = item.get("type", "message")
     if kind == "message":
-        messages.append({"role": item["role"], "content": chat_content(item["content"])})
+        add_message(messages, item["role"], chat_content(item["content"]))
     elif kind == "function_call":
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
@@ -7499,6 +7504,14 @@ def add_item(messages, item):
     # No model wants its old thoughts; the AI SDK refers to them by our ids.
     elif kind != "reasoning" and not item.get("id", "").startswith("reasoning_"):
         raise unknown_type(kind)
+
+def add_message(messages, role, content):
+    """What a model says behind its calls stands with them: their outputs must come next."""
+    last = messages[-1] if messages else {}
+    if role == "assistant" and last.get("tool_calls") and not last["content"]:
+        last["content"] = content
+    else:
+        messages.append({"role": role, "content": content})
 
 def chat_content(content):
     """The content of an item as a message has it."""
@@ -7596,7 +7609,8 @@ class ResponseEvents:
             counts = {"input_tokens_details": {"cached_tokens": 0},
                       "output_tokens_details": {"reasoning_tokens": 0}}
             for name, count in usage.items():
-                counts[name.replace("prompt_", "input_").replace("completion_", "output_")] = count
+                name = name.replace("prompt_", "input_").replace("completion_", "output_")
+                counts[name] = dict(counts[name], **count) if name in counts else count
             self.response["usage"] = counts
         self.response["status"] = status
         self.event("response." + status, response=self.response)
@@ -7666,6 +7680,7 @@ FINISH_REASONS = {"length": "length", "model_length": "length", "content_filter"
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
 # What no client needs of an error's message.
+TOO_LONG = re.compile("maximum context length|context window", re.I)    # in vLLM's words, say
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
@@ -7735,9 +7750,9 @@ def edit_body(body, values, wanted):
 
 def add_limit(chat, window):
     """Add max_tokens, which counts against the model's window; Cloudflare's own fits small ones."""
-    most = min(WORKERS_MAX_TOKENS, window // WINDOW_SHARE if window else WORKERS_MAX_TOKENS)
+    most = chat.get("max_tokens") or WORKERS_MAX_TOKENS     # AIPROXY_MAX_TOKENS has added the first
     if window or not SMALL.search(chat["model"]):
-        chat["max_tokens"] = min(chat.get("max_tokens") or most, most)
+        chat["max_tokens"] = min(most, window // WINDOW_SHARE) if window else most
 
 def chat_of_prompt(given):
     """The members of a chat request that asks for what a completion does. Else 400."""
@@ -8145,9 +8160,10 @@ def translate_error(status, body, secrets=(), retry_after=None):
     our_status, code = classify_error(number, status, word)
     message = (OPERATOR_ERRORS.get(code) or clean_message(error.get("message"), secrets)
                or "Cloudflare answered with status %d and no reason that could be read." % status)
+    if code == "invalid_request" and TOO_LONG.search(message):
+        code = "context_length_exceeded"
     if code == "model_not_found":
-        message = "%s. See GET /v1/models; short names are %s." % (
-            message.rstrip("."), ", ".join(WORKERS_ALIASES))
+        message = "%s. See GET /v1/models." % message.rstrip(".")
     if code == "insufficient_quota":
         message = "%s. The quota is back at 00:00 UTC." % message.rstrip(".")
     headers = [(b"Retry-After", retry_after)] if retry_after else []
@@ -8201,8 +8217,7 @@ def redact_message(text, secrets):
 
 def translate_catalogue(items, today, names, only_names):
     """OpenAI's models out of the items of all pages: `names` first, aliases ahead, then others."""
-    # Pages may overlap. Cloudflare's `id` is a uuid.
-    models = {item.get("name"): model_object(item, today) for item in items}
+    models = {item.get("name"): model_object(item, today) for item in items}    # pages may overlap
     shown = dict(sorted(names.items(), key=lambda pair: pair[0] == pair[1]))
     for model in names.values() if only_names else ():
         models.setdefault(model, plain_model(model))    # Cloudflare may serve what it does not list
@@ -8377,12 +8392,11 @@ class WorkersHandler(Handler):
 
     def translate_body(self, body):
         members, changes = check_body(self, body)
-        settings = self.settings
         shown = self.request.model
-        model = settings.aliases.get(shown, WORKERS_ALIASES.get(shown, shown))
+        model = self.settings.aliases.get(shown, WORKERS_ALIASES.get(shown, shown))
         self.call, body = translate_request(
             self.request.path, body, members, model, shown, changes=changes,
-            secrets=settings.workers_secrets, window=settings.catalogue.window(model))
+            secrets=self.settings.workers_secrets, window=self.settings.catalogue.window(model))
         return body
 
     def ask_upstream(self, body):
@@ -8399,8 +8413,9 @@ class WorkersHandler(Handler):
         if code == "insufficient_quota":
             seconds = b"%d" % (86400 - time.time() % 86400)
             exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
+            exchange.status = 429           # another account may do better,
         if code in OPERATOR_ERRORS:
-            exchange.status = 401           # another account may do better
+            exchange.status = 401           # here as well
         return exchange
 
     @staticmethod
@@ -8439,10 +8454,8 @@ class WorkersHandler(Handler):
     def relay_whole(self, exchange, translator):
         body = self.read_whole(exchange)
         try:
-            if self.call.stream:
-                content = translator.whole(body)
-            else:
-                content = json.dumps(translate_response(self.call, body)).encode()
+            content = (translator.whole(body) if self.call.stream
+                       else json.dumps(translate_response(self.call, body)).encode())
         except WRONG_SHAPE:
             raise unreadable()
         observe = self.service.observe_response(self.record)

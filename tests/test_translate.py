@@ -239,6 +239,22 @@ RESPONSES = {
                  "tool_calls": [dict(ASKED), dict(ASKED, id="b")]},
             {"role": "tool", "tool_call_id": "a", "content": "7"},
             {"role": "tool", "tool_call_id": "b", "content": "8"}]}),
+    "a text behind a call": (
+        {"input": [
+            HI, {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "c"}]},
+            {"type": "function_call_output", "call_id": "a", "output": "7"}]},
+        {"messages": [HI, {"role": "assistant", "content": "c", "tool_calls": [dict(ASKED)]},
+                      {"role": "tool", "tool_call_id": "a", "content": "7"}]}),
+    "a choice of allowed tools": (
+        {"input": "hi", "tools": [TOOL], "tool_choice": {
+            "type": "allowed_tools", "mode": "required",
+            "tools": [{"type": "function", "name": "f"}]}},
+        {"messages": [HI], "tools": [CHAT_TOOL], "tool_choice": "required"}),
+    "a choice of a tool of OpenAI's own": (
+        {"input": "hi", "tools": [TOOL, {"type": "web_search"}],
+         "tool_choice": {"type": "web_search"}},
+        {"messages": [HI], "tools": [CHAT_TOOL], "tool_choice": "auto"}),
     "a forced function": (
         {"input": "hi", "tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}},
         {"messages": [HI], "tools": [CHAT_TOOL],
@@ -1328,6 +1344,15 @@ def test_an_error_in_a_response_stream_is_one_that_the_sdks_raise(event, code):
     assert last["message"]
 
 
+def test_the_details_of_usage_are_there_whatever_cloudflare_counts():
+    """Codex reads both of them, or fails."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "prompt_tokens_details": {"audio": 0},
+             "completion_tokens_details": {"reasoning_tokens": 2}}
+    made = translate_response(call("responses"), body({"response": "x", "usage": usage}))
+    assert made["usage"]["input_tokens_details"] == {"cached_tokens": 0, "audio": 0}
+    assert made["usage"]["output_tokens_details"] == {"reasoning_tokens": 2}
+
+
 @pytest.mark.parametrize("response,expected,usage", list(WHOLE.values()), ids=list(WHOLE))
 def test_every_response_becomes_a_responses_object(response, expected, usage):
     made = translate_response(call("responses"), body(response))
@@ -1433,7 +1458,13 @@ def test_an_error_is_classified_by_its_code_and_then_by_its_status(number, statu
         (
             410, b'{"errors":["odd"]}', 404, "model_not_found",
             "Cloudflare answered with status 410 and no reason that could be read. "
-            "See GET /v1/models; short names are %s." % ", ".join(WORKERS_ALIASES)),
+            "See GET /v1/models."),
+        (
+            400, error_envelope(8007, "This model's maximum context length is 8192 tokens"), 400,
+            "context_length_exceeded", "This model's maximum context length is 8192 tokens"),
+        (
+            400, {"object": "error", "code": 400, "message": "exceeds the context window"}, 400,
+            "context_length_exceeded", "exceeds the context window"),
         (401, b"{}", 502, "upstream_credentials_rejected", None),
         (403, b"no json", 403, "permission_denied", None),
         (408, b"", 504, "upstream_timeout", None), (302, b"", 502, "upstream_bad_response", None),
