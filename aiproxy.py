@@ -3270,8 +3270,11 @@ def review_settings(settings):
 def check_names(environ):
     """SettingError for a variable that looks like ours: a misspelt limit would be no limit."""
     names = [option.name for option in OPTIONS]
-    constants = [name for name in globals() if name.startswith("AIPROXY_") and name not in names]
-    for name in constants:                  # somebody has added it at the top
+    constants = [name for name in globals() if name.startswith("AIPROXY_")]
+    for name in constants:
+        if name in names:
+            continue
+        # Somebody has added it at the top.
         for nearest in difflib.get_close_matches(name, names, 1, 0.9):
             raise SettingError("%s in this file is not a setting; did you mean %s?"
                                % (name, nearest))
@@ -4873,8 +4876,9 @@ def edit_members(body, changes):
     is_empty = text[JSON_GAP.match(text, inside).end()] == "}"
     if front and not is_empty:
         front += ", "
-    pieces = [text[:inside], front] + edited + [text[copied:]]
-    return "".join(pieces).encode("latin-1")
+    edited = [text[:inside], front] + edited
+    edited.append(text[copied:])
+    return "".join(edited).encode("latin-1")
 
 def as_tree(changes):
     """The keys of `changes` as find_values wants them: ("a", 0) becomes {"a": {0: ("a", 0)}}."""
@@ -4987,7 +4991,9 @@ def check_model(model, settings):
 
 def allows_model(name, settings):
     """Is it on the list of models, or does it fit a pattern there?"""
-    return name in settings.models or any(fits(name, parts) for parts in settings.model_patterns)
+    if name in settings.models:
+        return True
+    return any(fits(name, parts) for parts in settings.model_patterns)
 
 def fits(name, parts):
     """Does a name consist of these parts, with anything between them? In linear time."""
@@ -5263,7 +5269,8 @@ def answer_model_list(handler):
     if not is_model_list(handler.request):
         return False
     name = urllib.parse.unquote(handler.request.path[len("/v1/models/"):])
-    if name and any(fits(name, parts) for parts in handler.settings.model_patterns):
+    patterns = handler.settings.model_patterns
+    if name and any(fits(name, parts) for parts in patterns):
         return False                    # whether there is one, the upstream knows
     send_models(handler, list_models(handler.service))
     return True
@@ -5460,8 +5467,9 @@ def whole_number(members, name):
     value = members.get(name)
     if value is None:
         return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise invalid_parameter(name, "must be a whole number")
+    if value != int(value):
         raise invalid_parameter(name, "must be a whole number")
     return int(value)
 
@@ -5590,7 +5598,8 @@ class KeyRotation:
     def order(self, now):
         """The keys to try, each once: those without a cooldown, in turn; else the next to be."""
         with self.lock:
-            ready = [index for index, until in enumerate(self.cooldowns) if until <= now]
+            ready = [index for index, until in enumerate(self.cooldowns)
+                     if until <= now]
             if not ready:
                 return [self.cooldowns.index(min(self.cooldowns))]
             self.turn += 1
@@ -5955,9 +5964,11 @@ class MaskedBody:
     def find_end(self, data):
         """How much of `data` is sure: a value may go on behind it, and so may a longer one."""
         end = self.filter.find_beginning(data)
-        matches = [match for pattern in self.patterns for match in pattern.finditer(data)]
-        return min((match.start() for match in matches if match.start() < end < match.end()),
-                   default=end)
+        for pattern in self.patterns:
+            for match in pattern.finditer(data):
+                if match.start() < end < match.end():
+                    end = match.start()
+        return end
 
 MORE_SETTINGS += [check_upstream_fields, hide_upstream_values]
 SECRET_PARSERS.append(parse_upstream_headers)
@@ -6194,7 +6205,8 @@ class EventReader:
 def read_event(block):
     """The data of one event. The first may begin with a byte order mark."""
     lines = block.decode("utf-8-sig", "replace").split("\n")
-    data = [line[len("data:"):].strip() for line in lines if line.startswith("data:")]
+    data = [line[len("data:"):].strip() for line in lines
+            if line.startswith("data:")]
     return "\n".join(data)
 
 # ---- Errors in the form of other APIs ------------------------------------------------------------
@@ -6936,7 +6948,8 @@ def warnings(server):
                % (server.capacity, settings.max_connections))
     if settings.provider_keys and settings.open and not settings.client_keys:
         yield "AIPROXY_OPEN is set: anyone who can reach this address spends your key"
-    short = [name for name, key in settings.client_keys if len(key) < SHORT_KEY]
+    short = [name for name, key in settings.client_keys
+             if len(key) < SHORT_KEY]
     if short:
         yield ("client keys shorter than %d characters can be guessed: %s"
                % (SHORT_KEY, ", ".join(short)))

@@ -5,6 +5,7 @@ So are slow upstreams, and no other request is affected.
 
 import http.client
 import socket
+import sys
 import threading
 import time
 

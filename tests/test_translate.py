@@ -359,6 +359,11 @@ def test_a_completion_takes_one_prompt(members, param):
                             {"type": "image_url", "image_url": {"url": "data:" + "x" * 999}}]}]},
             3),
         (
+            {"messages": [{"content": [
+                {"type": "file", "file": {"file_data": "data:application/json;base64,eA=="}},
+                {"type": "file", "file": {"file_data": "data:application/pdf;base64,eA=="}}]}]},
+            33),
+        (
             {
                 "messages": [
                     {
