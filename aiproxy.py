@@ -4005,6 +4005,7 @@ OPTIONS += (
 # Entered: `install_room` in install_features sets `make_room` and what belongs to it.
 
 NEW_SECONDS = 1         # that the first request of a client may take to come: it gives up no place
+TAKING_SECONDS = 5      # for an idle client to take its responses, once its place is wanted
 SIOCOUTQNSD = 0x894B    # Linux' linux/sockios.h: the bytes that it has not sent yet
 
 def install_room(service):
@@ -4012,7 +4013,7 @@ def install_room(service):
     service.make_room = room.make_room
     service.forget_client = room.forget
     service.may_linger = lambda: not room.is_crowded()
-    service.may_evict = may_evict
+    service.may_evict = room.may_evict
     service.is_trusted_proxy = is_loopback      # (address): may it have many connections?
 
 def find_room(server):
@@ -4020,21 +4021,10 @@ def find_room(server):
     return server.shared.setdefault("room", Room(server))
 
 
-def may_evict(handler):
-    """Is a client idle that neither sends nor still takes its last response?
-
-    If we had hung up on it, and it then sent the next request, a reset would eat the rest of the
-    response (RFC 9112, 9.6). One that takes nothing has STALL_SECONDS.
-    """
-    _, since = handler.server.idle.get(handler.connection, (None, 0))
-    may_be_taking = time.monotonic() - since < STALL_SECONDS
-    if may_be_taking and unsent_bytes(handler.connection):
-        return False
-    return not has_sent(handler.client)
-
 def unsent_bytes(sock):
     """What the system has not sent yet of what we gave it; 0 where it does not tell."""
-    with contextlib.suppress(AttributeError, OSError):      # on Windows, on other systems
+    # On Windows, on other systems, of a socket that has just been closed.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         answer = fcntl.ioctl(sock.fileno(), SIOCOUTQNSD, bytes(4))
         return int.from_bytes(answer, sys.byteorder)
     return 0
@@ -4049,6 +4039,7 @@ class Room:
         self.addresses = {}         # by a client's socket, or a job that has taken one over
         self.counts = collections.Counter()     # by address: the number of its connections
         self.lingering = {}         # those jobs, in their order
+        self.taking = {}            # by socket: since when we wait for it to take its responses
 
     def count(self, connection, client_address):
         address = network_of(client_address)
@@ -4060,11 +4051,26 @@ class Room:
     def forget(self, connection):
         with self.lock:
             self.lingering.pop(connection, None)
+            self.taking.pop(connection, None)
             address = self.addresses.pop(connection, None)
             self.counts[address] -= 1
             if self.counts[address] <= 0:       # of None, if it has been hung up on
                 del self.counts[address]
             self.lock.notify_all()
+
+    def may_evict(self, handler):
+        """Is a client idle that neither sends nor still takes its responses?
+
+        If we had hung up on it, and it then sent its next request, a reset would eat what it has
+        not taken (RFC 9112, 9.6).
+        """
+        sock = handler.connection
+        now = time.monotonic()
+        if not unsent_bytes(sock):
+            self.taking.pop(sock, None)
+        elif now - self.taking.setdefault(sock, now) < TAKING_SECONDS:
+            return False
+        return not has_sent(handler.client)
 
     def take_over(self, job, client_address):
         """Leave a connection to a job of the relay loop; until the job's end it counts."""

@@ -576,9 +576,11 @@ def test_a_client_that_still_takes_its_response_is_not_idle(by_hand, relay, monk
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
-def test_a_client_that_never_takes_its_response_makes_room(by_hand, relay, monkeypatch, limit):
+def test_a_client_that_never_takes_its_responses_makes_room(by_hand, relay, monkeypatch, limit):
+    """Whatever else it sends."""
     running = relay(UPSTREAM=by_hand.url, MAX_CONNECTIONS=1)
     idle = watch(monkeypatch, running.server, "mark_idle")
+    limit(TAKING_SECONDS=SHORT)
     with running.client(receive_buffer=4096) as client:
         assert idle()
         client.request()
