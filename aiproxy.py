@@ -710,9 +710,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_first:                        # from connecting on
             self.head_deadline = self.record.began + HEAD_SECONDS
             self.service.begin_client(self)                 # 400
-        while self.client.buffer in (b"", b"\r\n"):     # some send an empty line behind a body
+        while not self.client.buffer.strip(b"\r\n") and len(self.client.buffer) < 8:
             limit = self.head_deadline - time.monotonic() if is_first else IDLE_SECONDS
-            self.wait_idle(limit, is_first)
+            self.wait_idle(limit, is_first)     # some send an empty line or two behind a body
             self.read_more_head()               # 408 for a silent new client
         self.is_first_request = False
         self.record.began = time.monotonic()
