@@ -4949,7 +4949,8 @@ def check_named_model(handler):
     if request.method != "POST" and handler.upload.done:
         return
     for value in models_in_query(request):
-        replace_in_query(request, check_model(value, settings))
+        check_model(value, settings)
+    replace_in_query(request, settings)
 
     path = urllib.parse.unquote(request.path)
     before, name, after = find_path_model(path)
@@ -4967,14 +4968,16 @@ def models_in_query(request):
     return [value for name, value in urllib.parse.parse_qsl(request.query[1:])
             if name.casefold() in QUERY_MODELS]
 
-def replace_in_query(request, model):
+def replace_in_query(request, settings):
+    """Put the real names in the place of aliases. 403 for a model that is not on the list."""
     parts = request.query[1:].split("&")
     for index, part in enumerate(parts):
-        name, equals, _ = part.partition("=")
+        name, _, value = part.partition("=")
         name = urllib.parse.unquote_plus(name).casefold()
-        if equals and name in QUERY_MODELS:
+        if value and name in QUERY_MODELS:
+            model = check_model(urllib.parse.unquote_plus(value), settings)
             parts[index] = "%s=%s" % (name, urllib.parse.quote(model, ""))
-    request.query = "?" + "&".join(parts)
+    request.query = request.query[:1] + "&".join(parts)
 
 def find_path_model(path):
     """The model that a decoded path names, or None, between what stands before and behind it."""
@@ -5317,7 +5320,8 @@ TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_p
                 "num_predict", "max_new_tokens", "maxOutputTokens")
 LIMIT_HOLDERS = ("options", "parameters", "sampling_params", "generationConfig",
                  "generation_config", "extra_body")
-# Of these, 0 and negative numbers mean none: DashScope's and SiliconFlow's thoughts, vLLM's least.
+# Lowered if too large, else left: 0 or less is not `no limit` here. DashScope's and SiliconFlow's
+# thoughts, vLLM's least number of tokens.
 LOWERED_ONLY = ("thinking_budget", "min_tokens")
 # Budgets for thoughts that are a part of the limit, and must be smaller: Anthropic's, OpenRouter's.
 THOUGHTS = (("thinking", "budget_tokens"), ("reasoning", "max_tokens"))
@@ -5384,7 +5388,7 @@ def install_limits(service):
 def limit_body(members, request, settings):
     """The changes that the limits want. ErrorResponse 400."""
     check_prompt_length(members, settings.max_chars)
-    model = settings.aliases.get(request.model, request.model)
+    model = settings.models.get(request.model, "")      # for others nobody vouches
     return limit_tokens(members, plain_spelling(request.path), model, settings)
 
 def limit_tokens(members, path, model, settings):
@@ -5395,20 +5399,25 @@ def limit_tokens(members, path, model, settings):
     most = settings.max_tokens
     if not most:
         return {}
-    holders = {name: members[name] for name in LIMIT_HOLDERS
-               if isinstance(members.get(name), dict)}
-    holders[""] = members
+    holders = dict(find_holders(members))
     each = most // count_answers(members, holders, most)
     changes = {}
     for place, holder in holders.items():
         for name in names_above(holder, each):
-            changes[(place, name) if place else name] = each
-    changes.update(limit_thinking(members, each))
+            changes[place + (name,) if place else name] = each
+        changes.update(limit_thinking(holder, place, each))
     added = missing_limit(members, path, model, settings.upstream.server_name)
     if added:
         wanted = whole_number(members, "max_completion_tokens") or each     # the newer name
         changes[added] = wanted if 0 < wanted < each else each
     return changes
+
+def find_holders(members, place=()):
+    """Pairs of a place and an object that may hold a limit: a request, and what is inside it."""
+    yield place, members
+    for name in LIMIT_HOLDERS:
+        if isinstance(members.get(name), dict):
+            yield from find_holders(members[name], place + (name,))
 
 def names_above(holder, most):
     """The names of the limits in an object that are above `most`."""
@@ -5421,15 +5430,15 @@ def names_above(holder, most):
         if tokens is not None and tokens > most:
             yield name
 
-def limit_thinking(members, most):
+def limit_thinking(holder, place, most):
     """A budget for thoughts must be smaller than the limit; Anthropic wants no fewer than 1024."""
     changes = {}
     lowered = max(1024, most // 2)
-    for place, name in THOUGHTS:
-        holder = members.get(place)
-        budget = isinstance(holder, dict) and whole_number(holder, name) or 0
+    for inside, name in THOUGHTS:
+        thoughts = holder.get(inside)
+        budget = isinstance(thoughts, dict) and whole_number(thoughts, name) or 0
         if budget >= most and budget > lowered:
-            changes[place, name] = lowered
+            changes[place + (inside, name)] = lowered
     return changes
 
 def missing_limit(members, path, model, host):
@@ -5440,9 +5449,10 @@ def missing_limit(members, path, model, host):
     else:
         return ""
     given = [name for name in names if members.get(name) is not None]
-    if EITHER_NAME_HOSTS.fullmatch(host) and given:     # they know all names, and refuse two
+    refuses_two = EITHER_NAME_HOSTS.fullmatch(host) or NEW_NAME_MODELS.fullmatch(model)
+    if given and refuses_two:
         return ""
-    if NEW_NAME_HOSTS.fullmatch(host) or NEW_NAME_MODELS.fullmatch(model):
+    if NEW_NAME_HOSTS.fullmatch(host):
         return "" if given else names[-1]
     return "" if names[0] in given else names[0]
 
@@ -6665,7 +6675,7 @@ def check_websocket(handler):
     if len(models) != 1:
         code = "invalid_model" if models else "missing_model"
         raise ErrorResponse(400, code, "The query must hold `model` once.", param="model")
-    replace_in_query(request, check_model(request.model, settings))
+    replace_in_query(request, settings)
 
 def relay_websocket(handler, exchange):
     """The relay loop moves bytes both ways."""

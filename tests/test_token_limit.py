@@ -183,19 +183,27 @@ def test_the_limit_is_added_under_the_name_that_the_provider_takes(provider, pat
     assert aiproxy.limit_tokens({}, path, "m", settings) == ({name: 100} if name else {})
 
 
-@pytest.mark.parametrize("model,name", [
-    ("gpt-5", "max_completion_tokens"), ("gpt-5.1-mini", "max_completion_tokens"),
-    ("openai/o3-pro", "max_completion_tokens"), ("o1", "max_completion_tokens"),
-    ("gpt-4o", "max_tokens"), ("gpt-50", "max_tokens"), ("foo1", "max_tokens"),
-    ("alias", "max_completion_tokens"),
+@pytest.mark.parametrize("model,is_added", [
+    ("gpt-5", False), ("gpt-5.1-mini", False), ("openai/o3-pro", False), ("o1", False),
+    ("alias", False), ("gpt-4o", True), ("gpt-50", True), ("foo1", True),
 ])
-def test_behind_a_gateway_the_model_decides_about_the_name_of_the_limit(
-        upstream, relay, model, name):
-    running = relay(MAX_TOKENS="100", MODELS="*,alias=gpt-5")
-    assert running.ask("POST", CHAT, json.dumps({"model": model}).encode()).status == 200
+def test_behind_a_gateway_no_second_name_is_sent_to_a_model_that_refuses_that(
+        upstream, relay, model, is_added):
+    names = "gpt-5,gpt-5.1-mini,openai/o3-pro,o1,alias=gpt-5,gpt-4o,gpt-50,foo1"
+    running = relay(MAX_TOKENS="100", MODELS=names)
+    body = json.dumps({"model": model, "max_completion_tokens": 50}).encode()
+    assert running.ask("POST", CHAT, body).status == 200
     members = json.loads(upstream.received[0].body)
     del members["model"]
-    assert members == {name: 100}
+    added = {"max_tokens": 50} if is_added else {}
+    assert members == {"max_completion_tokens": 50, **added}
+
+
+def test_a_name_that_no_list_has_is_no_way_around_the_limit(upstream, relay):
+    """The upstream may serve another model by it, one that knows max_tokens alone."""
+    body = b'{"model":"gpt-5","max_completion_tokens":50}'
+    relay(MAX_TOKENS="100").ask("POST", CHAT, body)
+    assert json.loads(upstream.received[0].body)["max_tokens"] == 50
 
 
 def test_two_names_of_the_limit_are_not_sent_to_those_who_refuse_that():
@@ -223,6 +231,8 @@ def test_thoughts_get_less_than_the_limit(upstream, relay, most, budget, sent):
     (b'"thinking_budget":38000,"min_tokens":5000', b'"thinking_budget":2000,"min_tokens":2000'),
     (b'"thinking_budget":-1,"min_tokens":0', b'"thinking_budget":-1,"min_tokens":0'),
     (b'"extra_body":{"max_tokens":99999,"a":1}', b'"extra_body":{"max_tokens":2000,"a":1}'),
+    (b'"extra_body":{"options":{"num_predict":99999},"thinking":{"budget_tokens":9999}}',
+     b'"extra_body":{"options":{"num_predict":2000},"thinking":{"budget_tokens":1024}}'),
     (b'"reasoning":{"max_tokens":32000}', b'"reasoning":{"max_tokens":1024}'),
     (b'"reasoning":{"max_tokens":1500}', b'"reasoning":{"max_tokens":1500}'),
     (b'"reasoning":{"effort":"high"}', b'"reasoning":{"effort":"high"}'),
