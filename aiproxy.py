@@ -4917,6 +4917,7 @@ MAX_MODELS = 100        # in one request
 # Azure's /openai/deployments/MODEL/..., Gemini's /v1beta/models/MODEL:method.
 BEFORE_MODEL = re.compile("/(deployments|models|tunedmodels)/", re.I)
 QUERY_MODELS = ("model", "deployment")
+ANSWER_PATHS = tuple(path[len("/v1"):] for path in INFERENCE_PATHS)     # how they end
 
 # RFC 7578, read strictly: a boundary that needs no escapes, names and file names in plain quotes or
 # bare, values as they are. Behind a `;` inside the quotes stands no `=`: it might be a name again.
@@ -5067,9 +5068,11 @@ def names_elsewhere(members, request):
 
     Where answers are asked for, only the list does: what else is there, an upstream passes over.
     """
-    if any(find_models(members.get("models"), ("models",), True)):
-        return True
-    if is_inference(request):
+    models = members.get("models")
+    for other in models if isinstance(models, list) else [models]:
+        if isinstance(other, str) or names_its_model(other):
+            return True
+    if plain_spelling(request.path).endswith(ANSWER_PATHS):
         return False
     if "session" in members:
         return names_its_model(members["session"])

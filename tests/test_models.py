@@ -346,7 +346,8 @@ EVERYWHERE = dict(
     MODELS="small,big=vendor/big-2,name/*",
     PATHS="/v1/chat/completions,/v1/responses,/openai/deployments/*/chat/completions,"
           "/v1beta/models/*,/v1/audio/transcriptions,POST /v1/responses/*/cancel,"
-          "* /v1/files/*,/v1/messages/batches,/v1/audio/speech",
+          "* /v1/files/*,/v1/messages/batches,/v1/audio/speech,"
+          "/api/v1/chat/completions",
 )
 BATCHES = "/v1/messages/batches"
 AUTH = [("Authorization", "Bearer ck-alice")]
@@ -722,10 +723,12 @@ def test_a_model_is_missing_only_if_nothing_else_names_one(everywhere, body, sta
 
 
 @pytest.mark.parametrize("body", [
-    b'{"session":{"model":"small"}}', b'{"requests":[{"model":"small"}]}'], ids=ascii)
-def test_where_answers_are_asked_for_a_session_names_no_model(everywhere, body):
+    b'{"session":{"model":"small"}}', b'{"requests":[{"model":"small"}]}',
+    b'{"models":[{"model":null,"x_model":"small"}]}'], ids=ascii)
+@pytest.mark.parametrize("path", [CHAT, "/api/v1/chat/completions"])
+def test_where_answers_are_asked_for_a_session_names_no_model(everywhere, path, body):
     """An upstream passes over it there, and takes its own default."""
-    reply, received = ask(everywhere, CHAT, body)
+    reply, received = ask(everywhere, path, body)
     assert (reply.status, reply.code) == (400, "missing_model")
 
 
@@ -733,6 +736,9 @@ def test_where_answers_are_asked_for_a_session_names_no_model(everywhere, body):
     ("/v1/audio/speech", "?model=big&a=1", "?model=vendor%2Fbig-2&a=1"),
     ("/v1/audio/speech", "?a=1&mo%64el=big", "?a=1&model=vendor%2Fbig-2"),
     ("/v1/audio/speech", "?model=small", "?model=small"),
+    ("/v1/audio/speech", "?model=small&deployment=big", "?model=small&deployment=vendor%2Fbig-2"),
+    ("/v1/audio/speech", "?model=", "?model="),
+    ("/v1/audio/speech", "", ""),
 ])
 def test_an_alias_in_the_query_is_replaced(everywhere, path, query, sent):
     reply, received = ask(everywhere, path + query, b'{"model":"small"}')
