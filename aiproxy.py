@@ -5343,7 +5343,7 @@ UNLIMITED_PATHS = ("/embeddings", "/count_tokens")      # nothing is written the
 NEW_NAME_HOSTS = re.compile(
     r"(.+\.)?(api\.openai\.com|(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn))", re.I)
 
-# And so do these behind every gateway.
+# OpenAI's models that refuse max_tokens, and two names of the limit, whatever host serves them.
 NEW_NAME_MODELS = re.compile(r"(.*/)?(gpt-5|o[1-9])([.-].*)?", re.I)
 
 # GitHub's other models may know max_tokens alone.
@@ -5363,7 +5363,8 @@ MAX_NOT_TEXT = 256      # characters
 MEDIA = frozenset((
     "url", "image_url", "file_url", "file_uri", "fileUri", "image", "data", "file_data",
     "encrypted_content", "signature", "thoughtSignature"))
-TEXT_TYPE = r"text/|application/[\w.+-]*(?:json|xml|yaml|script|csv|sql)"
+TEXT_TYPE = (r"text/|application/(?:[\w.-]+\+)?(?:x-)?"
+             r"(?:json|ndjson|jsonl|xml|yaml|javascript|typescript|csv|sql)\b")
 MEDIA_DATA = re.compile(        # a URL, or base64; without re.I, which would be slow
     r"(?i:[a-z]{1,20})://\S*|(?i:data:(?!%s|[,;]))\S*|[A-Za-z0-9+/=_\r\n-]*" % TEXT_TYPE)
 # The names in these objects are a tool's own; in those everything is.
@@ -6324,7 +6325,8 @@ def send_heartbeat(seconds, job):
 def wait_with_heartbeats(seconds, wait, send):
     """A `wait(connection, mask, seconds)` that calls `send` with a heartbeat every so often.
 
-    From now on, and not from the beginning of each wait: what comes may lead to nothing to send.
+    The time runs across waits: bytes of the upstream that lead to nothing for the client do not put
+    a heartbeat off. Whoever has sent something makes a new one of these.
     """
     due = time.monotonic() + seconds
 
@@ -6876,6 +6878,8 @@ def describe_provider(upstream, row):
 # Entered: `install_google_refusals` in install_features.
 # Needs: More providers.
 
+KEY_INVALID = re.compile(br'"reason"\s*:\s*"API_KEY_INVALID"')     # quoted, it would have escapes
+
 def install_google_refusals(service):
     if service.settings.upstream.server_name == GOOGLE_HOST:
         service.opener.add_handler(GoogleRefusals())
@@ -6892,8 +6896,9 @@ class GoogleRefusals(urllib.request.BaseHandler):
         except ClientGone:
             exchange.close()
             raise
-        if b"API_KEY_INVALID" in exchange.prefetched:
+        if KEY_INVALID.search(exchange.prefetched):
             exchange.status = 401
+            exchange.reason = b"Unauthorized"
         return exchange
 
     http_response = https_response
@@ -7711,8 +7716,8 @@ FINISH_REASONS = {"length": "length", "model_length": "length", "content_filter"
 # A name that stays in its place in any URL.
 MODEL_NAME = re.compile(r"(?!.*\.\.)(?=.{1,200}\Z)"
                         r"@?[A-Za-z0-9][\w.:+-]*(?:/[A-Za-z0-9][\w.:+-]*)*", re.A)
-# What no client needs of an error's message.
 TOO_LONG = re.compile("maximum context length|context window", re.I)    # in vLLM's words, say
+# What no client needs of an error's message.
 NOISE = re.compile(r"^(?:\s*(?:AiError|InferenceUpstreamError)\s*:)+"
                    r"|\(?\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b\)?", re.I)
 ABOUT_BODY = re.compile(br"content-|etag$|last-modified$", re.I)
@@ -7782,7 +7787,7 @@ def edit_body(body, values, wanted):
 
 def add_limit(chat, window):
     """Add max_tokens, which counts against the model's window; Cloudflare's own fits small ones."""
-    most = chat.get("max_tokens") or WORKERS_MAX_TOKENS     # AIPROXY_MAX_TOKENS has added the first
+    most = chat.get("max_tokens") or WORKERS_MAX_TOKENS     # the first is AIPROXY_MAX_TOKENS
     if window or not SMALL.search(chat["model"]):
         chat["max_tokens"] = min(most, window // WINDOW_SHARE) if window else most
 
@@ -8445,9 +8450,9 @@ class WorkersHandler(Handler):
         if code == "insufficient_quota":
             seconds = b"%d" % (86400 - time.time() % 86400)
             exchange.headers = Headers([(b"Retry-After", seconds)] + exchange.headers.fields)
-            exchange.status = 429           # another account may do better,
+            exchange.status = 429           # on which KeyRotation tries the next account,
         if code in OPERATOR_ERRORS:
-            exchange.status = 401           # here as well
+            exchange.status = 401           # as on this
         return exchange
 
     @staticmethod

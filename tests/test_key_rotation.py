@@ -389,7 +389,7 @@ def test_a_key_that_google_does_not_know_is_a_rejected_one(
 
 def test_another_400_of_google_comes_down_whole(upstream, relay, monkeypatch):
     monkeypatch.setattr(aiproxy, "GOOGLE_HOST", "127.0.0.1")
-    body = b'{"error":"%b"}' % (b"x" * 200000)
+    body = b'{"error":"\\"reason\\":\\"API_KEY_INVALID\\"%b"}' % (b"x" * 200000)
     upstream.answer = b"HTTP/1.1 400 No\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     running = relay(KEY="key-1", CLIENT_KEYS="ck-alice", UPSTREAM=upstream.url + "/openai")
     reply = running.chat()

@@ -361,8 +361,12 @@ def test_a_completion_takes_one_prompt(members, param):
         (
             {"messages": [{"content": [
                 {"type": "file", "file": {"file_data": "data:application/json;base64,eA=="}},
-                {"type": "file", "file": {"file_data": "data:application/pdf;base64,eA=="}}]}]},
-            33),
+                {"type": "file", "file": {"file_data": "data:application/ld+json;base64,e"}},
+                {"type": "file", "file": {"file_data": "data:application/pdf;base64,eA=="}},
+                {"type": "file", "file": {"file_data": "data:application/postscript;base64,e"}},
+                {"type": "file", "file": {"file_data": "data:application/vnd.openxmlformats-"
+                                                       "officedocument;base64,eA=="}}]}]},
+            66),
         (
             {
                 "messages": [
