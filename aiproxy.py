@@ -4014,6 +4014,7 @@ def install_room(service):
     service.forget_client = room.forget
     service.may_linger = lambda: not room.is_crowded()
     service.may_evict = room.may_evict
+    service.free_answers.append(room.see_request)
     service.is_trusted_proxy = is_loopback      # (address): may it have many connections?
 
 def find_room(server):
@@ -4071,6 +4072,13 @@ class Room:
         elif now - self.taking.setdefault(sock, now) < TAKING_SECONDS:
             return False
         return not has_sent(handler.client)
+
+    def see_request(self, handler):
+        """A client that asks anew, and has taken all before, gets new seconds. Answers nobody."""
+        sock = handler.connection
+        if sock in self.taking and not unsent_bytes(sock):
+            self.taking.pop(sock, None)
+        return False
 
     def take_over(self, job, client_address):
         """Leave a connection to a job of the relay loop; until the job's end it counts."""

@@ -602,6 +602,35 @@ def test_a_client_that_never_takes_its_responses_makes_room(by_hand, relay, monk
         assert status == 200
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
+def test_a_client_that_has_taken_all_gets_new_seconds(by_hand, relay, monkeypatch, limit):
+    running = relay(UPSTREAM=by_hand.url, MAX_CONNECTIONS=1)
+    idle = watch(monkeypatch, running.server, "mark_idle")
+    limit(TAKING_SECONDS=LONG)
+
+    def is_refused():
+        with running.client() as newcomer:
+            newcomer.request("GET", "/health")
+            return newcomer.read_reply().status == 503
+
+    with running.client(receive_buffer=4096) as client:
+        assert idle()
+        client.request()
+        peer = by_hand.accept()
+        for request in (1, 2):
+            if request == 2:
+                client.request()
+            peer.read_request_head()
+            peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300000)
+            assert idle()
+            assert is_refused()
+            began, = running.server.shared["room"].taking.values()
+            if request == 1:
+                first = began
+                assert client.read_reply().complete
+        assert began > first
+
+
 def test_nobody_has_the_descriptor_of_a_client_that_is_hung_up_on(relay, monkeypatch):
     """Else the end of one client could be that of another, whose socket has its number."""
     running = relay(MAX_CONNECTIONS=1)
