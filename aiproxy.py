@@ -5039,6 +5039,7 @@ def apply_model_rules(members, request, settings):
         model = real_name(name, request, settings)
         if model != members.get("model"):
             changes["model"] = model
+    request.listed_model = listed_model(members, request, settings)
     if not settings.aliases:                # any model will do
         return changes
     for count, (path, name) in enumerate(find_other_models(members), 1):
@@ -5048,6 +5049,16 @@ def apply_model_rules(members, request, settings):
         if model != name:
             changes[path] = model
     return changes
+
+def listed_model(members, request, settings):
+    """The one model that may answer, as the operator's list has it; for others nobody vouches.
+
+    Of one that fits a pattern, what stands in front of the first star.
+    """
+    if any(members.get(name) for name in MODEL_LISTS):
+        return ""
+    fitting = [parts[0] for parts in settings.model_patterns if fits(request.model, parts)]
+    return settings.models.get(request.model) or max(fitting, default="")
 
 def real_name(name, request, settings):
     """As check_model. Gemini's SDKs repeat the path's model in the body, as models/NAME."""
@@ -5400,7 +5411,7 @@ def install_limits(service):
 def limit_body(members, request, settings):
     """The changes that the limits want. ErrorResponse 400."""
     check_prompt_length(members, settings.max_chars)
-    model = settings.models.get(request.model, "")      # for others nobody vouches
+    model = getattr(request, "listed_model", "")        # see "Model rules"
     return limit_tokens(members, plain_spelling(request.path), model, settings)
 
 def limit_tokens(members, path, model, settings):
@@ -5461,10 +5472,9 @@ def missing_limit(members, path, model, host):
     else:
         return ""
     given = [name for name in names if members.get(name) is not None]
-    refuses_two = EITHER_NAME_HOSTS.fullmatch(host) or NEW_NAME_MODELS.fullmatch(model)
-    if given and refuses_two:
+    if EITHER_NAME_HOSTS.fullmatch(host) and given:     # they know all names, and refuse two
         return ""
-    if NEW_NAME_HOSTS.fullmatch(host):
+    if NEW_NAME_HOSTS.fullmatch(host) or NEW_NAME_MODELS.fullmatch(model):
         return "" if given else names[-1]
     return "" if names[0] in given else names[0]
 

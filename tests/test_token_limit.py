@@ -183,20 +183,31 @@ def test_the_limit_is_added_under_the_name_that_the_provider_takes(provider, pat
     assert aiproxy.limit_tokens({}, path, "m", settings) == ({name: 100} if name else {})
 
 
-@pytest.mark.parametrize("model,is_added", [
-    ("gpt-5", False), ("gpt-5.1-mini", False), ("openai/o3-pro", False), ("o1", False),
-    ("alias", False), ("gpt-4o", True), ("gpt-50", True), ("foo1", True),
+@pytest.mark.parametrize("given", [None, 50])
+@pytest.mark.parametrize("model,is_new", [
+    ("gpt-5", True), ("gpt-5.1-mini", True), ("openai/o3-pro", True), ("o1", True),
+    ("alias", True), ("gpt-5-x", True), ("o4-mini", True),
+    ("gpt-4o", False), ("gpt-50", False), ("foo1", False), ("other", False),
 ])
-def test_behind_a_gateway_no_second_name_is_sent_to_a_model_that_refuses_that(
-        upstream, relay, model, is_added):
-    names = "gpt-5,gpt-5.1-mini,openai/o3-pro,o1,alias=gpt-5,gpt-4o,gpt-50,foo1"
+def test_behind_a_gateway_a_listed_model_decides_about_the_name_of_the_limit(
+        upstream, relay, model, is_new, given):
+    names = ("gpt-5,gpt-5.1-mini,openai/o3-pro,o1,alias=gpt-5,gpt-4o,gpt-50,foo1,gpt-5-*,o4*,"
+             "othe*")
+    members = {"max_completion_tokens": given} if given else {}
     running = relay(MAX_TOKENS="100", MODELS=names)
-    body = json.dumps({"model": model, "max_completion_tokens": 50}).encode()
+    body = json.dumps({"model": model, **members}).encode()
     assert running.ask("POST", CHAT, body).status == 200
-    members = json.loads(upstream.received[0].body)
-    del members["model"]
-    added = {"max_tokens": 50} if is_added else {}
-    assert members == {"max_completion_tokens": 50, **added}
+
+    sent = json.loads(upstream.received[0].body)
+    del sent["model"]
+    name = "max_completion_tokens" if is_new else "max_tokens"
+    assert sent == {**members, name: given or 100}
+
+
+def test_a_second_model_decides_for_the_name_that_all_know(upstream, relay):
+    body = b'{"model":"gpt-5","models":["m"],"max_completion_tokens":50}'
+    relay(MAX_TOKENS="100", MODELS="gpt-5,m").ask("POST", CHAT, body)
+    assert json.loads(upstream.received[0].body)["max_tokens"] == 50
 
 
 def test_a_name_that_no_list_has_is_no_way_around_the_limit(upstream, relay):
