@@ -5096,14 +5096,14 @@ def names_elsewhere(members, request):
     if "session" in members:
         return names_its_model(members["session"])
     requests = members.get("requests")
-    return isinstance(requests, list) and requests and all(map(names_its_model, requests))
+    if not isinstance(requests, list) or not requests:
+        return False
+    # Anthropic's have it in `params`.
+    requests = [each.get("params", each) if isinstance(each, dict) else None for each in requests]
+    return all(map(names_its_model, requests))
 
 def names_its_model(holder):
-    """Does a session, or a request of a batch (Anthropic's has `params`), name its model?"""
-    if not isinstance(holder, dict):
-        return False
-    parameters = holder.get("params", holder)
-    name = parameters.get("model") if isinstance(parameters, dict) else None
+    name = holder.get("model") if isinstance(holder, dict) else None
     return isinstance(name, str) and name
 
 def find_other_models(members):

@@ -707,6 +707,7 @@ def test_a_form_may_name_a_charset_in_which_all_read_the_same(everywhere, kind):
     (b'{"session":{"model":"small"}}', 200),
     (b'{"session":{"model":""}}', 400),
     (b'{"session":{"model":[0]}}', 400),
+    (b'{"session":{"params":{"model":"small"}}}', 400),
     (b'{"session":[]}', 400),
     (b'{"session":null,"requests":[{"model":"small"}]}', 400),
     (b'{"requests":[{"params":{"model":"small"}},{"model":"small"}]}', 200),
@@ -724,7 +725,8 @@ def test_a_model_is_missing_only_if_nothing_else_names_one(everywhere, body, sta
 
 @pytest.mark.parametrize("body", [
     b'{"session":{"model":"small"}}', b'{"requests":[{"model":"small"}]}',
-    b'{"models":[{"model":null,"x_model":"small"}]}'], ids=ascii)
+    b'{"models":[{"model":null,"x_model":"small"}]}',
+    b'{"models":[{"model":null,"params":{"model":"small"}}]}'], ids=ascii)
 @pytest.mark.parametrize("path", [CHAT, "/api/v1/chat/completions"])
 def test_where_answers_are_asked_for_a_session_names_no_model(everywhere, path, body):
     """An upstream passes over it there, and takes its own default."""
