@@ -5383,7 +5383,7 @@ MEDIA = frozenset((
     "url", "image_url", "file_url", "file_uri", "fileUri", "image", "data", "file_data",
     "encrypted_content", "signature", "thoughtSignature"))
 TEXT_TYPE = (r"text/|application/(?:[\w.-]+\+)?(?:x-)?"
-             r"(?:json|ndjson|jsonl|xml|yaml|javascript|typescript|csv|sql)\b")
+             r"(?:json5?|ndjson|jsonl|jsonlines|xml|yaml|(?:java|ecma|type)script|csv|sql)\b")
 MEDIA_DATA = re.compile(        # a URL, or base64; without re.I, which would be slow
     r"(?i:[a-z]{1,20})://\S*|(?i:data:(?!%s|[,;]))\S*|[A-Za-z0-9+/=_\r\n-]*" % TEXT_TYPE)
 # The names in these objects are a tool's own; in those everything is.
