@@ -6891,7 +6891,7 @@ def describe_provider(upstream, row):
     return Provider(upstream.shown, key_header, paths)
 
 # ---- Keys that Google does not know --------------------------------------------------------------
-# Does: takes Google's 400 for a wrong key for the 401 that others say.
+# Does: takes Google's 400 for a wrong key of ours for the 401 that others say.
 # Touches: the status of an exchange, before anybody else sees it.
 # Entered: `install_google_refusals` in install_features.
 # Needs: More providers.
@@ -6899,7 +6899,8 @@ def describe_provider(upstream, row):
 KEY_INVALID = re.compile(br'"reason"\s*:\s*"API_KEY_INVALID"')     # quoted, it would have escapes
 
 def install_google_refusals(service):
-    if service.settings.upstream.server_name == GOOGLE_HOST:
+    settings = service.settings
+    if settings.provider_keys and settings.upstream.server_name == GOOGLE_HOST:
         service.opener.add_handler(GoogleRefusals())
 
 

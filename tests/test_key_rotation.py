@@ -387,6 +387,14 @@ def test_a_key_that_google_does_not_know_is_a_rejected_one(
         assert code is None or reply.code == code
 
 
+def test_what_google_says_of_a_callers_own_key_comes_down_as_it_is(upstream, relay, monkeypatch):
+    monkeypatch.setattr(aiproxy, "GOOGLE_HOST", "127.0.0.1")
+    upstream.answer = (b"HTTP/1.1 400 No\r\nContent-Length: %d\r\n\r\n" % len(GOOGLE_REFUSAL)
+                       + GOOGLE_REFUSAL)
+    reply = relay(UPSTREAM=upstream.url + "/openai").chat()
+    assert (reply.status, reply.body) == (400, GOOGLE_REFUSAL)
+
+
 def test_another_400_of_google_comes_down_whole(upstream, relay, monkeypatch):
     monkeypatch.setattr(aiproxy, "GOOGLE_HOST", "127.0.0.1")
     body = b'{"error":"\\"reason\\":\\"API_KEY_INVALID\\"%b"}' % (b"x" * 200000)
