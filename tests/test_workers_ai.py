@@ -715,9 +715,12 @@ def test_when_the_client_disconnects_the_upstream_is_closed(cloudflare, workers,
     ids=["whole", "stream", "error", "unreadable"])
 def test_upstream_connections_are_used_again(cloudflare, workers, requested):
     running = workers()
+    body = json.dumps({"model": LLAMA, "messages": HELLO, **requested}).encode()
     for number in range(1, 4):
-        post(running, **requested)
-        running.wait_for_record(number)     # by then the connection has been given back
+        with running.client() as client:    # one that leaves ends what it has asked for
+            client.request("POST", CHAT, body, AUTH)
+            client.read_reply()
+            running.wait_for_record(number)     # by then the connection has been given back
     assert len(cloudflare.received) == 3 and cloudflare.connections == 1
 
 
