@@ -4957,6 +4957,7 @@ def check_named_model(handler):
     settings = handler.settings
     if request.method != "POST" and handler.upload.done:
         return
+    # Old Pythons take a `;` for a separator, too, and so may an upstream in Python.
     for value in models_in_query(request):
         check_model(value, settings)
     replace_in_query(request, settings)

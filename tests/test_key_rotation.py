@@ -361,7 +361,8 @@ def test_no_provider_key_reaches_a_client(upstream, rotating):
     assert not any(key.encode() in reply.raw_head + reply.body for key in KEYS)
 
 
-GOOGLE_REFUSAL = (b'{"error":{"code":400,"message":"API key not valid. Please pass a valid API key.",'
+GOOGLE_REFUSAL = (b'{"error":{"code":400,'
+                  b'"message":"API key not valid. Please pass a valid API key.",'
                   b'"status":"INVALID_ARGUMENT","details":[{"reason":"API_KEY_INVALID"}]}}')
 
 
